@@ -1,0 +1,36 @@
+"""clipseed: segmentation pseudo-labels from image-level labels, with frozen CLIP and optionally SAM.
+
+The names below are the public API; they are imported when first used, so that ``import clipseed`` stays light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["ClipseedError", "FrozenClip", "SeedMap", "Seeds", "Vocabulary", "load_vocabulary", "open_seeds"]
+
+if TYPE_CHECKING:
+    from clipseed.clip import FrozenClip
+    from clipseed.data import Vocabulary, load_vocabulary
+    from clipseed.errors import ClipseedError
+    from clipseed.store import SeedMap, Seeds, open_seeds
+
+_HOMES = {
+    "ClipseedError": "clipseed.errors",
+    "FrozenClip": "clipseed.clip",
+    "SeedMap": "clipseed.store",
+    "Seeds": "clipseed.store",
+    "Vocabulary": "clipseed.data",
+    "load_vocabulary": "clipseed.data",
+    "open_seeds": "clipseed.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clipseed' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,6 @@
+"""``python -m clipseed``."""
+
+from clipseed.cli.main import run
+
+if __name__ == "__main__":
+    run()

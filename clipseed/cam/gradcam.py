@@ -1,0 +1,275 @@
+"""Grad-CAM of CLIP's last block in closed form (CLIP-ES, sections 3.1 and 3.2; Grad-CAM weights of Eq. 1 and 2).
+
+The image feature is the *mean* of the last block's patch tokens, and only the patch mean of the gradient with respect
+to that block's first normalisation is used. So the gradient needs no autograd and no parameter gradients: the
+cotangent is the same vector for every token, and of the backward pass through attention only sums over patches are
+computed. All classes of all pictures of a batch go through together as *pairs* (picture, class).
+
+Shapes: B pictures, P pairs, N = n + 1 tokens (class token first), D width, H heads, d = D / H, F hidden width of the
+MLP, E joint space, C classes, M background words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipseed.clip.text import TextBank
+from clipseed.clip.vision import QUICK_GELU_SLOPE, Block, Norm, VisionTower, attention_map, merge_heads, scaled
+
+Target = Literal["softmax", "log-softmax", "logit"]
+_PAIR_TOKENS = 1 << 14
+"""Pairs are taken in chunks of about this many tokens, so that temporaries stay near the caches."""
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """Forward pass of the last block and the head, with what the backward pass needs.
+
+    Attributes:
+        attention: ``(B, H, N, N)`` softmax attention of the last block.
+        feature: ``(B, E)`` mean patch feature in the joint space, not normalised.
+    """
+
+    a: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attention: Tensor
+    attended: Tensor
+    middle: Tensor
+    hidden: Tensor
+    pooled_hat: Tensor
+    pooled_scale: Tensor
+    feature: Tensor
+
+    def mean_attention(self) -> Tensor:
+        """``(B, n, n)`` attention between patches averaged over heads, float32."""
+        return self.attention[:, :, 1:, 1:].mean(dim=1, dtype=torch.float32)
+
+
+def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
+    """Run the last block on ``tokens`` ``(B, N, D)`` and pool the patches as CLIP-ES does."""
+    block = tower.blocks[-1]
+    a = block.norm_1(tokens)
+    q, k, v = block.split_heads(a)
+    attention = attention_map(q, k)
+    attended = attention @ v
+    middle = tokens + scaled(block.out(merge_heads(attended)), block.scale_1)
+    middle = middle[:, 1:]
+    hidden = block.up(block.norm_2(middle))
+    last = (middle + scaled(block.down(block.activate(hidden)), block.scale_2)).float()
+    if tower.norm_after_pool:
+        last = last.mean(dim=1, keepdim=True)
+    hat, scale = _standardise(last, tower.norm_post.eps)
+    pooled = (hat * tower.norm_post.weight + tower.norm_post.bias).mean(dim=1)
+    feature = pooled @ tower.projection.float()
+    return LastBlock(a, q, k, v, attention, attended, middle, hidden, hat, scale, feature)
+
+
+def class_scores(feature: Tensor, text: TextBank, present: Tensor) -> Tensor:
+    """Logits ``(B, C + M)`` of image features against a vocabulary; classes not ``present`` ``(B, C)`` are -inf.
+
+    Absent classes take no part in the softmax, background words always do (CLIP-ES, section 3.2).
+    """
+    logits = text.logit_scale * F.normalize(feature, dim=-1) @ text.all.T
+    absent = F.pad(~present, (0, len(text.background)), value=False)
+    return logits.masked_fill(absent, float("-inf"))
+
+
+def score_gradient(
+    feature: Tensor, text: TextBank, present: Tensor, picture: Tensor, label: Tensor, target: Target
+) -> Tensor:
+    """Gradient ``(P, E)`` of each pair's score with respect to its picture's feature.
+
+    The score of pair p is the softmax probability of class ``label[p]`` in picture ``picture[p]``
+    (``target="softmax"``, CLIP-ES Eq. 3), that probability's logarithm (``"log-softmax"``: the same direction, but
+    it does not vanish for classes the softmax is sure are absent), or the logit (``"logit"``, plain Grad-CAM).
+    """
+    rows = torch.arange(len(label), device=feature.device)
+    outer = torch.zeros(len(label), len(text.classes) + len(text.background), device=feature.device)
+    outer[rows, label] = 1.0
+    if target != "logit":
+        probability = class_scores(feature, text, present).softmax(dim=-1)[picture]
+        outer = outer - probability
+        if target == "softmax":
+            outer = probability[rows, label, None] * outer
+    direction = text.logit_scale * outer @ text.all
+    norm = feature.norm(dim=-1, keepdim=True)[picture]
+    unit = feature[picture] / norm
+    across: Tensor = direction - unit * (unit * direction).sum(dim=-1, keepdim=True)
+    return across.div(norm)
+
+
+def channel_weights(tower: VisionTower, state: LastBlock, picture: Tensor, gradient: Tensor) -> Tensor:
+    """Grad-CAM channel weights ``(P, D)``: the patch mean of the score's gradient with respect to ``state.a``.
+
+    ``gradient`` ``(P, E)`` is that of :func:`score_gradient`. Each pair's is scaled to unit size on the way, so that
+    half precision neither loses the tiny gradients of confident scores nor overflows.
+    """
+    block = tower.blocks[-1]
+    start = (gradient @ tower.projection.float().T) * tower.norm_post.weight
+    size = start.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    start = start / size
+    start = start - start.mean(dim=-1, keepdim=True)
+    # What the MLP's output matrix makes of the per-token part of the cotangent is the same for all classes.
+    token_part = scaled(state.pooled_hat.to(tower.dtype), block.scale_2) @ block.down.weight
+    pair_part = scaled(start.to(tower.dtype), block.scale_2) @ block.down.weight
+    mean_keys = state.attention[:, :, 1:] @ state.k
+    patches = state.middle.shape[1]
+    weights = torch.empty_like(start)
+    for chunk in _chunks(len(picture), patches):
+        index = picture[chunk]
+        hat, scale = state.pooled_hat[index], state.pooled_scale[index] / patches
+        share = (hat @ start[chunk, :, None]) / start.shape[-1]
+        into_mlp = scale * (start[chunk, None] - hat * share)
+        hidden = scale * (pair_part[chunk, None] - token_part[index] * share)
+        hidden = hidden.to(tower.dtype) * activation_slope(state.hidden[index], block.activation)
+        through = norm_backward(hidden @ block.up.weight, state.middle[index], block.norm_2)
+        out = scaled((into_mlp + through).to(tower.dtype), block.scale_1) @ block.out.weight
+        weights[chunk] = _attention_sums(state, block, index, out, mean_keys)
+    return weights * (size / patches)
+
+
+def _attention_sums(state: LastBlock, block: Block, picture: Tensor, out: Tensor, mean_keys: Tensor) -> Tensor:
+    """Sum over patches of the gradient at the block's normalised tokens ``(P, D)``, given the one behind attention.
+
+    ``out`` ``(P, n, D)`` is the cotangent of the heads' concatenated output at the patches (the class token's is 0).
+    With S the scaled scores and A their softmax, dS = A * (dO v^T - dO O^T):
+
+    - values: the sum over patches i of dv_i is the sum over j of (1 - A_j0) dO_j;
+    - keys: rows of dS sum to zero, so the sum over patches of dk_i needs the class token's column of dS only;
+    - queries: sum_j dq_j = sum_i ((A^T dO)_i . v_i) k_i - sum_j (dO_j . O_j) (A k)_j.
+    """
+    pairs, patches, width = out.shape
+    heads = block.heads
+    d = width // heads
+    cotangent = out.view(pairs, patches, heads, d).transpose(1, 2)
+    to_class = state.attention[picture, :, 1:, 0].unsqueeze(-1)
+    d_value = ((1 - to_class) * cotangent).sum(dim=2)
+
+    along = (cotangent * state.attended[picture, :, 1:]).sum(dim=-1, keepdim=True)
+    towards_class = (cotangent @ state.v[picture, :, 0].unsqueeze(-1)) - along
+    d_key = -(to_class * towards_class * state.q[picture, :, 1:]).sum(dim=2)
+
+    spread = torch.empty(pairs, heads, patches + 1, d, device=out.device, dtype=out.dtype)
+    for image, pair in _runs(picture):
+        # One product per picture: its classes lie side by side, its attention is read in place.
+        side_by_side = cotangent[pair].permute(1, 2, 0, 3).reshape(heads, patches, -1)
+        product = state.attention[image, :, 1:].transpose(-2, -1) @ side_by_side
+        spread[pair] = product.view(heads, patches + 1, -1, d).permute(2, 0, 1, 3)
+    agreement = (spread * state.v[picture]).sum(dim=-1, keepdim=True)
+    d_query = (agreement * state.k[picture]).sum(dim=2) - (along * mean_keys[picture]).sum(dim=2)
+
+    scale = d**-0.5
+    summed = torch.cat([(d_query * scale).flatten(1), (d_key * scale).flatten(1), d_value.flatten(1)], dim=1)
+    return (summed @ block.qkv.weight).float()
+
+
+def weighted_sum(state: LastBlock, picture: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Raw class activation maps ``(P, h, w)``: patch activations weighted by channel, before the ReLU."""
+    activations = state.a[:, 1:].float()
+    maps = torch.stack([activations[image] @ row for image, row in zip(picture.tolist(), weights, strict=True)])
+    return maps.view(-1, *grid)
+
+
+def gradcam(
+    tower: VisionTower,
+    state: LastBlock,
+    text: TextBank,
+    labels: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    target: Target = "softmax",
+) -> Tensor:
+    """Raw class activation maps of a batch.
+
+    Args:
+        tower: The frozen vision transformer.
+        state: Its last block's forward pass on B pictures.
+        text: Prototypes of the vocabulary.
+        labels: Present classes of each picture.
+        grid: Patch grid ``(h, w)``.
+        target: What to differentiate, see :func:`score_gradient`.
+
+    Returns:
+        ``(P, h, w)`` float32, one map per (picture, class) in the order of ``labels``; may be negative.
+    """
+    picture, label = pair_index(labels, state.feature.device)
+    if not len(picture):
+        return torch.zeros(0, *grid, device=state.feature.device)
+    present = torch.zeros(len(labels), len(text.classes), dtype=torch.bool, device=state.feature.device)
+    present[picture, label] = True
+    gradient = score_gradient(state.feature, text, present, picture, label, target)
+    return weighted_sum(state, picture, channel_weights(tower, state, picture, gradient), grid)
+
+
+def normalise(raw: Tensor, *, released: bool = False) -> Tensor:
+    """ReLU and min-max to [0, 1], each map ``(P, h, w)`` by itself; a map without a positive value is zero everywhere.
+
+    Args:
+        raw: Maps of any scale, however tiny their gradients were.
+        released: As CLIP-ES's released code: ``(x - min) / (1e-7 + max(x - min))`` twice. The peak then ends at
+            0.9999999, and maps whose raw peak is below about 1e-13 (classes the softmax is sure are absent) fade away.
+    """
+    maps = raw.relu()
+    return minmax(minmax(maps, 1e-7), 1e-7) if released else minmax(maps)
+
+
+def minmax(maps: Tensor, floor: float = 0.0) -> Tensor:
+    """``(x - min) / (floor + max(x - min))`` over the last two axes; constant maps become zero."""
+    shifted = maps - maps.amin(dim=(-2, -1), keepdim=True)
+    peak = shifted.amax(dim=(-2, -1), keepdim=True) + floor
+    return shifted / torch.where(peak > 0, peak, torch.ones_like(peak))
+
+
+def pair_index(labels: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Picture and class of every pair, each ``(P,)``, pictures in order."""
+    pairs = [(image, label) for image, row in enumerate(labels) for label in row]
+    index = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
+    return index[:, 0], index[:, 1]
+
+
+def activation_slope(h: Tensor, activation: str) -> Tensor:
+    """Derivative of the MLP's non-linearity at ``h``."""
+    if activation == "quickgelu":
+        gate = torch.sigmoid(QUICK_GELU_SLOPE * h)
+        return torch.mul(gate, 1 + QUICK_GELU_SLOPE * h * (1 - gate))
+    wide = h.float()
+    cdf = 0.5 * (1 + torch.erf(wide * 2**-0.5))
+    density = torch.exp(-0.5 * wide * wide) * (2 * torch.pi) ** -0.5
+    return (cdf + wide * density).to(h.dtype)
+
+
+def norm_backward(gradient: Tensor, x: Tensor, norm: Norm) -> Tensor:
+    """Gradient with respect to ``x`` of a layer norm, given the one with respect to its output; float32."""
+    hat, scale = _standardise(x.float(), norm.eps)
+    g = gradient.float() * norm.weight
+    across: Tensor = g - g.mean(dim=-1, keepdim=True) - hat * (g * hat).mean(dim=-1, keepdim=True)
+    return across.mul(scale)
+
+
+def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(x - mean) / std`` over the last axis, and ``1 / std`` ``(…, 1)``."""
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+    scale = torch.rsqrt(variance + eps)
+    return (x - mean) * scale, scale
+
+
+def _chunks(pairs: int, patches: int) -> Iterator[slice]:
+    step = max(1, _PAIR_TOKENS // patches)
+    for start in range(0, pairs, step):
+        yield slice(start, min(start + step, pairs))
+
+
+def _runs(picture: Tensor) -> Iterator[tuple[int, slice]]:
+    """Runs of equal values in a sorted index: the value and where it stands."""
+    images, counts = torch.unique_consecutive(picture, return_counts=True)
+    start = 0
+    for image, count in zip(images.tolist(), counts.tolist(), strict=True):
+        yield image, slice(start, start + count)
+        start += count

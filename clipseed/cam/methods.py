@@ -1,0 +1,109 @@
+"""From pictures to normalised class activation maps: the methods ``clipseed cam`` offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipseed.cam.gradcam import Target, gradcam, minmax, normalise, run_last_block
+from clipseed.clip.model import FrozenClip
+from clipseed.clip.text import TextBank
+
+Method = Literal["softmax-gradcam", "gradcam"]
+METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam")
+
+
+@dataclass(frozen=True)
+class CamBatch:
+    """Maps of a batch: one ``(K, h, w)`` float32 CPU tensor per picture, and how many pictures needed float32."""
+
+    maps: list[Tensor]
+    recomputed: int
+
+
+@torch.inference_mode()
+def compute_cams(
+    clip: FrozenClip,
+    text: TextBank,
+    views: Sequence[Tensor],
+    labels: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    method: Method = "softmax-gradcam",
+    flip: bool = False,
+    released: bool = False,
+) -> CamBatch:
+    """Class activation maps of a batch of pictures.
+
+    With one view and no flip this is CLIP-ES's map. With several scales or the mirrored picture, each view's map is
+    normalised, brought to ``grid`` (bilinear), averaged, and min-max normalised once more.
+
+    Args:
+        clip: The frozen model.
+        text: Prototypes of the vocabulary.
+        views: The same B pictures at one or more scales, each ``(B, 3, H_s, W_s)`` uint8, whole patches.
+        labels: Present classes of each picture.
+        grid: Patch grid ``(h, w)`` of the result.
+        method: ``softmax-gradcam`` (CLIP-ES) or ``gradcam`` (no competition between classes).
+        flip: Also use the mirrored pictures.
+        released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalise`).
+
+    Returns:
+        Maps in [0, 1]. A picture whose maps come out NaN or infinite in half precision is computed again in float32.
+    """
+
+    def maps_of(model: FrozenClip, rows: Sequence[int]) -> Tensor:
+        chosen = [view[list(rows)] for view in views]
+        return _all_views(model, text, chosen, [labels[k] for k in rows], grid, method, flip, released)
+
+    maps = maps_of(clip, range(len(labels)))
+    counts = [len(row) for row in labels]
+    split = list(torch.split(maps, counts))
+    broken = [k for k, part in enumerate(split) if not torch.isfinite(part).all()]
+    if broken and clip.exact is not clip:
+        again = maps_of(clip.exact, broken)
+        for k, part in zip(broken, torch.split(again, [counts[k] for k in broken]), strict=True):
+            split[k] = part
+    return CamBatch([part.nan_to_num(0.0).cpu() for part in split], len(broken))
+
+
+def _all_views(
+    clip: FrozenClip,
+    text: TextBank,
+    views: Sequence[Tensor],
+    labels: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    method: Method,
+    flip: bool,
+    released: bool,
+) -> Tensor:
+    found = []
+    for pixels in views:
+        for mirrored in (False, True) if flip else (False,):
+            maps = _one_view(clip, text, pixels.flip(-1) if mirrored else pixels, labels, method, released)
+            found.append(maps.flip(-1) if mirrored else maps)
+    if len(found) == 1 and found[0].shape[1:] == grid:
+        return found[0]
+    resized = [F.interpolate(maps[None], size=grid, mode="bilinear", align_corners=False)[0] for maps in found]
+    return minmax(torch.stack(resized).mean(dim=0))
+
+
+def _one_view(
+    clip: FrozenClip,
+    text: TextBank,
+    pixels: Tensor,
+    labels: Sequence[Sequence[int]],
+    method: Method,
+    released: bool,
+) -> Tensor:
+    features = clip.dense(pixels)
+    state = run_last_block(clip.tower, features.tokens)
+    # Maps are normalised, so the logarithm changes nothing but that tiny probabilities do not underflow.
+    softmax: Target = "softmax" if released else "log-softmax"
+    target = softmax if method == "softmax-gradcam" else "logit"
+    raw = gradcam(clip.tower, state, text, labels, features.grid, target)
+    return normalise(raw, released=released)

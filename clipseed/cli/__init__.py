@@ -1,0 +1,1 @@
+"""The command line: one module per command; parses, calls one function, prints."""

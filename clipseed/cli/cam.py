@@ -1,0 +1,145 @@
+"""``clipseed cam``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from clipseed.cli import options as shared
+from clipseed.cli.console import Talker, print_json, some
+
+if TYPE_CHECKING:
+    from clipseed.data.types import ImageSet
+    from clipseed.jobs.cam import CamReport
+    from clipseed.runtime.stream import StreamStats
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("cam")(cam)
+
+
+def cam(
+    dataset: shared.Dataset,
+    out: Annotated[
+        Path, typer.Option(help="NAME.h5 for one file, or a folder for shards.", rich_help_panel=shared.OUTPUT)
+    ] = Path("cams.h5"),
+    root: shared.Root = None,
+    images: shared.Images = None,
+    split: shared.Split = None,
+    labels: shared.LabelsFile = None,
+    classes: shared.Classes = None,
+    template: shared.Templates = None,
+    limit: shared.Limit = None,
+    exif: shared.Exif = False,
+    max_pixels: shared.MaxPixels = 80_000_000,
+    model: shared.Model = None,
+    weights: shared.Weights = None,
+    method: Annotated[
+        str, typer.Option(help="softmax-gradcam (CLIP-ES) or gradcam.", rich_help_panel=shared.MODEL)
+    ] = "softmax-gradcam",
+    scales: Annotated[
+        str, typer.Option(help="Picture scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
+    ] = "1",
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Average with the mirrored picture.", rich_help_panel=shared.MODEL)
+    ] = False,
+    max_side: Annotated[
+        int, typer.Option(help="Shrink longer pictures to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
+    ] = 640,
+    min_side: Annotated[
+        int, typer.Option(help="Enlarge shorter pictures to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
+    ] = 0,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="CLIP-ES's released code with all its quirks.", rich_help_panel=shared.MODEL),
+    ] = False,
+    device: shared.Device = "auto",
+    precision: shared.Precision = "auto",
+    batch_size: shared.BatchSize = "auto",
+    workers: shared.Workers = "auto",
+    overwrite: shared.Overwrite = False,
+    json: shared.Json = False,
+    quiet: shared.Quiet = False,
+    debug: shared.Debug = False,
+) -> int:
+    """Turn pictures with image-level labels into class activation maps.
+
+    Running the same command again does what is missing. Examples:
+
+      clipseed cam --dataset voc --out cams.h5
+
+      clipseed cam --dataset folder --images photos --labels labels.csv --classes classes.txt
+    """
+    from clipseed.data.dataset import DatasetOptions
+    from clipseed.jobs.cam import CamOptions, run_cam
+
+    data = DatasetOptions(
+        dataset=dataset, root=root, images=images, split=split, labels=labels, classes=classes,
+        templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
+    )  # fmt: skip
+    options = CamOptions(
+        data=data, out=out, model=model, weights=weights, device=device, precision=cast("Any", precision),
+        method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
+        min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
+        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite,
+    )  # fmt: skip
+    talker = Talker(quiet)
+    try:
+        report = run_cam(options, lambda image_set, todo, done: _start(talker, image_set, todo, done))
+    finally:
+        talker.close()
+    _tell(talker, report)
+    if json:
+        print_json(_as_dict(report))
+    return 3 if report.stats.skipped else 0
+
+
+def _start(talker: Talker, image_set: ImageSet, todo: int, done: int) -> Any:
+    talker.note(
+        f"{image_set.name} {image_set.split}: {len(image_set.samples)} pictures, {todo} to do"
+        + (f", {done} done already" if done else "")
+    )
+    current: list[StreamStats] = []
+    track = talker.track("cam", todo, lambda: f"(limited by {current[0].bottleneck})" if current else "")
+
+    def advance(count: int, stats: StreamStats) -> None:
+        current[:] = [stats]
+        track(count)
+
+    return advance
+
+
+def _tell(talker: Talker, report: CamReport) -> None:
+    for note in dict.fromkeys(report.notes):
+        talker.warn(note)
+    if report.recomputed:
+        talker.warn(f"{report.recomputed} pictures gave NaN or infinity in half precision and were computed in fp32")
+    skipped = report.stats.skipped
+    if skipped:
+        talker.warn(f"{len(skipped)} pictures skipped: {some([f'{key} ({why})' for key, why in skipped], 3)}")
+        talker.warn(f"all of them are listed in {report.skipped_file}")
+    computed = report.stats.computed
+    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
+    model = report.model
+    talker.note(
+        f"{report.out}: {report.found + computed} of {report.total} pictures, {computed} computed now{rate} "
+        f"({model['model']} {model['weights']}, {report.device}, {model['precision']})"
+    )
+
+
+def _as_dict(report: CamReport) -> dict[str, Any]:
+    return {
+        "out": str(report.out),
+        "images": report.total,
+        "found": report.found,
+        "computed": report.stats.computed,
+        "skipped": [{"id": key, "reason": why} for key, why in report.stats.skipped],
+        "recomputed_in_fp32": report.recomputed,
+        "seconds": round(report.seconds, 3),
+        "waits": {stage: round(seconds, 3) for stage, seconds in report.stats.waits.items()},
+        "model": report.model,
+        "device": report.device,
+    }

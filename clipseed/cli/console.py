@@ -1,0 +1,113 @@
+"""What the commands share in talking to people: stdout is data, stderr is progress and messages."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Talker:
+    """Messages and progress of one command on stderr; ``quiet`` silences all but errors."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False)
+        self._progress: Progress | None = None
+
+    def note(self, text: str) -> None:
+        """One line for information."""
+        if not self.quiet:
+            self.console.print(text)
+
+    def warn(self, text: str) -> None:
+        """One line for something the user should look at."""
+        if not self.quiet:
+            self.console.print(f"warning: {text}", style="yellow")
+
+    def track(self, title: str, total: int, detail: Callable[[], str] = lambda: "") -> Callable[[int], None]:
+        """Show progress over ``total`` items; returns the function that advances it.
+
+        On a terminal this is a bar, elsewhere a line every ten seconds.
+        """
+        if self.quiet or total == 0:
+            return lambda count: None
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            return self._bar(title, total, detail)
+        return self._lines(title, total, detail)
+
+    def _bar(self, title: str, total: int, detail: Callable[[], str]) -> Callable[[int], None]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        progress = self._progress = Progress(*columns, console=self.console, transient=True)
+        progress.start()
+        task = progress.add_task(title, total=total, rate="")
+        began = time.perf_counter()
+
+        def advance(count: int) -> None:
+            done = progress.tasks[0].completed + count
+            rate = done / max(1e-9, time.perf_counter() - began)
+            progress.update(task, advance=count, rate=f"{rate:.1f} images/s {detail()}".rstrip())
+            if done >= total:
+                self.close()
+
+        return advance
+
+    def _lines(self, title: str, total: int, detail: Callable[[], str]) -> Callable[[int], None]:
+        began = last = time.perf_counter()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.perf_counter()
+            if now - last >= 10 or (done >= total and now - began >= 10):
+                last = now
+                rate = done / (now - began)
+                left = (total - done) / rate
+                self.note(f"{title} {done}/{total}, {rate:.1f} images/s, {left:.0f} s left {detail()}".rstrip())
+
+        return advance
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def print_json(data: Any) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=True, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write aligned columns to stdout: the first to the left, the others to the right; plain text, safe to pipe."""
+    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.flush()
+
+
+def percent(fraction: float | None) -> str:
+    """``0.4567`` to ``45.67``; no value to ``-``."""
+    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f}"
+
+
+def some(items: Sequence[str], count: int = 5) -> str:
+    """The first few of a list, for messages."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more

@@ -1,0 +1,78 @@
+"""``clipseed demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from clipseed.cli import options as shared
+from clipseed.cli.console import Talker, percent, print_json, print_table
+
+if TYPE_CHECKING:
+    from clipseed.jobs.cam import Start
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("demo")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's files.", rich_help_panel=shared.OUTPUT)] = Path(
+        "demo"
+    ),
+    limit: shared.Limit = None,
+    device: shared.Device = "auto",
+    save_dataset: Annotated[
+        Optional[Path],
+        typer.Option(help="Only write the toy scenes there, as a VOC devkit.", rich_help_panel=shared.OUTPUT),
+    ] = None,
+    json: shared.Json = False,
+    quiet: shared.Quiet = False,
+    debug: shared.Debug = False,
+) -> int:
+    """Run the whole pipeline on the built-in toy world: no downloads, no network."""
+    talker = Talker(quiet)
+    if save_dataset is not None:
+        return _save(talker, save_dataset, limit)
+    from clipseed.jobs.demo import run_demo
+
+    def start(title: str) -> Start:
+        return lambda image_set, todo, done: _progress(talker, title, todo)
+
+    try:
+        stages, preview = run_demo(out, limit, device, start, lambda total: talker.track("evaluate", total))
+    finally:
+        talker.close()
+    if json:
+        print_json({"stages": [stage.as_dict() for stage in stages], "preview": str(preview)})
+    else:
+        rows = [
+            (f"{s.name}: {s.title}", percent(s.report.scores.miou), f"{s.report.threshold:g}",
+             f"{s.images_per_second:.1f}", str(s.out)) for s in stages
+        ]  # fmt: skip
+        print_table((f"toy world, {stages[0].report.images} images", "mIoU %", "threshold", "images/s", "file"), rows)
+    talker.note(f"{preview}: some maps over their pictures")
+    return 0
+
+
+def _progress(talker: Talker, title: str, todo: int) -> Any:
+    track = talker.track(title, todo)
+    return lambda count, stats: track(count)
+
+
+def _save(talker: Talker, folder: Path, limit: int | None) -> int:
+    from clipseed.store.files import storage_errors
+    from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit
+
+    with storage_errors(folder):
+        count = save_devkit(folder, count=limit or HELD_OUT_COUNT)
+    talker.note(
+        f"{folder}: {count} pictures as a VOC devkit; try\n"
+        f"  cd {folder}\n"
+        "  clipseed cam --dataset voc --classes toy --weights toy --out cams.h5\n"
+        "  clipseed evaluate --gt SegmentationClass"
+    )
+    return 0

@@ -1,0 +1,99 @@
+"""The ``clipseed`` program: one module per command, and the way from exceptions to exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+
+from clipseed import __version__
+from clipseed.errors import ClipseedError
+
+_COMMANDS = ("cam", "evaluate", "inspect", "demo", "doctor")
+
+EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
+130 and 143 interrupted (the same command goes on)."""
+
+
+def build_app() -> typer.Typer:
+    """Assemble the program."""
+    app = typer.Typer(
+        name="clipseed",
+        help="Segmentation pseudo-labels from image-level labels, with frozen CLIP and optionally SAM.",
+        epilog=EXIT_CODES,
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_program)
+    for name in _COMMANDS:
+        import_module(f"clipseed.cli.{name}").register(app)
+    return app
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"clipseed {__version__}")
+        raise typer.Exit
+
+
+def _program(
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_show_version, is_eager=True),
+) -> None:
+    """Segmentation pseudo-labels from image-level labels, with frozen CLIP and optionally SAM."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        result = build_app()(words, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except ClipseedError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except BrokenPipeError:
+        # The reader of our output went away (| head). Nothing is wrong; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, debug)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except Exception as error:
+        if _is_usage_error(error):
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted", 130, debug)
+        return _fail(
+            f"{type(error).__name__}: {error}. This is a fault in clipseed; please report it with what "
+            "the same command prints with --debug",
+            1,
+            debug,
+        )
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Typer's own complaints about options, whichever Click they come from."""
+    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"error: {message}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(
+        sys.stderr.encoding or "utf-8"))  # fmt: skip
+    return code
+
+
+def run() -> None:
+    """Entry point of the installed script."""
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Options that several commands share, defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clipseed.errors import UsageError
+
+DATA = "Data set"
+MODEL = "Model"
+RUN = "Run"
+OUTPUT = "Output"
+
+Dataset = Annotated[
+    str, typer.Option(help="voc, coco, folder or toy (built in).", rich_help_panel=DATA, show_default=False)
+]
+Root = Annotated[
+    Optional[Path],
+    typer.Option(help="Folder of the devkit [default: $CLIPSEED_VOC or the working folder].", rich_help_panel=DATA),
+]
+Images = Annotated[Optional[Path], typer.Option(help="Folder with the pictures (folder, coco).", rich_help_panel=DATA)]
+Split = Annotated[
+    Optional[str],
+    typer.Option(help="train, trainaug, val, or a file with one id per line.", rich_help_panel=DATA),
+]
+LabelsFile = Annotated[
+    Optional[Path],
+    typer.Option("--labels", help="Image-level labels: CSV, one-hot CSV, JSON or text.", rich_help_panel=DATA),
+]
+Classes = Annotated[
+    Optional[str],
+    typer.Option(help="Class names and words: voc, coco, coco-corrected, toy or a file.", rich_help_panel=DATA),
+]
+Templates = Annotated[
+    Optional[list[str]],
+    typer.Option("--template", help="Prompt with one {}; several are averaged.", rich_help_panel=DATA),
+]
+Exif = Annotated[
+    bool, typer.Option("--exif", help="Turn pictures as their EXIF orientation says.", rich_help_panel=DATA)
+]
+MaxPixels = Annotated[
+    int, typer.Option(help="Refuse larger pictures before decoding them.", rich_help_panel=DATA, min=1)
+]
+Limit = Annotated[Optional[int], typer.Option(help="Only the first N pictures.", rich_help_panel=DATA, min=1)]
+
+Model = Annotated[
+    Optional[str],
+    typer.Option(help="open_clip name, e.g. ViT-B-16 [default: ViT-B-16, or read off a file].", rich_help_panel=MODEL),
+]
+Weights = Annotated[
+    Optional[str],
+    typer.Option(help="Pretrained tag, file, or toy [default: openai; toy for --dataset toy].", rich_help_panel=MODEL),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=RUN)]
+BatchSize = Annotated[str, typer.Option(help="auto, or pictures per batch.", rich_help_panel=RUN)]
+Workers = Annotated[
+    str, typer.Option(help="auto, or decoding processes (0: a thread of this one).", rich_help_panel=RUN)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start again, deleting what is there.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, no notes; errors only.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+
+
+def auto_or_number(text: str, option: str) -> int | None:
+    """``auto`` to ``None``, digits to a number.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"{option} {text}: give auto or a number")
+    return int(text)
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """``0.5,1.0`` to a tuple.
+
+    Raises:
+        UsageError: not numbers.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: give numbers separated by commas") from error

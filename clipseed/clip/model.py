@@ -1,0 +1,273 @@
+"""Frozen CLIP: loading from any source, dense image features and text prototypes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clipseed.clip.architecture import (
+    Config,
+    build_model,
+    decide_activation,
+    inferred_config,
+    named_config,
+    refuse_unsupported,
+    round_linear_weights,
+)
+from clipseed.clip.checkpoint import Activation, Checkpoint, read_checkpoint
+from clipseed.clip.text import TextBank, Tokenizer, encode_vocabulary
+from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
+from clipseed.data.vocabulary import Vocabulary
+from clipseed.errors import UsageError, WeightsError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DEFAULT_MODEL = "ViT-B-16"
+DEFAULT_WEIGHTS = "openai"
+TOY_WEIGHTS = "toy"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What an output file records about the model it was made with."""
+
+    model: str
+    weights: str
+    sha256: str
+    activation: str
+    patch: int
+    blocks: int
+    width: int
+    heads: int
+    embed_dim: int
+    train_grid: int
+
+
+class FrozenClip:
+    """A CLIP model that is never trained: dense image features and text prototypes.
+
+    Use :meth:`load`. The vision tower runs on ``device`` in ``dtype``; text is encoded once, in float32.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, tower: VisionTower, info: ModelInfo, precision: str
+    ) -> None:
+        self.tower = tower
+        self.info = info
+        self.precision = precision
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        model: str | None = None,
+        weights: str | Path = DEFAULT_WEIGHTS,
+        device: str | torch.device = "auto",
+        precision: Precision = "auto",
+        *,
+        released_rounding: bool = False,
+    ) -> FrozenClip:
+        """Load a frozen CLIP.
+
+        Args:
+            model: open_clip model name; default ``ViT-B-16`` for a pretrained tag, read off the tensors for a file.
+            weights: Pretrained tag (``openai``, ``laion2b_s34b_b88k``, …), a file or folder, or ``toy``.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+            precision: Type of the vision tower; ``auto`` is fp32 on a CPU and half precision on a GPU.
+            released_rounding: Round linear weights and position tables to half precision as CLIP-ES's released code
+                does (:func:`~clipseed.clip.architecture.round_linear_weights`).
+
+        Raises:
+            WeightsError: not found, damaged, unsupported or contradictory.
+            UsageError: the device or precision does not exist here.
+        """
+        device = pick_device(device)
+        dtype = pick_dtype(precision, device)
+        checkpoint, tagged, pixels = _find_weights(model, str(weights))
+        network, config = _assemble(model, checkpoint, tagged)
+        mean, std = pixels or _pixel_statistics(checkpoint)
+        if released_rounding:
+            round_linear_weights(network)
+        visual: Any = network.visual
+        tower = tower_from(visual, mean, std, device, dtype, half_positions=released_rounding)
+        vision = config["vision_cfg"]
+        info = ModelInfo(
+            model=model or "inferred",
+            weights=str(weights) if tagged or str(weights) == TOY_WEIGHTS else checkpoint.path.name,
+            sha256=checkpoint.sha256,
+            activation="quickgelu" if config["quick_gelu"] else "gelu",
+            patch=tower.patch,
+            blocks=len(tower.blocks),
+            width=tower.width,
+            heads=tower.blocks[0].heads,
+            embed_dim=config["embed_dim"],
+            train_grid=vision["image_size"] // tower.patch,
+        )
+        name = next(key for key, value in _DTYPES.items() if value is dtype)
+        return cls(network.to(device), _tokenizer(model, config), tower, info, name)
+
+    @cached_property
+    def exact(self) -> FrozenClip:
+        """The same model in float32; used again where half precision gave NaN or infinity."""
+        if self.tower.dtype is torch.float32:
+            return self
+        source: Any = self._model
+        mean, std = (tuple(float(x) for x in t.flatten()) for t in (self.tower.mean, self.tower.std))
+        tower = tower_from(
+            source.visual, mean, std, self.tower.device, torch.float32, half_positions=self.tower.half_positions
+        )
+        return FrozenClip(self._model, self._tokenizer, tower, self.info, "fp32")
+
+    def encode_text(self, vocabulary: Vocabulary) -> TextBank:
+        """Unit prototypes of a vocabulary: ``(C, E)`` classes and ``(M, E)`` background words, float32."""
+        return encode_vocabulary(self._model, self._tokenizer, vocabulary)
+
+    def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> DenseFeatures:
+        """Dense features of pictures of one size: ``(B, 3, H, W)`` uint8, sides multiples of the patch size."""
+        return self.tower.dense(self.tower.normalise(images), attention_blocks)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """The model's own image features ``(B, E)``, not normalised; images as in :meth:`dense`."""
+        return self.tower.encode(self.tower.normalise(images))
+
+    def manifest(self) -> dict[str, Any]:
+        """Plain description for output files."""
+        return {**asdict(self.info), "precision": self.precision}
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Resolve ``auto`` and check that the device exists.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if str(device) == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA GPU here (see clipseed doctor)")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch finds no Apple GPU here")
+    if chosen.type not in {"cpu", "cuda", "mps"}:
+        raise UsageError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
+    return chosen
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Resolve ``auto``: float32 on CPU and Apple GPUs, bfloat16 (float16 on older cards) on CUDA.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision not in _DTYPES:
+        raise UsageError(f"--precision {precision}: choose auto, fp32, bf16 or fp16")
+    return _DTYPES[precision]
+
+
+def toy_weights_path() -> Path:
+    """The tiny trained CLIP inside the package."""
+    return Path(__file__).parent.parent / "toy" / "weights" / "clip.npz"
+
+
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def _find_weights(model: str | None, weights: str) -> tuple[Checkpoint, Activation | None, Pixels | None]:
+    """The checkpoint, and for a pretrained tag its activation and pixel statistics."""
+    if weights == TOY_WEIGHTS:
+        return read_checkpoint(toy_weights_path()), None, None
+    if Path(weights).exists():
+        return read_checkpoint(Path(weights)), None, None
+    if os.sep in weights or Path(weights).suffix in {".pt", ".pth", ".bin", ".safetensors", ".npz"}:
+        raise WeightsError(f"--weights {weights}: no such file")
+    return _from_tag(model or DEFAULT_MODEL, weights)
+
+
+def weights_folder() -> Path:
+    """Where weight files can be put by hand: ``$CLIPSEED_WEIGHTS`` or ``~/.cache/clipseed``."""
+    return Path(os.environ.get("CLIPSEED_WEIGHTS") or Path.home() / ".cache" / "clipseed")
+
+
+def local_weights(model: str, tag: str) -> Path | None:
+    """A file put by hand for a pretrained tag, or the one that OpenAI's own package downloaded."""
+    bare = model.removesuffix("-quickgelu")
+    names = [weights_folder() / f"{name}-{tag}{suffix}" for name in dict.fromkeys((model, bare))
+             for suffix in (".safetensors", ".bin", ".pt")]  # fmt: skip
+    if tag == "openai":
+        names.append(Path.home() / ".cache" / "clip" / f"{bare}.pt")
+    return next((path for path in names if path.is_file()), None)
+
+
+def _from_tag(model: str, tag: str) -> tuple[Checkpoint, Activation, Pixels]:
+    from open_clip import pretrained
+
+    entry = pretrained.get_pretrained_cfg(model, tag)
+    if not entry:
+        tags = pretrained.list_pretrained_tags_by_model(model)
+        known = ", ".join(tags) if tags else f"none for model {model!r}"
+        raise WeightsError(f"--weights {tag}: neither a file nor a pretrained tag (known: {known}, toy)")
+    named_config(model)  # refuse unsupported towers before downloading gigabytes
+    path = local_weights(model, tag)
+    if path is None:
+        where = entry.get("hf_hub", "").rstrip("/") or entry.get("url")
+        try:
+            path = Path(pretrained.download_pretrained(entry))
+        except Exception as error:  # hub and network errors of several libraries
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            raise WeightsError(
+                f"--weights {tag}: cannot be downloaded from {where} ({reason}). Without network, fetch the file "
+                f"elsewhere and put it at {weights_folder() / f'{model}-{tag}.safetensors'} (or .bin, .pt), or name "
+                "it with --weights FILE; --weights toy needs no file"
+            ) from error
+    activation: Activation = "quickgelu" if entry.get("quick_gelu") else "gelu"
+    return read_checkpoint(path), activation, (tuple(entry["mean"]), tuple(entry["std"]))
+
+
+def _assemble(model: str | None, checkpoint: Checkpoint, tagged: Activation | None) -> tuple[nn.Module, Config]:
+    if tagged is not None:
+        model = model or DEFAULT_MODEL
+    if model is not None:
+        config = named_config(model)
+    elif checkpoint.config is not None:
+        config = dict(checkpoint.config["model_cfg"])
+        refuse_unsupported(config, str(checkpoint.path))
+    else:
+        config = inferred_config(checkpoint.state, str(checkpoint.path))
+    config = decide_activation(model, config, checkpoint, tagged)
+    return build_model(config, checkpoint), config
+
+
+def _pixel_statistics(checkpoint: Checkpoint) -> Pixels:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    stated = (checkpoint.config or {}).get("preprocess_cfg") or {}
+    return tuple(stated.get("mean") or OPENAI_DATASET_MEAN), tuple(stated.get("std") or OPENAI_DATASET_STD)
+
+
+def _tokenizer(model: str | None, config: Config) -> Tokenizer:
+    import open_clip
+
+    text = config["text_cfg"]
+    if model is not None or text.get("hf_tokenizer_name"):
+        try:
+            return open_clip.get_tokenizer(model or f"hf-hub:{text['hf_tokenizer_name']}")  # type: ignore[no-any-return]
+        except Exception as error:
+            raise WeightsError(f"--model {model}: its tokenizer cannot be loaded ({error})") from error
+    return open_clip.SimpleTokenizer(context_length=text["context_length"])  # type: ignore[no-any-return]

@@ -1,0 +1,285 @@
+"""CLIP's vision transformer as plain functions on weights: any picture size, dense tokens, averaged attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipseed.errors import WeightsError
+
+QUICK_GELU_SLOPE = 1.702
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer normalisation; computed in float32 whatever the input's type."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last axis; the result has the type of ``x``."""
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``y = x W^T + b`` with weight ``(out, in)``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to the last axis."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual attention block. ``scale_1`` and ``scale_2`` are LayerScale gains where the model has them."""
+
+    heads: int
+    norm_1: Norm
+    qkv: Linear
+    out: Linear
+    scale_1: Tensor | None
+    norm_2: Norm
+    up: Linear
+    activation: Literal["quickgelu", "gelu"]
+    down: Linear
+    scale_2: Tensor | None
+
+    def split_heads(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of normalised tokens ``(B, N, D)``, each ``(B, heads, N, D / heads)``."""
+        batch, count, width = a.shape
+        q, k, v = self.qkv(a).view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def activate(self, h: Tensor) -> Tensor:
+        """The MLP's non-linearity."""
+        return h * torch.sigmoid(QUICK_GELU_SLOPE * h) if self.activation == "quickgelu" else F.gelu(h)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention result ``(B, heads, N, D / heads)`` and the MLP to the residual stream ``x``."""
+        x = x + scaled(self.out(merge_heads(attended)), self.scale_1)
+        return x + scaled(self.down(self.activate(self.up(self.norm_2(x)))), self.scale_2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``(B, heads, N, d)`` to ``(B, N, heads * d)``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def scaled(x: Tensor, gain: Tensor | None) -> Tensor:
+    """Apply a LayerScale gain where there is one."""
+    return x if gain is None else x * gain
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """Softmax attention of every head: ``(B, heads, N, N)``, rows are queries and sum to 1."""
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return scores.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class DenseFeatures:
+    """What one forward pass leaves behind for CAM and affinity methods.
+
+    Attributes:
+        tokens: ``(B, N, D)`` tokens entering the last block, class token first, patches row by row.
+        grid: Patch grid ``(h, w)``; ``N = h * w + 1``.
+        attention: ``(B, h*w, h*w)`` attention between patches, averaged over the heads and the requested blocks
+            (without the last one), float32; ``None`` when no block was requested. Rows are queries; as the class
+            token is cut off they do not sum to 1.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    attention: Tensor | None
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """The frozen vision transformer of a CLIP model.
+
+    Attributes:
+        patch: Patch size in pixels.
+        mean, std: Per-channel normalisation of pixels in [0, 1], ``(3, 1, 1)``.
+        positions: ``(1 + g*g, D)`` position table of the ``g x g`` training grid, class token first.
+        half_positions: Round interpolated position tables to half precision, as CLIP-ES's released code does.
+        mean_pool: The model's own image feature is the patch mean rather than the class token (CLIPA).
+        norm_after_pool: It normalises the pooled feature instead of every token (CLIPA).
+        projection: ``(D, E)`` map to the joint image-text space.
+        dtype: Type of the matrix products (norms are float32).
+    """
+
+    patch: int
+    mean: Tensor
+    std: Tensor
+    patch_weight: Tensor
+    class_token: Tensor
+    positions: Tensor
+    half_positions: bool
+    norm_pre: Norm | None
+    blocks: tuple[Block, ...]
+    norm_post: Norm
+    mean_pool: bool
+    norm_after_pool: bool
+    projection: Tensor
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.class_token.device
+
+    @property
+    def width(self) -> int:
+        """Token width D."""
+        return self.class_token.shape[-1]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 pixels ``(B, 3, H, W)`` to CLIP's input."""
+        return (images.to(self.device).float() / 255 - self.mean) / self.std
+
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
+        """Positions for a patch grid ``(1 + h*w, D)``: bilinear, half-pixel centres, no antialiasing (CLIP-ES)."""
+        side = round((self.positions.shape[0] - 1) ** 0.5)
+        table = self.positions
+        if grid != (side, side):
+            patches = table[1:].T.reshape(1, -1, side, side)
+            patches = F.interpolate(patches, size=grid, mode="bilinear", align_corners=False)
+            table = torch.cat([table[:1], patches[0].flatten(1).T])
+        return table.half().to(self.positions.dtype) if self.half_positions else table
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Normalised pixels ``(B, 3, H, W)`` to the first block's tokens and the patch grid."""
+        patches = F.conv2d(pixels.to(self.dtype), self.patch_weight, stride=self.patch)
+        grid = (patches.shape[2], patches.shape[3])
+        patches = patches.flatten(2).transpose(1, 2)
+        first = self.class_token.to(self.dtype).expand(len(patches), 1, -1)
+        tokens = torch.cat([first, patches], dim=1) + self.position_table(grid).to(self.dtype)
+        return (tokens if self.norm_pre is None else self.norm_pre(tokens)), grid
+
+    @torch.inference_mode()
+    def dense(self, pixels: Tensor, attention_blocks: Collection[int] = ()) -> DenseFeatures:
+        """Run all blocks but the last on normalised pixels ``(B, 3, H, W)``; sides are multiples of the patch size.
+
+        Attention is averaged as it is produced, head by head, and only for ``attention_blocks``; the other blocks use
+        fused attention and never hold a map.
+
+        Raises:
+            ValueError: a block index that is not one of the blocks before the last.
+        """
+        wanted = set(attention_blocks)
+        if not wanted <= set(range(len(self.blocks) - 1)):
+            raise ValueError(f"attention blocks must be among 0…{len(self.blocks) - 2}, not {sorted(wanted)}")
+        tokens, grid = self.embed(pixels)
+        total: Tensor | None = None
+        for position, block in enumerate(self.blocks[:-1]):
+            q, k, v = block.split_heads(block.norm_1(tokens))
+            if position in wanted:
+                attended, mean_map = attend_with_mean_map(q, k, v)
+                total = mean_map if total is None else total.add_(mean_map)
+            else:
+                attended = F.scaled_dot_product_attention(q, k, v)
+            tokens = block.finish(tokens, attended)
+        return DenseFeatures(tokens, grid, None if total is None else total / len(wanted))
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The model's own image feature ``(B, E)``, not normalised."""
+        tokens, _ = self.embed(pixels)
+        for block in self.blocks:
+            q, k, v = block.split_heads(block.norm_1(tokens))
+            tokens = block.finish(tokens, F.scaled_dot_product_attention(q, k, v))
+        if not self.norm_after_pool:
+            tokens = self.norm_post(tokens)
+        pooled = tokens[:, 1:].mean(dim=1) if self.mean_pool else tokens[:, 0]
+        if self.norm_after_pool:
+            pooled = self.norm_post(pooled)
+        return pooled @ self.projection
+
+
+def attend_with_mean_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention result ``(B, heads, N, d)`` and its patch-to-patch map averaged over heads, float32."""
+    maps = attention_map(q, k)
+    return maps @ v, maps[:, :, 1:, 1:].mean(dim=1, dtype=torch.float32)
+
+
+def tower_from(
+    visual: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    half_positions: bool = False,
+) -> VisionTower:
+    """Take the weights out of open_clip's ``VisionTransformer``; ``half_positions`` as in :class:`VisionTower`.
+
+    Raises:
+        WeightsError: the module is something else.
+    """
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
+        raise WeightsError(f"the vision tower {type(visual).__name__} is not supported; use a ViT such as ViT-B-16")
+    source: Any = visual
+
+    def matrix(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, dtype)
+
+    def vector(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float32)
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+        return Linear(matrix(weight), None if bias is None else matrix(bias))
+
+    def norm(module: Any) -> Norm:
+        return Norm(vector(module.weight), vector(module.bias), module.eps)
+
+    def gain(module: nn.Module) -> Tensor | None:
+        gamma = getattr(module, "gamma", None)
+        return None if gamma is None else matrix(gamma)
+
+    blocks = []
+    for module in source.transformer.resblocks:
+        if not isinstance(module, ResidualAttentionBlock):
+            raise WeightsError(f"the block type {type(module).__name__} is not supported; use a plain ViT")
+        blocks.append(
+            Block(
+                heads=module.attn.num_heads,
+                norm_1=norm(module.ln_1),
+                qkv=linear(module.attn.in_proj_weight, module.attn.in_proj_bias),
+                out=linear(module.attn.out_proj.weight, module.attn.out_proj.bias),
+                scale_1=gain(module.ls_1),
+                norm_2=norm(module.ln_2),
+                up=linear(module.mlp.c_fc.weight, module.mlp.c_fc.bias),
+                activation="gelu" if isinstance(module.mlp.gelu, nn.GELU) else "quickgelu",
+                down=linear(module.mlp.c_proj.weight, module.mlp.c_proj.bias),
+                scale_2=gain(module.ls_2),
+            )
+        )
+    return VisionTower(
+        patch=source.patch_size[0],
+        mean=torch.tensor(mean, device=device).view(3, 1, 1),
+        std=torch.tensor(std, device=device).view(3, 1, 1),
+        patch_weight=matrix(source.conv1.weight),
+        class_token=vector(source.class_embedding),
+        positions=vector(source.positional_embedding),
+        half_positions=half_positions,
+        norm_pre=None if isinstance(source.ln_pre, nn.Identity) else norm(source.ln_pre),
+        blocks=tuple(blocks),
+        norm_post=norm(source.ln_post),
+        mean_pool=source.pool_type == "avg",
+        norm_after_pool=bool(source.final_ln_after_pool),
+        projection=matrix(source.proj),
+        dtype=dtype,
+    )

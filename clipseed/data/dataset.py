@@ -1,0 +1,154 @@
+"""One entry point for every data set that the commands know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipseed.data import coco, voc
+from clipseed.data.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, FileReader, read_image
+from clipseed.data.labels import Labels, read_labels
+from clipseed.data.listing import list_images, read_split
+from clipseed.data.types import ImageSet, Sample
+from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary
+from clipseed.errors import ImageError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DATASETS = ("voc", "coco", "folder", "toy")
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Where the images, labels and class texts are; the command line's data-set options.
+
+    ``template`` and ``background`` replace the vocabulary's own when given.
+    """
+
+    dataset: str
+    root: Path | None = None
+    images: Path | None = None
+    split: str | None = None
+    labels: Path | None = None
+    classes: str | None = None
+    templates: tuple[str, ...] = ()
+    exif: bool = False
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    limit: int | None = None
+    toy_seed: int = 0
+
+
+def open_dataset(options: DatasetOptions) -> ImageSet:
+    """List a data set's samples with their labels.
+
+    Raises:
+        UsageError: an option is missing or does not belong to this data set.
+        InputError: files are missing or malformed.
+    """
+    openers = {"voc": _open_voc, "coco": _open_coco, "folder": _open_folder, "toy": _open_toy}
+    if options.dataset not in openers:
+        raise UsageError(f"--dataset {options.dataset}: choose one of {', '.join(DATASETS)}")
+    image_set = openers[options.dataset](options)
+    if options.templates:
+        vocabulary = checked(replace(image_set.vocabulary, templates=options.templates), "--template")
+        image_set = replace(image_set, vocabulary=vocabulary)
+    if options.limit is not None:
+        image_set = replace(image_set, samples=image_set.samples[: options.limit])
+    return image_set
+
+
+def _reader(options: DatasetOptions) -> FileReader:
+    return FileReader(exif=options.exif, max_pixels=options.max_pixels)
+
+
+def _labels(options: DatasetOptions, vocabulary: Vocabulary) -> Labels | None:
+    return read_labels(options.labels, vocabulary) if options.labels else None
+
+
+def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
+    """Picture folder and label file, for the manifest; :func:`picture_finder` reads them back."""
+    named = {"labels": options.labels, "images": images}
+    return {key: str(path.resolve()) for key, path in named.items() if path is not None}
+
+
+def _open_voc(options: DatasetOptions) -> ImageSet:
+    vocabulary = load_vocabulary(options.classes or "voc")
+    root = voc.find_devkit(options.root).resolve()
+    split, samples = voc.read_devkit(root, options.split, vocabulary, _labels(options, vocabulary))
+    truth = root / "SegmentationClass"
+    return ImageSet(
+        "voc", root, split, samples, vocabulary, _reader(options), str(truth) if truth.is_dir() else None,
+        _source(options, root / "JPEGImages"),
+    )  # fmt: skip
+
+
+def _open_coco(options: DatasetOptions) -> ImageSet:
+    start = options.root or (Path(os.environ["CLIPSEED_COCO"]) if os.environ.get("CLIPSEED_COCO") else Path())
+    root = start.resolve()
+    split, annotations = coco.find_annotations(root, options.split)
+    images = (options.images or coco.find_images(root, split)).resolve()
+    vocabulary = load_vocabulary(options.classes or "coco")
+    labels = _labels(options, vocabulary)
+    vocabulary, samples = coco.read_instances(annotations, images, vocabulary, labels)
+    truth = next((path for path in (root / "masks" / split, root / "masks") if path.is_dir()), None)
+    return ImageSet(
+        "coco", root, split, samples, vocabulary, _reader(options), str(truth) if truth else None,
+        _source(options, images),
+    )  # fmt: skip
+
+
+def _open_folder(options: DatasetOptions) -> ImageSet:
+    if options.images is None:
+        raise UsageError("--dataset folder needs --images DIR, the folder with the pictures")
+    if options.classes is None:
+        raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
+    if options.labels is None:
+        raise UsageError("--dataset folder needs --labels FILE (which classes each picture shows; CSV, JSON or text)")
+    vocabulary = load_vocabulary(options.classes)
+    labels = _labels(options, vocabulary) or {}
+    found = list_images(options.images)
+    if options.split:
+        name, ids = Path(options.split).stem, read_split(Path(options.split))
+    else:
+        # Labelled ids that have no picture stay in the list, so that the run reports them.
+        name, ids = "all", sorted(found.keys() | labels.keys())
+    if not found.keys() & labels.keys():
+        raise InputError(
+            f"{options.labels}: none of its {len(labels)} ids is a picture in {options.images} "
+            f"(first label id {next(iter(labels), '')!r}, first picture {next(iter(found))!r})"
+        )
+    samples = [Sample(key, found.get(key, options.images / key), labels.get(key)) for key in ids]
+    root = options.images.resolve()
+    return ImageSet("folder", root, name, samples, vocabulary, _reader(options), None, _source(options, root))
+
+
+def _open_toy(options: DatasetOptions) -> ImageSet:
+    from clipseed.toy.dataset import toy_set
+
+    return toy_set(load_vocabulary(options.classes or "toy"), seed=options.toy_seed)
+
+
+def picture_finder(dataset: Mapping[str, str | int | None], *, exif: bool = False) -> Callable[[str], Image]:
+    """A function from sample id to picture, for the data set that a manifest describes.
+
+    It raises :class:`~clipseed.errors.ImageError` for a picture that is gone or unreadable.
+    """
+    if dataset.get("name") == "toy":
+        from clipseed.toy.dataset import ToyReader
+
+        toy = ToyReader(int(dataset.get("toy_seed") or 0))
+        return lambda identifier: toy(Sample(identifier, Path(identifier), None))
+    folder = Path(str(dataset.get("images")))
+
+    def find(identifier: str) -> Image:
+        for suffix in IMAGE_SUFFIXES:
+            for path in (folder / f"{identifier}{suffix}", folder / f"{identifier}{suffix.upper()}"):
+                if path.is_file():
+                    return read_image(path, exif=exif)
+        raise ImageError(f"{folder / identifier}: the picture is not there any more")
+
+    return find

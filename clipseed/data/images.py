@@ -1,0 +1,147 @@
+"""Safe decoding: any picture file to 8-bit RGB, or an :class:`~clipseed.errors.ImageError` that says why not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from clipseed.data.types import Sample
+from clipseed.errors import ImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".jp2")
+# Formats that only decode pixels; Pillow's others run interpreters (EPS, WMF) or read several files.
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
+DEFAULT_MAX_PIXELS = 80_000_000
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads sample files.
+
+    Attributes:
+        exif: Turn the picture as its EXIF orientation says. Off by default, because masks of existing data sets
+            align with the pixels as stored.
+        max_pixels: Larger pictures are refused from their header, before any memory is spent on them.
+    """
+
+    exif: bool = False
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __call__(self, sample: Sample) -> Image.Image:
+        """Decode ``sample.path``; see :func:`read_image`."""
+        return read_image(sample.path, exif=self.exif, max_pixels=self.max_pixels)
+
+
+def read_image(path: Path, *, exif: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode one file to 8-bit RGB.
+
+    16-bit and float pictures are scaled, not saturated; transparency is composited onto white; CMYK, palette, grey and
+    1-bit pictures are converted; of an animation the first frame is taken.
+
+    Raises:
+        ImageError: missing, empty, truncated, not a picture, or larger than ``max_pixels``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels decides instead.
+            with Image.open(path, formats=_formats()) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(
+                        f"{path}: {width}x{height} pixels are more than the limit of {max_pixels} (--max-pixels)"
+                    )
+                image.load()
+                turned = ImageOps.exif_transpose(image) if exif else image
+                return to_rgb(turned)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file") from error
+    except UnidentifiedImageError as error:
+        kind = "is empty" if _size(path) == 0 else "is not a picture in a supported format"
+        raise ImageError(f"{path}: {kind}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: refused, its header promises an enormous picture ({error})") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: too large to decode in memory") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
+        raise ImageError(f"{path}: damaged or truncated ({type(error).__name__}: {error})") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB without losing range or showing hidden colours."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
+        return Image.fromarray(_scale_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode in {"LA", "La", "PA", "RGBA", "RGBa"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(paper, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_8_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Grey values of unknown depth to 8 bits.
+
+    Unsigned 16-bit is divided by 257; other data are taken as [0, 1], [0, 255] or [0, 65535] when they fit there (so
+    that a dark picture stays dark) and stretched from their own range otherwise. NaN becomes 0.
+    """
+    if values.dtype == np.uint16:
+        return (values.astype(np.float32) / 257 + 0.5).astype(np.uint8)
+    grey = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(grey.min()), float(grey.max())
+    if low >= 0 and high <= 1 and values.dtype.kind == "f":
+        top = 1.0
+    elif low >= 0 and high <= 255:
+        top = 255.0
+    elif low >= 0 and high <= 65535:
+        top = 65535.0
+    else:
+        grey, top = grey - low, max(high - low, 1e-12)
+    return (grey * (255 / top) + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def patch_grid(height: int, width: int, patch: int, max_side: int = 0, min_side: int = 0) -> tuple[int, int]:
+    """Patch grid ``(rows, columns)`` at which a picture is analysed.
+
+    Sides are rounded up to whole patches, as CLIP-ES does. A picture whose longer side exceeds ``max_side`` is first
+    shrunk to it, one whose shorter side is below ``min_side`` enlarged to it (0 switches either off; the cap wins).
+    """
+    scale = 1.0
+    if min_side and min(height, width) < min_side:
+        scale = min_side / min(height, width)
+    if max_side and max(height, width) * scale > max_side:
+        scale = max_side / max(height, width)
+    rows, columns = (max(1, -(-round(side * scale) // patch)) for side in (height, width))
+    return rows, columns
+
+
+def resize_to_grid(image: Image.Image, grid: tuple[int, int], patch: int) -> npt.NDArray[np.uint8]:
+    """Stretch a picture to whole patches: ``(rows * patch, columns * patch, 3)`` uint8.
+
+    Pillow's bicubic filter on 8 bits, as in CLIP-ES: its rounding is part of the published numbers.
+    """
+    size = (grid[1] * patch, grid[0] * patch)
+    resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(resized)

@@ -1,0 +1,112 @@
+"""Finding files: image folders, split lists, and the places where a data set may lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from clipseed.data.images import IMAGE_SUFFIXES
+from clipseed.data.types import check_id
+from clipseed.errors import InputError
+
+
+def list_images(folder: Path) -> dict[str, Path]:
+    """All pictures below a folder as ``id -> path``, sorted by id. Links are followed, loops are not.
+
+    Raises:
+        InputError: no such folder, no picture in it, or two files with the same id.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such image folder")
+    found: dict[str, Path] = {}
+    for path in _walk(folder, set()):
+        identifier = path.relative_to(folder).with_suffix("").as_posix()
+        check_id(identifier, str(folder))
+        if identifier in found:
+            raise InputError(
+                f"{found[identifier]} and {path.name}: two pictures with the id {identifier!r}; rename one of them"
+            )
+        found[identifier] = path
+    if not found:
+        raise InputError(f"{folder}: no pictures here (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return dict(sorted(found.items()))
+
+
+def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield picture files depth first; a directory reached twice through links is entered once."""
+    try:
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            return
+        visited.add((status.st_dev, status.st_ino))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from error
+    for entry in entries:
+        try:
+            is_folder = entry.is_dir()
+        except OSError:
+            continue  # A link that points to itself is neither a folder nor a picture.
+        if is_folder:
+            if not entry.name.startswith("."):
+                yield from _walk(Path(entry.path), visited)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("."):
+            yield Path(entry.path)
+
+
+def strip_image_suffix(name: str) -> str:
+    """``a/b.JPG`` to ``a/b``; names without a picture suffix stay as they are."""
+    for suffix in IMAGE_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def clean_id(raw: str, where: str) -> str:
+    """An id as people write it (``./a.jpg``, ``JPEGImages/x.jpg``) to a sample id, checked."""
+    text = strip_image_suffix(raw.strip())
+    while text.startswith("./"):
+        text = text[2:]
+    return check_id(text, where)
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a UTF-8 text file (a byte-order mark is dropped).
+
+    Raises:
+        InputError: missing, unreadable, or not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {what} must be UTF-8 text (byte {error.start} is not)") from error
+    except OSError as error:
+        raise InputError(f"{path}: {what} cannot be read ({error.strerror or error})") from error
+
+
+def read_split(path: Path, folders: Iterable[str] = ()) -> list[str]:
+    """Ids of a split file, in its order.
+
+    Each line holds an id or an image path, optionally followed by further columns (``/JPEGImages/a.jpg /masks/a.png``
+    is common); a leading folder named in ``folders`` is dropped.
+
+    Raises:
+        InputError: unreadable, empty, an unusable id, or an id listed twice.
+    """
+    ids: dict[str, int] = {}
+    for number, line in enumerate(read_text(path, "a split list").splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        where = f"{path}: line {number}"
+        text = words[0].lstrip("/") if folders else words[0]
+        for folder in folders:
+            text = text.removeprefix(f"{folder}/")
+        identifier = clean_id(text, where)
+        if identifier in ids:
+            raise InputError(f"{where}: {identifier!r} is already on line {ids[identifier]}")
+        ids[identifier] = number
+    if not ids:
+        raise InputError(f"{path}: the split list is empty")
+    return list(ids)

@@ -1,0 +1,92 @@
+"""What a data set is: an ordered list of samples, each an identifier, a file and its image-level labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from clipseed.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clipseed.data.vocabulary import Vocabulary
+
+MAX_ID_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set.
+
+    Attributes:
+        id: POSIX path relative to the image folder, without suffix (``2007_000032``, ``cats/tabby-3``).
+        path: The image file.
+        labels: Indices into the vocabulary's classes, in the order the annotation gives them, each once; empty when
+            the annotation names no class; ``None`` when there is no annotation for this image.
+    """
+
+    id: str
+    path: Path
+    labels: tuple[int, ...] | None
+
+
+class ImageReader(Protocol):
+    """Opens the picture of a sample; must survive pickling, because decoding happens in worker processes."""
+
+    def __call__(self, sample: Sample) -> Image:
+        """Return the 8-bit RGB picture.
+
+        Raises:
+            ImageError: the picture cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """An ordered data set, ready to stream.
+
+    Attributes:
+        name: ``voc``, ``coco``, ``folder`` or ``toy``.
+        root: Folder the data set was found in; ``None`` for data that is made, not read.
+        split: Name of the split, or ``all``.
+        samples: In the order of the split file, or sorted by id.
+        vocabulary: Classes that labels index, with their texts.
+        reader: How to open a sample's picture.
+        ground_truth: Where ``evaluate`` finds this set's masks when not told: a folder, or ``toy``.
+    """
+
+    name: str
+    root: Path | None
+    split: str
+    samples: Sequence[Sample]
+    vocabulary: Vocabulary
+    reader: ImageReader
+    ground_truth: str | None = None
+    source: dict[str, str | int] = field(default_factory=dict)
+    """What identifies the data besides name, root and split (label file, image folder, toy seed)."""
+
+
+def check_id(text: str, where: str) -> str:
+    """Return ``text`` when it can serve as a sample id.
+
+    An id becomes a path below the output folder, so it must not be able to leave it.
+
+    Raises:
+        InputError: empty, absolute, containing ``..``, NUL, a line break or a backslash, or too long.
+    """
+    problem = None
+    if not text or text == ".":
+        problem = "is empty"
+    elif any(character in text for character in "\0\r\n\\"):
+        problem = "contains a NUL, a line break or a backslash"
+    elif PurePosixPath(text).is_absolute() or ".." in PurePosixPath(text).parts:
+        problem = "leaves the image folder"
+    elif len(text.encode("utf-8", "surrogateescape")) > MAX_ID_BYTES:
+        problem = f"is longer than {MAX_ID_BYTES} bytes"
+    if problem:
+        raise InputError(f"{where}: the image id {text[:80]!r} {problem}; ids are paths relative to the image folder")
+    return text

@@ -1,0 +1,218 @@
+"""Class names and the words that describe them: CLIP-ES's vocabulary as data that users copy and edit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from clipseed.errors import InputError
+
+DEFAULT_TEMPLATE = "a clean origami {}."
+_KNOWN_KEYS = {"name", "description", "templates", "classes", "background"}
+_KNOWN_CLASS_KEYS = {"name", "text", "synonyms"}
+
+
+@dataclass(frozen=True)
+class ClassText:
+    """One class: the name that labels use, and the words that CLIP reads.
+
+    CLIP-ES fuses synonyms on the sentence level (paper, section 3.2): :attr:`prompt` puts them all into one phrase.
+    """
+
+    name: str
+    text: str = ""
+    synonyms: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The phrase that goes into the template, e.g. ``person with clothes,people,human``."""
+        return ",".join((self.text or self.name, *self.synonyms))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The classes of a data set, the background words that compete with them, and the prompt templates.
+
+    Attributes:
+        name: Short name for manifests and tables.
+        classes: Mask value = index + 1, since 0 is the background.
+        background: Things that may surround the classes; they take part in the softmax only.
+        templates: Each contains one ``{}``; several are averaged in feature space.
+    """
+
+    name: str
+    classes: tuple[ClassText, ...]
+    background: tuple[str, ...] = ()
+    templates: tuple[str, ...] = field(default=(DEFAULT_TEMPLATE,))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names in class order."""
+        return tuple(item.name for item in self.classes)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {_fold(item.name): position for position, item in enumerate(self.classes)}
+
+    def index(self, label: str | int, where: str) -> int:
+        """Class index of a label: a class name (case, ``_`` and ``-`` do not matter) or an index.
+
+        Raises:
+            InputError: unknown label; ``where`` and the closest names are in the message.
+        """
+        if isinstance(label, int) or label.strip().isdigit():
+            position = int(label)
+            if not 0 <= position < len(self.classes):
+                raise InputError(
+                    f"{where}: class index {position} is outside 0…{len(self.classes) - 1} of vocabulary {self.name!r}"
+                )
+            return position
+        found = self._index.get(_fold(label))
+        if found is None:
+            near = difflib.get_close_matches(_fold(label), self._index, n=3, cutoff=0.5)
+            names = [self.classes[self._index[name]].name for name in near]
+            hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
+            raise InputError(
+                f"{where}: unknown class {label!r} (vocabulary {self.name!r} has {len(self.classes)} classes){hint} "
+                "Give the data's own class list with --classes FILE."
+            )
+        return found
+
+    def indices(self, labels: Iterable[str | int], where: str) -> tuple[int, ...]:
+        """Indices of several labels in their own order, repeats dropped."""
+        return tuple(dict.fromkeys(self.index(label, where) for label in labels))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for manifests; :func:`parse_vocabulary` reads it back."""
+        classes = [{"name": c.name, "text": c.text, "synonyms": list(c.synonyms)} for c in self.classes]
+        return {
+            "name": self.name,
+            "templates": list(self.templates),
+            "classes": classes,
+            "background": list(self.background),
+        }
+
+
+def _fold(name: str) -> str:
+    return " ".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
+
+
+def builtin_vocabularies() -> tuple[str, ...]:
+    """Names that :func:`load_vocabulary` knows without a file."""
+    folder = resources.files("clipseed.data") / "vocabularies"
+    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def load_vocabulary(source: str | Path) -> Vocabulary:
+    """Load a vocabulary by built-in name (``voc``, ``coco``, …) or from a file.
+
+    A file is YAML as in ``clipseed/data/vocabularies``, or plain text with one class per line
+    (``name`` or ``name: words,more words``).
+
+    Raises:
+        InputError: no such name or file, or malformed content (with file and line).
+    """
+    if str(source) in builtin_vocabularies():
+        content = (resources.files("clipseed.data") / "vocabularies" / f"{source}.yaml").read_text(encoding="utf-8")
+        return parse_vocabulary(_yaml(content, str(source)), str(source), str(source))
+    path = Path(source)
+    if not path.is_file():
+        known = ", ".join(builtin_vocabularies())
+        raise InputError(f"{source}: no such class list; give a file, or one of: {known}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: a class list must be UTF-8 text ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if path.suffix.lower() in {".yaml", ".yml", ".json"}:
+        return parse_vocabulary(_yaml(content, str(path)), str(path), path.stem)
+    return _parse_lines(content, path)
+
+
+def _yaml(content: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise InputError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or error})") from error
+
+
+def _parse_lines(content: str, path: Path) -> Vocabulary:
+    """One class per line; after a colon the words CLIP reads, the first being the text and the rest synonyms."""
+    classes = []
+    for number, raw in enumerate(content.splitlines(), 1):
+        line = raw.split("#", 1)[0].strip()
+        if not line:
+            continue
+        name, _, words = line.partition(":")
+        parts = [part.strip() for part in words.split(",") if part.strip()]
+        if not name.strip():
+            raise InputError(f"{path}: line {number}: a class needs a name before the colon")
+        classes.append(ClassText(name.strip(), *((parts[0], tuple(parts[1:])) if parts else ())))
+    return checked(Vocabulary(path.stem, tuple(classes)), str(path))
+
+
+def parse_vocabulary(data: Any, where: str, default_name: str) -> Vocabulary:
+    """Build a vocabulary from plain data (YAML, JSON, or a manifest's ``vocabulary`` entry).
+
+    Raises:
+        InputError: wrong types, unknown keys, duplicate names, or a template without ``{}``.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("classes"), list):
+        raise InputError(f"{where}: a vocabulary is a mapping with a list 'classes' (see clipseed/data/vocabularies)")
+    unknown = sorted(set(map(str, data)) - _KNOWN_KEYS)
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(_KNOWN_KEYS))}")
+    classes = tuple(_parse_class(item, f"{where}: class {number}") for number, item in enumerate(data["classes"]))
+    background = _strings(data.get("background") or [], f"{where}: background")
+    templates = _strings(data.get("templates") or [DEFAULT_TEMPLATE], f"{where}: templates")
+    name = data.get("name") or default_name
+    return checked(Vocabulary(str(name), classes, background, templates), where)
+
+
+def _parse_class(item: Any, where: str) -> ClassText:
+    if isinstance(item, str):
+        item = {"name": item}
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise InputError(f"{where}: must be a name, or a mapping with 'name' and optionally 'text' and 'synonyms'")
+    unknown = sorted(set(map(str, item)) - _KNOWN_CLASS_KEYS)
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(_KNOWN_CLASS_KEYS))}")
+    text = item.get("text") or ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: 'text' must be a string")
+    return ClassText(item["name"].strip(), text, _strings(item.get("synonyms") or [], f"{where}: synonyms"))
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) and entry.strip() for entry in value):
+        raise InputError(f"{where}: must be a list of non-empty strings")
+    return tuple(value)
+
+
+def checked(vocabulary: Vocabulary, where: str) -> Vocabulary:
+    """Return a vocabulary that can be used, or raise :class:`InputError` with ``where`` and the reason."""
+    if not vocabulary.classes:
+        raise InputError(f"{where}: the vocabulary has no classes")
+    if len(vocabulary.classes) > 254:
+        raise InputError(f"{where}: {len(vocabulary.classes)} classes; 8-bit masks hold at most 254")
+    seen: dict[str, str] = {}
+    for item in vocabulary.classes:
+        if not item.name.strip() or item.name.strip().isdigit():
+            raise InputError(f"{where}: class name {item.name!r} must not be empty or a bare number")
+        if _fold(item.name) in seen:
+            raise InputError(f"{where}: class {item.name!r} is listed twice")
+        seen[_fold(item.name)] = item.name
+    for template in vocabulary.templates:
+        if template.count("{}") != 1:
+            raise InputError(f"{where}: the template {template!r} must contain exactly one {{}}")
+    return vocabulary

@@ -1,0 +1,1 @@
+"""Scores: confusion matrices, intersection over union, threshold sweeps."""

@@ -1,0 +1,129 @@
+"""Where masks come from: folders of PNG files, the toy world, and finding the folder that the user means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from clipseed.data.listing import read_split
+from clipseed.errors import InputError
+from clipseed.evaluate.confusion import Labels
+from clipseed.store.masks import read_mask
+from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED, toy_id, toy_mask
+
+
+class MaskSource(Protocol):
+    """Masks by sample id."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages and tables."""
+        ...
+
+    def ids(self) -> frozenset[str]:
+        """Ids that have a mask."""
+        ...
+
+    def has(self, identifier: str) -> bool:
+        """Whether this id has a mask (cheaper than :meth:`ids`)."""
+        ...
+
+    def read(self, identifier: str) -> Labels:
+        """The mask ``(H, W)``.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        ...
+
+
+class MaskFolder:
+    """PNG masks below a folder; the id is the path without suffix."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = str(folder)
+
+    def ids(self) -> frozenset[str]:
+        """Ids of all PNG files below the folder."""
+        found = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
+        return frozenset(path.with_suffix("").as_posix() for path in found if not path.name.startswith("."))
+
+    def has(self, identifier: str) -> bool:
+        """Whether the file exists."""
+        return self._path(identifier).is_file()
+
+    def read(self, identifier: str) -> Labels:
+        """Read one mask."""
+        return read_mask(self._path(identifier))
+
+    def _path(self, identifier: str) -> Path:
+        return self.folder / f"{identifier}.png"
+
+
+class ToyTruth:
+    """Exact masks of the toy world."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.name = f"toy:{seed}"
+
+    def ids(self) -> frozenset[str]:
+        """Ids of the held-out scenes."""
+        return frozenset(toy_id(index) for index in range(HELD_OUT_COUNT))
+
+    def has(self, identifier: str) -> bool:
+        """Whether it is a toy id (every number is a scene)."""
+        return identifier.startswith("toy_") and identifier.removeprefix("toy_").isdigit()
+
+    def read(self, identifier: str) -> Labels:
+        """Draw one mask."""
+        return toy_mask(self.seed, identifier)
+
+
+def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None] | None) -> MaskSource:
+    """The ground truth the user means.
+
+    ``given`` is a folder below the working folder, below the data set's root or below ``$CLIPSEED_VOC``, or ``toy``;
+    without it the data set's own is taken.
+
+    Raises:
+        InputError: nothing is found there.
+    """
+    recorded = dataset or {}
+    if given is None:
+        own = recorded.get("ground_truth")
+        if own is None:
+            raise InputError("no ground truth is known for these seeds; name the mask folder with --gt DIR")
+        given = str(own)
+    if given == "toy" or given.startswith("toy:"):
+        seed = given.removeprefix("toy").removeprefix(":") or str(recorded.get("toy_seed", HELD_OUT_SEED))
+        if not seed.isdigit():
+            raise InputError(f"--gt {given}: the part behind 'toy:' must be a number")
+        return ToyTruth(int(seed))
+    bases = [Path()]
+    bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
+    for base in bases:
+        if (base / given).is_dir():
+            return MaskFolder(base / given)
+    looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
+    raise InputError(f"--gt {given}: no such folder (looked for {looked})")
+
+
+def find_split(given: str, truth: MaskSource, dataset: Mapping[str, str | int | None] | None) -> tuple[str, list[str]]:
+    """Name and ids of a split given as a file, or as the name of a list in the devkit.
+
+    Raises:
+        InputError: no such list.
+    """
+    bases = [Path(str(root)) for root in ((dataset or {}).get("root"), os.environ.get("CLIPSEED_VOC")) if root]
+    if isinstance(truth, MaskFolder):
+        bases.append(truth.folder.absolute().parent)
+    candidates = [base / "ImageSets" / "Segmentation" / f"{given}.txt" for base in [*bases, Path()]]
+    for path in (Path(given), *candidates):
+        if path.is_file():
+            return path.stem, read_split(path, folders=("JPEGImages",))
+    looked = ", ".join(map(str, dict.fromkeys(candidates)))
+    raise InputError(f"--split {given}: neither a file nor a list of the devkit (looked for {looked})")

@@ -1,0 +1,300 @@
+"""``clipseed cam``: stream a data set through frozen CLIP and store its class activation maps."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipseed.cam.methods import METHODS, Method, compute_cams
+from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
+from clipseed.clip.text import TextBank
+from clipseed.data.dataset import DatasetOptions, open_dataset
+from clipseed.data.images import patch_grid, resize_to_grid
+from clipseed.data.types import ImageReader, ImageSet, Sample
+from clipseed.errors import InputError, UsageError
+from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.store.files import write_text
+from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.records import SeedMap
+from clipseed.store.writer import SeedWriter
+
+DEFAULT_MAX_SIDE = 640
+_UNIT_SIZE = {"cpu": 64}
+_GPU_UNIT_SIZE = 2048
+_TOKEN_BUDGET = {"cpu": 4_000}
+_GPU_TOKEN_BUDGET = 50_000
+
+
+@dataclass(frozen=True)
+class CamOptions:
+    """Everything ``clipseed cam`` can be told.
+
+    ``paper`` reproduces CLIP-ES's released code: its half-precision rounding, its word lists, native picture size,
+    and maps stored in float32 so that later rounding is the released one.
+    """
+
+    data: DatasetOptions
+    out: Path
+    model: str | None = None
+    weights: str | None = None
+    device: str = "auto"
+    precision: Precision = "auto"
+    method: Method = "softmax-gradcam"
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    max_side: int = DEFAULT_MAX_SIDE
+    min_side: int = 0
+    paper: bool = False
+    batch_size: int | None = None
+    workers: int | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class CamReport:
+    """What a run did."""
+
+    out: Path
+    total: int
+    found: int
+    stats: StreamStats
+    seconds: float
+    model: dict[str, Any]
+    device: str
+    recomputed: int = 0
+    notes: list[str] = field(default_factory=list)
+    skipped_file: Path | None = None
+
+
+Advance = Callable[[int, StreamStats], None]
+Start = Callable[[ImageSet, int, int], Advance]
+
+
+@dataclass(frozen=True)
+class LoadedViews:
+    """A decoded picture at the scales of the run."""
+
+    sample: Sample
+    size: tuple[int, int]
+    views: tuple[npt.NDArray[np.uint8], ...]
+    grid: tuple[int, int]
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """Pictures share a batch when all their views have equal shapes and both or neither have labels."""
+        return (self.grid, (int(not self.sample.labels),), *(view.shape for view in self.views))
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the largest view."""
+        return self.grid[0] * self.grid[1] + 1
+
+
+@dataclass(frozen=True)
+class ViewLoader:
+    """Decodes a sample and resizes it to whole patches at every scale; runs in worker processes."""
+
+    reader: ImageReader
+    patch: int
+    scales: tuple[float, ...]
+    max_side: int
+    min_side: int
+
+    def __call__(self, sample: Sample) -> LoadedViews:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        image = self.reader(sample)
+        grid = patch_grid(image.height, image.width, self.patch, self.max_side, self.min_side)
+        grids = [grid if scale == 1.0 else _scaled_grid(image.size, self, scale) for scale in self.scales]
+        views = tuple(resize_to_grid(image, item, self.patch) for item in grids)
+        return LoadedViews(sample, (image.height, image.width), views, grid)
+
+
+def _scaled_grid(size: tuple[int, int], loader: ViewLoader, scale: float) -> tuple[int, int]:
+    """Grid of a scaled view: the scale multiplies the picture as the ``max_side`` and ``min_side`` limits leave it."""
+    rows, columns = patch_grid(size[1], size[0], 1, loader.max_side, loader.min_side)
+    return patch_grid(max(1, round(rows * scale)), max(1, round(columns * scale)), loader.patch)
+
+
+def run_cam(options: CamOptions, start: Start | None = None) -> CamReport:
+    """Compute and store the class activation maps of a data set; resumes what an earlier run began.
+
+    Args:
+        options: What to do.
+        start: Called once with the data set, the number of pictures to do and the number done already; returns the
+            progress callback.
+
+    Raises:
+        ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported instead.
+    """
+    _check(options)
+    image_set = open_dataset(options.data)
+    weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
+    clip = FrozenClip.load(options.model, weights, options.device, options.precision, released_rounding=options.paper)
+    text = clip.encode_text(image_set.vocabulary)
+    kind = clip.tower.device.type
+    manifest = cam_manifest(options, image_set, clip)
+    unit_size = _UNIT_SIZE.get(kind, _GPU_UNIT_SIZE)
+    dtype = "float32" if options.paper else "float16"
+    began = time.perf_counter()
+    with SeedWriter(options.out, manifest, dtype, unit_size, overwrite=options.overwrite) as writer:
+        job = _CamJob(options, image_set, clip, text, writer)
+        stats = job.run(start)
+        if stats.skipped and not writer.done:
+            key, reason = stats.skipped[0]
+            raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
+        ids = [sample.id for sample in image_set.samples]
+        with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
+            writer.finish(ids)
+            skipped = _write_skipped(options.out, writer.portable, stats.skipped)
+            writer.discard_parts()
+    return CamReport(
+        out=options.out,
+        total=len(ids),
+        found=job.found,
+        stats=stats,
+        seconds=time.perf_counter() - began,
+        model=clip.manifest(),
+        device=str(clip.tower.device),
+        recomputed=job.recomputed,
+        notes=[*writer.notes, *stats.notes],
+        skipped_file=skipped,
+    )
+
+
+def _check(options: CamOptions) -> None:
+    if options.method not in METHODS:
+        raise UsageError(f"--method {options.method}: choose one of {', '.join(METHODS)}")
+    if not options.scales or any(not 0.1 <= scale <= 8 for scale in options.scales):
+        raise UsageError("--scales: give factors between 0.1 and 8, such as 0.5,1.0,1.5")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UsageError("--batch-size: give auto or a number from 1")
+    if options.workers is not None and options.workers < 0:
+        raise UsageError("--workers: give auto or a number from 0")
+    if options.max_side < 0 or options.min_side < 0:
+        raise UsageError("--max-side and --min-side: give a number of pixels, or 0 for no limit")
+
+
+def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> Manifest:
+    """Everything that decides the maps, and where the pictures are."""
+    return {
+        "kind": "cam",
+        "method": options.method,
+        "options": {
+            "scales": list(options.scales),
+            "flip": options.flip,
+            "max_side": options.max_side,
+            "min_side": options.min_side,
+            "paper": options.paper,
+            "exif": options.data.exif,
+        },
+        "model": clip.manifest(),
+        "vocabulary": image_set.vocabulary.as_dict(),
+        "dataset": {
+            "name": image_set.name,
+            "root": str(image_set.root) if image_set.root else None,
+            "split": image_set.split,
+            "ground_truth": image_set.ground_truth,
+            **image_set.source,
+        },
+        "versions": package_versions(),
+    }
+
+
+class _CamJob:
+    """One run: the loader, the batch function and the sink that the engine needs."""
+
+    def __init__(
+        self, options: CamOptions, image_set: ImageSet, clip: FrozenClip, text: TextBank, writer: SeedWriter
+    ) -> None:
+        self._options, self._set, self._clip, self._text, self._writer = options, image_set, clip, text, writer
+        self.found = len(writer.done & {sample.id for sample in image_set.samples})
+        self.recomputed = 0
+
+    def run(self, start: Start | None) -> StreamStats:
+        """Do what is missing."""
+        options, device = self._options, self._clip.tower.device
+        samples = {sample.id: sample for sample in self._set.samples}
+        units = self._writer.units(list(samples))
+        unlabelled = [samples[key] for unit in units for key in unit.ids if samples[key].labels is None]
+        tasks = [
+            Task(unit.index, tuple(samples[key] for key in unit.ids if samples[key].labels is not None))
+            for unit in units
+        ]
+        tasks = [task for task in tasks if task.samples]
+        todo = sum(len(task.samples) for task in tasks)
+        advance = start(self._set, todo, self.found) if start else (lambda count, stats: None)
+        patch = self._clip.tower.patch
+        loader = ViewLoader(self._set.reader, patch, options.scales, options.max_side, options.min_side)
+        workers = options.workers if options.workers is not None else _default_workers(device)
+        batch = BatchSize(options.batch_size, _TOKEN_BUDGET.get(device.type, _GPU_TOKEN_BUDGET))
+        ahead = max(8, 2 * (options.batch_size or 8)) + 2 * workers
+        with interruptible(self._hint), DecodePool(loader, workers, ahead) as pool:
+            stats = run_stream(tasks, pool, self._compute, self._write, batch, advance)
+        stats.skipped.extend((sample.id, "no labels are given for it") for sample in unlabelled)
+        return stats
+
+    def _hint(self) -> str:
+        done = len(self._writer.done & {sample.id for sample in self._set.samples})
+        return (
+            f"interrupted; {done} of {len(self._set.samples)} pictures are safe in {self._writer.folder}. "
+            "Run the same command again to go on."
+        )
+
+    def _compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
+        labels = [item.sample.labels or () for item in items]
+        if not labels[0]:  # pictures that show no class need no model
+            maps = [torch.zeros(0, *items[0].grid) for _ in items]
+        else:
+            device = self._clip.tower.device
+            views = [
+                torch.from_numpy(np.stack([item.views[k] for item in items])).to(device).permute(0, 3, 1, 2)
+                for k in range(len(self._options.scales))
+            ]
+            options, grid = self._options, items[0].grid
+            batch = compute_cams(
+                self._clip, self._text, views, labels, grid, options.method, options.flip, options.paper
+            )
+            maps = batch.maps
+            self.recomputed += batch.recomputed
+        return [
+            SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size)
+            for item, row, cam in zip(items, labels, maps, strict=True)
+        ]
+
+    def _write(self, task: Task, records: Sequence[SeedMap]) -> None:
+        self._writer.write(task.index, records)
+
+
+def _default_workers(device: torch.device) -> int:
+    """On a CPU the network needs the cores; a GPU needs all of them to be fed."""
+    return 0 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 2) - 1))
+
+
+def _write_skipped(out: Path, portable: bool, skipped: Sequence[tuple[str, str]]) -> Path | None:
+    """List skipped pictures beside the output, or remove an older list when there are none."""
+    path = out.with_name(f"{out.stem}.skipped.csv") if portable else out / "skipped.csv"
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return None
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["id", "reason"])
+    table.writerows(skipped)
+    write_text(path, buffer.getvalue())
+    return path

@@ -1,0 +1,306 @@
+"""``clipseed evaluate``: score seeds or masks against ground truth."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+
+from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
+from clipseed.errors import InputError, UsageError
+from clipseed.evaluate.confusion import IGNORE, Counts, Labels, Scores, check_labels, confusion, score
+from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
+from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
+from clipseed.store.manifest import Manifest
+from clipseed.store.reader import SHARD_PATTERN, Seeds
+from clipseed.store.records import SeedMap
+
+PredIgnore = Literal["error", "background", "exclude"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Everything ``clipseed evaluate`` can be told.
+
+    Attributes:
+        threshold: One constant background score instead of the sweep.
+        alphas: CLIP-ES's background exponents instead of constant scores.
+        pred_ignore: What a predicted 255 is: an error, background, or a pixel left out of the score.
+        resize_pred: Bring predictions to the ground truth's size instead of refusing other sizes.
+    """
+
+    prediction: Path
+    gt: str | None = None
+    classes: str | None = None
+    split: str | None = None
+    threshold: float | None = None
+    alphas: tuple[float, ...] = ()
+    pred_ignore: PredIgnore = "error"
+    resize_pred: bool = False
+
+
+@dataclass
+class EvaluateReport:
+    """Scores and what they were made from."""
+
+    prediction: str
+    ground_truth: str
+    split: str
+    images: int
+    names: tuple[str, ...]
+    scores: Scores
+    threshold: float | None = None
+    alpha: float | None = None
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    missing_predictions: list[str] = field(default_factory=list)
+    missing_ground_truth: list[str] = field(default_factory=list)
+    split_given: bool = False
+    excluded_pixels: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every prediction, and every picture of a split the user named, was scored."""
+        return not self.missing_ground_truth and not (self.split_given and self.missing_predictions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``: fractions, ``None`` where there is no value."""
+        scores = self.scores
+        return {
+            "miou": _number(scores.miou),
+            "miou_foreground": _number(scores.miou_foreground),
+            "miou_all": _number(scores.miou_all),
+            "class_iou": {name: _number(iou) for name, iou in zip(self.names, scores.class_iou, strict=True)},
+            "pixel_accuracy": _number(scores.pixel_accuracy),
+            "mean_accuracy": _number(scores.mean_accuracy),
+            "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
+            "images": self.images,
+            "pixels": scores.pixels,
+            "excluded_pixels": self.excluded_pixels,
+            "split": self.split,
+            "threshold": self.threshold,
+            "alpha": self.alpha,
+            "curve": [{"setting": setting, "miou": _number(miou)} for setting, miou in self.curve],
+            "prediction": self.prediction,
+            "ground_truth": self.ground_truth,
+            "missing_predictions": self.missing_predictions,
+            "missing_ground_truth": self.missing_ground_truth,
+        }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+Advance = Callable[[int], None]
+Start = Callable[[int], Advance]
+
+
+def evaluate(options: EvaluateOptions, start: Start | None = None) -> EvaluateReport:
+    """Score a seeds output or a folder of masks.
+
+    Args:
+        options: What to score against what.
+        start: Called with the number of pictures; returns the progress callback.
+
+    Raises:
+        UsageError: an option is missing or impossible.
+        InputError, StoreError: files are missing, damaged or do not fit each other.
+    """
+    _check(options)
+    if not options.prediction.exists():
+        raise InputError(f"{options.prediction}: no such seeds file or mask folder")
+    if options.prediction.is_dir() and not any(options.prediction.glob(SHARD_PATTERN)):
+        return _evaluate_masks(options, start)
+    with Seeds(options.prediction) as seeds:
+        return _evaluate_seeds(options, seeds, start)
+
+
+def _check(options: EvaluateOptions) -> None:
+    if options.threshold is not None and not 0 <= options.threshold < 1:
+        raise UsageError(f"--threshold {options.threshold}: give a background score from 0 to below 1")
+    if any(not (alpha > 0 and math.isfinite(alpha)) for alpha in options.alphas):
+        raise UsageError("--alpha: give positive exponents")
+    if options.threshold is not None and options.alphas:
+        raise UsageError("--threshold and --alpha are two kinds of background score; give one")
+    if options.pred_ignore not in ("error", "background", "exclude"):
+        raise UsageError(f"--pred-ignore {options.pred_ignore}: choose error, background or exclude")
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Which ids are scored, and what is missing on either side."""
+
+    split: str
+    ids: list[str]
+    missing_predictions: list[str]
+    missing_ground_truth: list[str]
+
+
+def _match(
+    options: EvaluateOptions, predicted: Sequence[str], truth: MaskSource, dataset: dict[str, Any] | None
+) -> _Match:
+    if options.split is not None:
+        name, wanted = find_split(options.split, truth, dataset)
+        have = set(predicted)
+        missing_predictions = [key for key in wanted if key not in have]
+        candidates = [key for key in wanted if key in have]
+    else:
+        name = str((dataset or {}).get("split") or "all")
+        missing_predictions = sorted(truth.ids() - set(predicted))
+        candidates = list(predicted)
+    ids = [key for key in candidates if truth.has(key)]
+    missing_ground_truth = [key for key in candidates if not truth.has(key)]
+    if not ids:
+        some = f"predictions such as {candidates[0]!r}" if candidates else "no predictions"
+        raise InputError(f"{options.prediction} and {truth.name} have no picture in common ({some})")
+    return _Match(name, ids, missing_predictions, missing_ground_truth)
+
+
+def _report(
+    options: EvaluateOptions, truth: MaskSource, match: _Match, names: tuple[str, ...], counts: Counts
+) -> EvaluateReport:
+    return EvaluateReport(
+        prediction=str(options.prediction),
+        ground_truth=truth.name,
+        split=match.split,
+        images=len(match.ids),
+        names=names,
+        scores=score(counts),
+        missing_predictions=match.missing_predictions,
+        missing_ground_truth=match.missing_ground_truth,
+        split_given=options.split is not None,
+    )
+
+
+class _Sweep(Protocol):
+    settings: tuple[float, ...]
+
+    def update(self, seed: SeedMap, truth: Labels) -> None: ...
+
+    def matrices(self) -> list[Counts]: ...
+
+
+def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None) -> EvaluateReport:
+    manifest: Manifest = seeds.manifest
+    vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(seeds.path), "classes")
+    if options.classes and load_vocabulary(options.classes).class_names != vocabulary.class_names:
+        raise UsageError(f"--classes {options.classes}: the seeds were made with other classes ({vocabulary.name})")
+    names = ("background", *vocabulary.class_names)
+    dataset = manifest.get("dataset")
+    truth = find_ground_truth(options.gt, dataset)
+    match = _match(options, list(seeds), truth, dataset)
+    half = bool(manifest.get("options", {}).get("paper"))
+    sweep: _Sweep
+    if options.alphas:
+        sweep = PowerSweep(len(names), options.alphas)
+    else:
+        settings = DEFAULT_THRESHOLDS if options.threshold is None else (options.threshold,)
+        sweep = ThresholdSweep(len(names), settings, half=half)
+    advance = start(len(match.ids)) if start else (lambda count: None)
+
+    def load(identifier: str) -> tuple[SeedMap, Labels]:
+        seed, mask = seeds[identifier], truth.read(identifier)
+        check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
+        if mask.shape != seed.size:
+            if not options.resize_pred:
+                raise _size_error(identifier, seed.size, mask.shape)
+            seed = SeedMap(seed.id, seed.classes, seed.cam, (mask.shape[0], mask.shape[1]))
+        return seed, mask
+
+    for seed, mask in _ahead(load, match.ids):
+        sweep.update(seed, mask)
+        advance(1)
+    matrices = sweep.matrices()
+    means = [score(matrix).miou for matrix in matrices]
+    best = max(range(len(means)), key=lambda k: (-1.0 if math.isnan(means[k]) else means[k], -k))
+    report = _report(options, truth, match, names, matrices[best])
+    report.curve = list(zip(sweep.settings, means, strict=True))
+    if options.alphas:
+        report.alpha = sweep.settings[best]
+    else:
+        report.threshold = sweep.settings[best]
+    return report
+
+
+def _evaluate_masks(options: EvaluateOptions, start: Start | None) -> EvaluateReport:
+    if options.threshold is not None or options.alphas:
+        raise UsageError(f"--threshold and --alpha apply to seeds; {options.prediction} holds finished masks")
+    if options.classes is None:
+        raise UsageError(f"{options.prediction}: say which classes the masks hold, --classes voc, coco, toy or FILE")
+    if options.gt is None:
+        raise UsageError("--gt: name the folder with the ground-truth masks")
+    predictions = MaskFolder(options.prediction)
+    predicted = sorted(predictions.ids())
+    if not predicted:
+        raise InputError(f"{options.prediction}: neither seeds nor PNG masks in this folder")
+    names = ("background", *load_vocabulary(options.classes).class_names)
+    truth = find_ground_truth(options.gt, None)
+    match = _match(options, predicted, truth, None)
+    advance = start(len(match.ids)) if start else (lambda count: None)
+    counts = np.zeros((len(names), len(names)), np.int64)
+    excluded = 0
+
+    def load(identifier: str) -> tuple[Labels, Labels]:
+        prediction, mask = predictions.read(identifier), truth.read(identifier)
+        check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
+        where = f"{predictions.name}/{identifier}.png"
+        check_labels(prediction, len(names), where, allow_ignore=True)
+        if options.pred_ignore == "error" and (prediction == IGNORE).any():
+            raise InputError(
+                f"{where}: holds 255 (ignore), which cannot be scored; say what it means with "
+                "--pred-ignore background or --pred-ignore exclude"
+            )
+        if prediction.shape != mask.shape:
+            if not options.resize_pred:
+                raise _size_error(identifier, prediction.shape, mask.shape)
+            prediction = _resized(prediction, mask.shape)
+        return prediction, mask
+
+    for prediction, mask in _ahead(load, match.ids):
+        unsure = prediction == IGNORE
+        if options.pred_ignore == "exclude":
+            excluded += int((unsure & (mask != IGNORE)).sum())
+            mask = np.where(unsure, np.uint8(IGNORE), mask)
+        counts += confusion(mask, np.where(unsure, np.uint8(0), prediction), len(names))
+        advance(1)
+    report = _report(options, truth, match, names, counts)
+    report.excluded_pixels = excluded
+    return report
+
+
+def _size_error(identifier: str, predicted: Sequence[int], truth: Sequence[int]) -> InputError:
+    return InputError(
+        f"{identifier}: the prediction is {predicted[1]}x{predicted[0]} pixels, the ground truth "
+        f"{truth[1]}x{truth[0]}; if that is meant, give --resize-pred"
+    )
+
+
+def _resized(labels: Labels, shape: tuple[int, ...]) -> Labels:
+    """Nearest neighbour."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(labels).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
+
+
+def _ahead(load: Callable[[str], T], ids: Sequence[str]) -> Iterator[T]:
+    """Load in a few threads, a bounded number ahead of the consumer."""
+    threads = min(8, os.cpu_count() or 1)
+    source = iter(ids)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[T]] = deque(pool.submit(load, key) for key in islice(source, 2 * threads))
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(load, key) for key in islice(source, 1))
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,1 @@
+"""Pictures for people: overlays of maps and masks on photographs."""

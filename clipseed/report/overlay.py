@@ -1,0 +1,59 @@
+"""Overlays of class activation maps on their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = npt.NDArray[np.uint8]
+_CAPTION = 18
+_GAP = 6
+
+
+def heat_overlay(picture: Pixels, heat: npt.NDArray[np.float32], strength: float = 0.55) -> Pixels:
+    """Blend a map ``(H, W)`` in [0, 1], coloured from blue to red, over a picture ``(H, W, 3)``."""
+    import cv2
+
+    coloured = cv2.applyColorMap((heat.clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    return (picture * (1 - strength) + coloured * strength + 0.5).astype(np.uint8)
+
+
+def label_overlay(picture: Pixels, labels: Pixels, strength: float = 0.6) -> Pixels:
+    """Blend a mask ``(H, W)`` in VOC colours over a picture; the background stays as it is."""
+    from clipseed.store.masks import voc_palette
+
+    blended = picture * (1 - strength) + voc_palette()[labels] * strength + 0.5
+    return np.where((labels > 0)[..., None], blended, picture).astype(np.uint8)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 200) -> Image.Image:
+    """Lay captioned pictures out in rows, all scaled to one height."""
+    font = ImageFont.load_default(13)
+    scaled = [[(caption, _to_height(pixels, height)) for caption, pixels in row] for row in rows]
+    width = max(sum(tile.width + _GAP for _, tile in row) for row in scaled) + _GAP
+    sheet = Image.new("RGB", (width, len(scaled) * (height + _CAPTION + _GAP) + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(scaled):
+        top, left = _GAP + number * (height + _CAPTION + _GAP), _GAP
+        for caption, tile in row:
+            draw.text((left, top), _fitted(caption, tile.width, font), fill="black", font=font)
+            sheet.paste(tile, (left, top + _CAPTION))
+            left += tile.width + _GAP
+    return sheet
+
+
+def _to_height(pixels: Pixels, height: int) -> Image.Image:
+    image = Image.fromarray(pixels)
+    width = min(max(1, round(image.width * height / image.height)), 4 * height)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Shorten a caption to the width of its tile."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2] + "…"
+    return text

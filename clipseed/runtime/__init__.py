@@ -1,0 +1,1 @@
+"""The streaming engine that every command uses."""

@@ -1,0 +1,188 @@
+"""The streaming engine that every command uses: units of samples in, shards out, nothing kept in between.
+
+Samples are decoded ahead (:mod:`clipseed.runtime.decode`), grouped into batches that the device can take in one piece,
+computed, and written by a thread of their own while the next batch runs. A unit's grouping depends only on the data
+set's order, so an interrupted run repeats exactly the batches that an uninterrupted one would have made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from clipseed.data.types import Sample
+from clipseed.errors import ImageError
+from clipseed.runtime.decode import DecodePool
+
+
+class Loaded(Protocol):
+    """A decoded sample: ``key`` says with which others it can share a batch, ``cost`` is its size in tokens."""
+
+    @property
+    def key(self) -> Hashable: ...  # noqa: D102
+    @property
+    def cost(self) -> int: ...  # noqa: D102
+
+
+T = TypeVar("T", bound=Loaded)
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit's number and the samples of it that are still to be done."""
+
+    index: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass
+class StreamStats:
+    """What a run did, and where its main thread waited (seconds)."""
+
+    computed: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    waits: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "device": 0.0, "write": 0.0})
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that the run waited for most."""
+        return max(self.waits, key=lambda stage: self.waits[stage])
+
+
+class BatchSize:
+    """How many samples share a batch: a fixed number, or as many as a token budget holds; halved on out-of-memory."""
+
+    def __init__(self, fixed: int | None, token_budget: int) -> None:
+        self._fixed, self._budget = fixed, token_budget
+
+    def limit(self, cost: int) -> int:
+        """Batch size for samples of ``cost`` tokens."""
+        return max(1, self._fixed if self._fixed is not None else self._budget // max(1, cost))
+
+    def halve(self, size: int, cost: int) -> None:
+        """Stay at half of ``size`` from now on, for samples of this cost."""
+        if self._fixed is not None:
+            self._fixed = max(1, size // 2)
+        else:
+            self._budget = max(1, size // 2) * max(1, cost)
+
+
+def run_stream(
+    tasks: Sequence[Task],
+    pool: DecodePool[T],
+    compute: Callable[[Sequence[T]], Sequence[R]],
+    write: Callable[[Task, Sequence[R]], None],
+    batch: BatchSize,
+    advance: Callable[[int, StreamStats], None] = lambda count, stats: None,
+) -> StreamStats:
+    """Run all tasks.
+
+    Args:
+        tasks: Units in order.
+        pool: Decodes their samples.
+        compute: Results of a batch of samples with equal keys, in the batch's order.
+        write: Stores a task's results, in the order of its samples; runs in a thread of its own.
+        batch: Batch-size policy.
+        advance: Called with the number of samples finished, for progress.
+
+    Raises:
+        Whatever ``compute`` or ``write`` raise; samples that cannot be decoded are skipped and reported.
+    """
+    stats = StreamStats()
+    outcomes = pool.stream(sample for task in tasks for sample in task.samples)
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        pending: Future[None] | None = None
+        for task in tasks:
+            results = _run_task(task, outcomes, compute, batch, stats, advance)
+            _await(pending, stats)
+            pending = writer.submit(write, task, results)
+        _await(pending, stats)
+    return stats
+
+
+def _run_task(
+    task: Task,
+    outcomes: Iterator[tuple[Sample, T | ImageError]],
+    compute: Callable[[Sequence[T]], Sequence[R]],
+    batch: BatchSize,
+    stats: StreamStats,
+    advance: Callable[[int, StreamStats], None],
+) -> list[R]:
+    buckets: dict[Hashable, _Bucket[T]] = {}
+    results: dict[int, R] = {}
+
+    def flush(bucket: _Bucket[T]) -> None:
+        started = time.perf_counter()
+        for position, result in zip(bucket.positions, _compute(bucket.items, compute, batch, stats), strict=True):
+            if isinstance(result, ImageError):
+                stats.skipped.append((task.samples[position].id, str(result)))
+            else:
+                results[position] = result
+                stats.computed += 1
+        stats.waits["device"] += time.perf_counter() - started
+        advance(len(bucket.items), stats)
+        bucket.clear()
+
+    for position in range(len(task.samples)):
+        started = time.perf_counter()
+        sample, outcome = next(outcomes)
+        stats.waits["decode"] += time.perf_counter() - started
+        if isinstance(outcome, ImageError):
+            stats.skipped.append((sample.id, str(outcome)))
+            advance(1, stats)
+            continue
+        bucket = buckets.setdefault(outcome.key, _Bucket())
+        bucket.add(position, outcome)
+        if len(bucket.items) >= batch.limit(outcome.cost):
+            flush(bucket)
+    for bucket in buckets.values():
+        if bucket.items:
+            flush(bucket)
+    return [results[position] for position in sorted(results)]
+
+
+class _Bucket(Generic[T]):
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.items: list[T] = []
+
+    def add(self, position: int, item: T) -> None:
+        self.positions.append(position)
+        self.items.append(item)
+
+    def clear(self) -> None:
+        self.positions, self.items = [], []
+
+
+def _compute(
+    items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]], batch: BatchSize, stats: StreamStats
+) -> list[R | ImageError]:
+    """Compute a batch, in halves where it does not fit into the device's memory."""
+    try:
+        return list(compute(items))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+    if len(items) == 1:
+        return [ImageError("does not fit into the device's memory even alone; lower --max-side")]
+    batch.halve(len(items), items[0].cost)
+    stats.notes.append(f"out of memory with {len(items)} pictures at once; continuing with {max(1, len(items) // 2)}")
+    middle = len(items) // 2
+    return _compute(items[:middle], compute, batch, stats) + _compute(items[middle:], compute, batch, stats)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _await(pending: Future[None] | None, stats: StreamStats) -> None:
+    if pending is not None:
+        started = time.perf_counter()
+        pending.result()
+        stats.waits["write"] += time.perf_counter() - started

@@ -1,0 +1,76 @@
+"""Writing files so that a crash leaves either the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipseed.errors import StoreError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; on leaving without error it is synced and renamed to ``path``.
+
+    Raises:
+        StoreError: the folder is read-only, the disk full, or the like.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with storage_errors(path):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn operating-system errors into a :class:`StoreError` that names ``path`` and the way out."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # HDF5 raises either, and reports the system's error number only inside its message.
+        number, text = getattr(error, "errno", None), str(error)
+        if isinstance(error, RuntimeError) and "errno = " not in text:
+            raise
+        if number == errno.ENOSPC or "errno = 28" in text:
+            raise StoreError(f"{path}: the disk is full; free some space and run the same command again") from error
+        if number in {errno.EACCES, errno.EROFS, errno.EPERM} or "errno = 13" in text or "errno = 30" in text:
+            raise StoreError(f"{path}: may not be written here (read-only?); choose another --out") from error
+        if number == errno.ENOENT and not path.parent.is_dir():
+            raise StoreError(f"{path}: the folder {path.parent} does not exist") from error
+        if number == errno.ENAMETOOLONG:
+            raise StoreError(f"{path}: the file name is too long for this file system") from error
+        raise StoreError(f"{path}: cannot be written ({error})") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a small text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed run left in a folder."""
+    for leftover in folder.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()

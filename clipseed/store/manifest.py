@@ -1,0 +1,53 @@
+"""The manifest: everything that decides what is in an output, so that runs can be resumed, compared and explained."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+Manifest = dict[str, Any]
+
+_COMPARED = ("kind", "method", "options", "model", "vocabulary", "dataset")
+"""Parts in which a resumed run must agree with what is there; ``versions`` may differ."""
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of everything that has a part in the numbers."""
+    from clipseed import __version__
+
+    names = ("torch", "open_clip_torch", "numpy", "pillow", "h5py", "opencv-python-headless")
+    versions = {"clipseed": __version__, "python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def dumps(manifest: Manifest) -> str:
+    """Canonical JSON: the same manifest gives the same text."""
+    return json.dumps(manifest, sort_keys=True, ensure_ascii=True, indent=1)
+
+
+def differences(stored: Manifest, wanted: Manifest) -> list[str]:
+    """Human-readable differences that forbid adding to an output, e.g. ``model.sha256: ab12… there, cd34… now``."""
+    found: list[str] = []
+    for part in _COMPARED:
+        _compare(part, stored.get(part), wanted.get(part), found)
+    return found
+
+
+def _compare(path: str, there: Any, now: Any, found: list[str]) -> None:
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in sorted(there.keys() | now.keys()):
+            _compare(f"{path}.{key}", there.get(key), now.get(key), found)
+    elif json.dumps(there, sort_keys=True) != json.dumps(now, sort_keys=True):
+        found.append(f"{path}: {_short(there)} there, {_short(now)} now")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,99 @@
+"""Label masks as 8-bit PNG: written with the VOC palette, read from whatever people have."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from clipseed.errors import InputError
+from clipseed.store.files import replacing
+
+IGNORE = 255
+Labels = npt.NDArray[np.uint8]
+
+
+@lru_cache(maxsize=1)
+def voc_palette() -> npt.NDArray[np.uint8]:
+    """The PASCAL VOC colour map: ``(256, 3)`` uint8, bits of the label spread over the channels' high bits."""
+    labels = np.arange(256)
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((labels >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def write_mask(path: Path, labels: Labels) -> None:
+    """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    image = Image.fromarray(labels, mode="P")
+    image.putpalette(voc_palette().tobytes())
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def read_mask(path: Path) -> Labels:
+    """Read labels ``(H, W)``: palette indices, grey values, or RGB in VOC colours.
+
+    Pillow only: OpenCV would turn palette indices into colours.
+
+    Raises:
+        InputError: missing, damaged, values beyond 255, or colours that are not VOC's.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in {"P", "L"}:
+                return np.asarray(image).copy()
+            if image.mode == "1":
+                return np.asarray(image).astype(np.uint8)
+            if image.mode.startswith("I"):
+                return _narrow(np.asarray(image), path)
+            if image.mode in {"RGB", "RGBA"}:
+                return _from_colours(np.asarray(image.convert("RGB")), path)
+            mode = image.mode
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such mask") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not a picture") from error
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise InputError(f"{path}: damaged mask ({type(error).__name__}: {error})") from error
+    raise InputError(f"{path}: masks are palette or grey PNG, not mode {mode}")
+
+
+def _narrow(values: npt.NDArray[np.generic], path: Path) -> Labels:
+    wide = values.astype(np.int64)
+    if wide.min() < 0 or wide.max() > 255:
+        raise InputError(f"{path}: label {int(wide.max())} does not fit into 8 bits")
+    return wide.astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _colour_table() -> npt.NDArray[np.int32]:
+    palette = voc_palette().astype(np.int64)
+    table: npt.NDArray[np.int32] = np.full(1 << 24, -1, np.int32)
+    table[(palette[:, 0] << 16) | (palette[:, 1] << 8) | palette[:, 2]] = np.arange(256)
+    return table
+
+
+def _from_colours(pixels: npt.NDArray[np.uint8], path: Path) -> Labels:
+    wide = pixels.astype(np.int64)
+    labels = _colour_table()[(wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]]
+    if labels.min() < 0:
+        row, column = (int(k[0]) for k in np.nonzero(labels < 0))
+        colour = tuple(int(value) for value in pixels[row, column])
+        raise InputError(
+            f"{path}: colour {colour} at row {row}, column {column} is not in the VOC colour map; "
+            "masks must be palette or grey PNG with label values"
+        )
+    narrow: Labels = labels.astype(np.uint8)
+    return narrow

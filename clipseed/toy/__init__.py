@@ -1,0 +1,1 @@
+"""The built-in world: a procedural data set and a tiny CLIP trained on it."""

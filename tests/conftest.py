@@ -1,0 +1,125 @@
+"""Shared fixtures: tiny seeded models in the real formats, and small data sets in the real layouts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+DATA = Path(__file__).parent / "data"
+
+
+def tiny_config(**vision: Any) -> dict[str, Any]:
+    """Configuration of an open_clip model small enough to build in milliseconds."""
+    return {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "patch_size": 16, "head_width": 32, **vision},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+
+
+def tiny_model(config: dict[str, Any] | None = None, *, quick_gelu: bool = True, seed: int = 0) -> torch.nn.Module:
+    """A seeded open_clip model whose attention and logits are not uniform."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(seed)
+    model = CLIP(**(config or tiny_config()), quick_gelu=quick_gelu)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name == "logit_scale":
+                value.fill_(3.0)
+            elif value.ndim >= 2:
+                value.normal_(std=1.2 * value.shape[-1] ** -0.5)
+            else:
+                value.add_(0.1 * torch.randn_like(value))
+    return model.eval()
+
+
+@pytest.fixture
+def openai_state() -> dict[str, torch.Tensor]:
+    """A state dict as OpenAI publishes them: heads of 64, linear weights in half precision, the rest in single."""
+    from open_clip.model import convert_weights_to_lp
+
+    model = tiny_model(tiny_config(head_width=64))
+    convert_weights_to_lp(model, torch.float16)
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def save_npz(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    np.savez(path, **{key: value.numpy() for key, value in state.items()})
+    return path
+
+
+@pytest.fixture
+def tiny_weights(tmp_path: Path, openai_state: dict[str, torch.Tensor]) -> Path:
+    """Weights file of the tiny model."""
+    return save_npz(tmp_path / "tiny.npz", openai_state)
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """A smooth colourful picture."""
+    rng = np.random.default_rng(seed)
+    knots = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return knots.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    """Six pictures in VOC layout with masks, two of them of equal size."""
+    from clipseed.store.masks import write_mask
+
+    root = tmp_path / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    contents = [
+        ("2007_000001", (48, 64), ["cat"]),
+        ("2007_000002", (48, 64), ["dog", "person", "dog"]),
+        ("2007_000003", (70, 50), ["person"]),
+        ("2007_000004", (33, 90), ["sofa", "cat", "dog"]),
+        ("2007_000005", (48, 64), []),
+        ("2007_000006", (64, 64), ["tvmonitor"]),
+    ]
+    from clipseed.data.vocabulary import load_vocabulary
+
+    names = load_vocabulary("voc").class_names
+    for number, (identifier, (height, width), labels) in enumerate(contents):
+        picture(number, height, width).save(root / "JPEGImages" / f"{identifier}.jpg", quality=95)
+        mask = np.zeros((height, width), np.uint8)
+        for position, label in enumerate(labels):
+            mask[5 + 8 * position : 12 + 8 * position, 4:40] = names.index(label) + 1
+        mask[:2] = 255
+        write_mask(root / "SegmentationClass" / f"{identifier}.png", mask)
+        objects = "".join(f"<object><name>{label}</name><part><name>head</name></part></object>" for label in labels)
+        (root / "Annotations" / f"{identifier}.xml").write_text(f"<annotation>{objects}</annotation>")
+    ids = [identifier for identifier, _, _ in contents]
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(ids) + "\n")
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(ids[:2]) + "\n")
+    return root
+
+
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def clipseed() -> Runner:
+    """Run the program in a process of its own; returns exit code, stdout and stderr."""
+
+    def run(*words: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Any:
+        command = [sys.executable, "-m", "clipseed", *map(str, words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+        return subprocess.run(
+            command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    return run
