@@ -112,7 +112,7 @@ def test_class_activation_maps(folder: str, name: str) -> None:
         present = torch.zeros(1, len(bank.classes), dtype=torch.bool)
         present[picture, label] = True
         gradient = score_gradient(state.feature, bank, present, picture, label, "softmax")
-        weights = channel_weights(clip.tower, state, picture, gradient)
+        weights = channel_weights(clip.tower, state, [len(labels[0])], gradient)
         raw = gradcam(clip.tower, state, bank, labels, grid)
     peak = np.abs(arrays["grad_mean"]).max(axis=1, keepdims=True)
     close(weights / torch.from_numpy(peak), arrays["grad_mean"] / peak, 5e-5)

@@ -98,7 +98,7 @@ def test_closed_form_equals_autograd_through_the_network(kind: str, target: str)
         present = torch.zeros(3, 6, dtype=torch.bool)
         present[picture, label] = True
         gradient = score_gradient(state.feature, text, present, picture, label, target)  # type: ignore[arg-type]
-        weights = channel_weights(tower, state, picture, gradient)
+        weights = channel_weights(tower, state, [len(row) for row in labels], gradient)
         maps = gradcam(tower, state, text, labels, features.grid, target)  # type: ignore[arg-type]
     for ours, theirs in zip(weights, expected_weights, strict=True):
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
@@ -122,14 +122,15 @@ def test_pictures_and_classes_do_not_influence_each_other() -> None:
     assert (together - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_many_pairs_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures with equally many classes go together, side by side in the batch or not."""
     _, tower = make("openai")
-    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    labels = [[0, 1, 2, 3, 4, 5], [5, 4, 3]]
+    pixels = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    labels = [[0, 1, 2, 3, 4, 5], [5, 4], [], [1, 0], [2]]
     with torch.inference_mode():
         state = run_last_block(tower, tower.dense(pixels).tokens)
         whole = gradcam(tower, state, bank(), labels, (4, 4))
-        monkeypatch.setattr("clipseed.cam.gradcam._PAIR_TOKENS", 32)  # two pairs at a time, across pictures
+        monkeypatch.setattr("clipseed.cam.gradcam._GROUP_TOKENS", {"cpu": 1})  # one picture at a time
         parts = gradcam(tower, state, bank(), labels, (4, 4))
     assert (whole - parts).abs().max() <= 1e-5 * whole.abs().max()
 

@@ -12,7 +12,8 @@ MLP, E joint space, C classes, M background words.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -23,8 +24,9 @@ from clipseed.clip.text import TextBank
 from clipseed.clip.vision import QUICK_GELU_SLOPE, Block, Norm, VisionTower, attention_map, merge_heads, scaled
 
 Target = Literal["softmax", "log-softmax", "logit"]
-_PAIR_TOKENS = 1 << 14
-"""Pairs are taken in chunks of about this many tokens, so that temporaries stay near the caches."""
+_GROUP_TOKENS = {"cpu": 1 << 11}
+_GPU_GROUP_TOKENS = 1 << 16
+"""Pairs are taken in groups of about this many tokens: on a CPU few, so that temporaries stay near the caches."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ class LastBlock:
     pooled_hat: Tensor
     pooled_scale: Tensor
     feature: Tensor
+
+    def take(self, pictures: Sequence[int]) -> LastBlock:
+        """The same of some pictures; views where they stand side by side."""
+        first, last = pictures[0], pictures[-1]
+        if list(pictures) == list(range(first, last + 1)):
+            return LastBlock(*(getattr(self, item.name)[first : last + 1] for item in fields(self)))
+        index = torch.tensor(pictures, device=self.feature.device)
+        return LastBlock(*(getattr(self, item.name)[index] for item in fields(self)))
 
     def mean_attention(self) -> Tensor:
         """``(B, n, n)`` attention between patches averaged over heads, float32."""
@@ -106,76 +116,82 @@ def score_gradient(
     return across.div(norm)
 
 
-def channel_weights(tower: VisionTower, state: LastBlock, picture: Tensor, gradient: Tensor) -> Tensor:
+def channel_weights(tower: VisionTower, state: LastBlock, counts: Sequence[int], gradient: Tensor) -> Tensor:
     """Grad-CAM channel weights ``(P, D)``: the patch mean of the score's gradient with respect to ``state.a``.
 
-    ``gradient`` ``(P, E)`` is that of :func:`score_gradient`. Each pair's is scaled to unit size on the way, so that
-    half precision neither loses the tiny gradients of confident scores nor overflows.
+    ``gradient`` ``(P, E)`` is that of :func:`score_gradient`, pairs ordered by picture, ``counts[b]`` of them for
+    picture b. Each pair's is scaled to unit size on the way, so that half precision neither loses the tiny gradients
+    of confident scores nor overflows.
     """
-    block = tower.blocks[-1]
     start = (gradient @ tower.projection.float().T) * tower.norm_post.weight
     size = start.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     start = start / size
     start = start - start.mean(dim=-1, keepdim=True)
-    # What the MLP's output matrix makes of the per-token part of the cotangent is the same for all classes.
-    token_part = scaled(state.pooled_hat.to(tower.dtype), block.scale_2) @ block.down.weight
-    pair_part = scaled(start.to(tower.dtype), block.scale_2) @ block.down.weight
-    mean_keys = state.attention[:, :, 1:] @ state.k
-    patches = state.middle.shape[1]
+    offsets = [0, *accumulate(counts)]
     weights = torch.empty_like(start)
-    for chunk in _chunks(len(picture), patches):
-        index = picture[chunk]
-        hat, scale = state.pooled_hat[index], state.pooled_scale[index] / patches
-        share = (hat @ start[chunk, :, None]) / start.shape[-1]
-        into_mlp = scale * (start[chunk, None] - hat * share)
-        hidden = scale * (pair_part[chunk, None] - token_part[index] * share)
-        hidden = hidden.to(tower.dtype) * activation_slope(state.hidden[index], block.activation)
-        through = norm_backward(hidden @ block.up.weight, state.middle[index], block.norm_2)
-        out = scaled((into_mlp + through).to(tower.dtype), block.scale_1) @ block.out.weight
-        weights[chunk] = _attention_sums(state, block, index, out, mean_keys)
-    return weights * (size / patches)
+    budget = _GROUP_TOKENS.get(start.device.type, _GPU_GROUP_TOKENS) // state.middle.shape[1]
+    for count, pictures in _equal_counts(counts, budget):
+        pairs = torch.tensor([[offsets[b] + k for k in range(count)] for b in pictures], device=start.device)
+        weights[pairs] = _group_weights(tower, state.take(pictures), start[pairs])
+    # Once for the mean over patches that made the feature, once for the mean of the gradient.
+    return weights * (size / state.middle.shape[1] ** 2)
 
 
-def _attention_sums(state: LastBlock, block: Block, picture: Tensor, out: Tensor, mean_keys: Tensor) -> Tensor:
-    """Sum over patches of the gradient at the block's normalised tokens ``(P, D)``, given the one behind attention.
+def _group_weights(tower: VisionTower, state: LastBlock, start: Tensor) -> Tensor:
+    """Gradient summed over patches ``(G, K, D)`` for G pictures with K classes each; ``start`` ``(G, K, D)``."""
+    block = tower.blocks[-1]
+    hat, scale = state.pooled_hat, state.pooled_scale
+    # The cotangent behind the final norm is, up to each token's scale, `start - hat * share`: one vector per class and
+    # one per token. So the MLP's output matrix meets every token once, not once per class.
+    share = (start @ hat.transpose(1, 2) / start.shape[-1]).unsqueeze(-1)
+    slope = activation_slope(state.hidden, block.activation) * scale.to(tower.dtype)
+    token_part = slope * (scaled(hat.to(tower.dtype), block.scale_2) @ block.down.weight)
+    pair_part = scaled(start.to(tower.dtype), block.scale_2) @ block.down.weight
+    hidden = slope.unsqueeze(1) * pair_part.unsqueeze(2)
+    hidden.addcmul_(token_part.unsqueeze(1), share.to(tower.dtype), value=-1)
+    into_mlp = torch.addcmul(start.unsqueeze(2), hat.unsqueeze(1), share, value=-1) * scale.unsqueeze(1)
+    through = norm_backward(hidden @ block.up.weight, state.middle.unsqueeze(1), block.norm_2)
+    out = scaled((into_mlp + through).to(tower.dtype), block.scale_1) @ block.out.weight
+    return _attention_sums(state, block, out)
 
-    ``out`` ``(P, n, D)`` is the cotangent of the heads' concatenated output at the patches (the class token's is 0).
-    With S the scaled scores and A their softmax, dS = A * (dO v^T - dO O^T):
+
+def _attention_sums(state: LastBlock, block: Block, out: Tensor) -> Tensor:
+    """Sum over patches of the gradient at the block's normalised tokens ``(G, K, D)``, given the one behind attention.
+
+    ``out`` ``(G, K, n, D)`` is the cotangent of the heads' concatenated output at the patches (the class token's is 0).
+    With S the scaled scores and A their softmax, dS = A * (dO v^T - rowsum(dO * O)):
 
     - values: the sum over patches i of dv_i is the sum over j of (1 - A_j0) dO_j;
     - keys: rows of dS sum to zero, so the sum over patches of dk_i needs the class token's column of dS only;
-    - queries: sum_j dq_j = sum_i ((A^T dO)_i . v_i) k_i - sum_j (dO_j . O_j) (A k)_j.
+    - queries: sum_j dq_j = sum_i c_i k_i with c_i = (A^T dO)_i . v_i - (A^T rowsum(dO * O))_i.
     """
-    pairs, patches, width = out.shape
-    heads = block.heads
-    d = width // heads
-    cotangent = out.view(pairs, patches, heads, d).transpose(1, 2)
-    to_class = state.attention[picture, :, 1:, 0].unsqueeze(-1)
-    d_value = ((1 - to_class) * cotangent).sum(dim=2)
+    group, classes, patches, width = out.shape
+    heads, d = block.heads, width // block.heads
+    cotangent = out.view(group, classes, patches, heads, d).permute(0, 3, 2, 1, 4)  # G, H, n, K, d
+    along = (cotangent * state.attended[:, :, 1:].unsqueeze(3)).sum(dim=-1)  # G, H, n, K
+    to_class = state.attention[:, :, 1:, 0].unsqueeze(-1)  # G, H, n, 1
+    flat = cotangent.reshape(group, heads, patches, classes * d)
 
-    along = (cotangent * state.attended[picture, :, 1:]).sum(dim=-1, keepdim=True)
-    towards_class = (cotangent @ state.v[picture, :, 0].unsqueeze(-1)) - along
-    d_key = -(to_class * towards_class * state.q[picture, :, 1:]).sum(dim=2)
+    d_value = ((1 - to_class).transpose(2, 3) @ flat).view(group, heads, classes, d)
 
-    spread = torch.empty(pairs, heads, patches + 1, d, device=out.device, dtype=out.dtype)
-    for image, pair in _runs(picture):
-        # One product per picture: its classes lie side by side, its attention is read in place.
-        side_by_side = cotangent[pair].permute(1, 2, 0, 3).reshape(heads, patches, -1)
-        product = state.attention[image, :, 1:].transpose(-2, -1) @ side_by_side
-        spread[pair] = product.view(heads, patches + 1, -1, d).permute(2, 0, 1, 3)
-    agreement = (spread * state.v[picture]).sum(dim=-1, keepdim=True)
-    d_query = (agreement * state.k[picture]).sum(dim=2) - (along * mean_keys[picture]).sum(dim=2)
+    towards_class = (cotangent @ state.v[:, :, 0].unsqueeze(2).unsqueeze(-1)).squeeze(-1)
+    d_key = -(to_class * (towards_class - along)).transpose(2, 3) @ state.q[:, :, 1:]
 
-    scale = d**-0.5
-    summed = torch.cat([(d_query * scale).flatten(1), (d_key * scale).flatten(1), d_value.flatten(1)], dim=1)
+    spread = state.attention[:, :, 1:].transpose(2, 3) @ torch.cat([flat, along], dim=-1)  # G, H, N, K * d + K
+    forward = spread[..., : classes * d].view(group, heads, patches + 1, classes, d)
+    agreement = (forward * state.v.unsqueeze(3)).sum(dim=-1) - spread[..., classes * d :]
+    d_query = agreement.transpose(2, 3) @ state.k
+
+    parts = [d_query * d**-0.5, d_key * d**-0.5, d_value]  # each G, H, K, d
+    summed = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1)
     return (summed @ block.qkv.weight).float()
 
 
-def weighted_sum(state: LastBlock, picture: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
+def weighted_sums(state: LastBlock, counts: Sequence[int], weights: Tensor, grid: tuple[int, int]) -> Tensor:
     """Raw class activation maps ``(P, h, w)``: patch activations weighted by channel, before the ReLU."""
     activations = state.a[:, 1:].float()
-    maps = torch.stack([activations[image] @ row for image, row in zip(picture.tolist(), weights, strict=True)])
-    return maps.view(-1, *grid)
+    maps = [rows @ activations[b].T for b, rows in enumerate(weights.split(list(counts)))]
+    return torch.cat(maps).view(-1, *grid)
 
 
 def gradcam(
@@ -205,7 +221,8 @@ def gradcam(
     present = torch.zeros(len(labels), len(text.classes), dtype=torch.bool, device=state.feature.device)
     present[picture, label] = True
     gradient = score_gradient(state.feature, text, present, picture, label, target)
-    return weighted_sum(state, picture, channel_weights(tower, state, picture, gradient), grid)
+    counts = [len(row) for row in labels]
+    return weighted_sums(state, counts, channel_weights(tower, state, counts, gradient), grid)
 
 
 def normalise(raw: Tensor, *, released: bool = False) -> Tensor:
@@ -242,7 +259,7 @@ def activation_slope(h: Tensor, activation: str) -> Tensor:
     wide = h.float()
     cdf = 0.5 * (1 + torch.erf(wide * 2**-0.5))
     density = torch.exp(-0.5 * wide * wide) * (2 * torch.pi) ** -0.5
-    return (cdf + wide * density).to(h.dtype)
+    return torch.add(cdf, wide * density).to(h.dtype)
 
 
 def norm_backward(gradient: Tensor, x: Tensor, norm: Norm) -> Tensor:
@@ -260,16 +277,10 @@ def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x - mean) * scale, scale
 
 
-def _chunks(pairs: int, patches: int) -> Iterator[slice]:
-    step = max(1, _PAIR_TOKENS // patches)
-    for start in range(0, pairs, step):
-        yield slice(start, min(start + step, pairs))
-
-
-def _runs(picture: Tensor) -> Iterator[tuple[int, slice]]:
-    """Runs of equal values in a sorted index: the value and where it stands."""
-    images, counts = torch.unique_consecutive(picture, return_counts=True)
-    start = 0
-    for image, count in zip(images.tolist(), counts.tolist(), strict=True):
-        yield image, slice(start, start + count)
-        start += count
+def _equal_counts(counts: Sequence[int], pairs: int) -> Iterator[tuple[int, list[int]]]:
+    """Groups of about ``pairs`` pairs from pictures with equally many classes: that number, and the pictures."""
+    for count in sorted(set(counts) - {0}):
+        pictures = [b for b, other in enumerate(counts) if other == count]
+        step = max(1, pairs // count)
+        for first in range(0, len(pictures), step):
+            yield count, pictures[first : first + step]

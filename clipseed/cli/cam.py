@@ -113,8 +113,11 @@ def _start(talker: Talker, image_set: ImageSet, todo: int, done: int) -> Any:
 
 
 def _tell(talker: Talker, report: CamReport) -> None:
-    for note in dict.fromkeys(report.notes):
+    for note in report.notes:
         talker.warn(note)
+    if report.stats.out_of_memory:
+        before, after = report.stats.out_of_memory
+        talker.warn(f"out of memory with {before} pictures at once; went on with {after} (--batch-size {after})")
     if report.recomputed:
         talker.warn(f"{report.recomputed} pictures gave NaN or infinity in half precision and were computed in fp32")
     skipped = report.stats.skipped

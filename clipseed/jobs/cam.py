@@ -33,7 +33,7 @@ from clipseed.store.writer import SeedWriter
 DEFAULT_MAX_SIDE = 640
 _UNIT_SIZE = {"cpu": 64}
 _GPU_UNIT_SIZE = 2048
-_TOKEN_BUDGET = {"cpu": 4_000}
+_TOKEN_BUDGET = {"cpu": 1_600}
 _GPU_TOKEN_BUDGET = 50_000
 
 
@@ -172,7 +172,7 @@ def run_cam(options: CamOptions, start: Start | None = None) -> CamReport:
         model=clip.manifest(),
         device=str(clip.tower.device),
         recomputed=job.recomputed,
-        notes=[*writer.notes, *stats.notes],
+        notes=writer.notes,
         skipped_file=skipped,
     )
 

@@ -45,7 +45,8 @@ class StreamStats:
 
     computed: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    out_of_memory: tuple[int, int] | None = None
+    """Batch size that did not fit, and the one it was lowered to."""
     waits: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "device": 0.0, "write": 0.0})
 
     @property
@@ -162,18 +163,23 @@ class _Bucket(Generic[T]):
 def _compute(
     items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]], batch: BatchSize, stats: StreamStats
 ) -> list[R | ImageError]:
-    """Compute a batch, in halves where it does not fit into the device's memory."""
-    try:
-        return list(compute(items))
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-    if len(items) == 1:
-        return [ImageError("does not fit into the device's memory even alone; lower --max-side")]
-    batch.halve(len(items), items[0].cost)
-    stats.notes.append(f"out of memory with {len(items)} pictures at once; continuing with {max(1, len(items) // 2)}")
-    middle = len(items) // 2
-    return _compute(items[:middle], compute, batch, stats) + _compute(items[middle:], compute, batch, stats)
+    """Compute a batch, in smaller ones from the moment it does not fit into the device's memory."""
+    results: list[R | ImageError] = []
+    cost = items[0].cost
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + batch.limit(cost)]
+        try:
+            results.extend(compute(part))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(part) == 1:
+                results.append(ImageError("does not fit into the device's memory even alone; lower --max-side"))
+            else:
+                batch.halve(len(part), cost)
+                first = stats.out_of_memory[0] if stats.out_of_memory else len(part)
+                stats.out_of_memory = (first, batch.limit(cost))
+    return results
 
 
 def _out_of_memory(error: BaseException) -> bool:

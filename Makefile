@@ -1,0 +1,54 @@
+# Everything a developer does with clipseed. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: help install demo test test-fast lint format bench toy-clip toy-report clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/clipseed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("clipseed needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/clipseed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(BIN)/clipseed  ## make .venv and install clipseed into it
+
+demo: $(BIN)/clipseed  ## run the main job on the built-in toy world, offline
+	$(BIN)/clipseed demo --out $(DEMO)
+
+test: $(VENV)/.dev  ## run all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev  ## run the tests that take no more than a few seconds each
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(VENV)/.dev  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (docs/performance.md)
+	$(BIN)/python tests/bench.py
+
+toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)
+	$(BIN)/python -m clipseed.toy.train_clip --out runs/toy-clip
+
+toy-report: $(BIN)/clipseed  ## measure the tiny CLIP on the held-out scenes
+	$(BIN)/python -m clipseed.toy.measure
+
+clean:  ## remove caches and outputs, keep .venv
+	rm -rf build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,388 @@
+"""Scores against independent implementations, and every mismatch between predictions and ground truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from clipseed.cli.main import main
+from clipseed.data.vocabulary import load_vocabulary
+from clipseed.errors import InputError, UsageError
+from clipseed.evaluate.confusion import confusion, score
+from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
+from clipseed.store.masks import voc_palette, write_mask
+from clipseed.store.records import SeedMap
+from clipseed.store.writer import SeedWriter
+
+VOC = load_vocabulary("voc")
+NAMES = ("background", *VOC.class_names)
+
+
+def plain_scores(pairs: list[tuple[np.ndarray, np.ndarray]], classes: int) -> dict[str, Any]:
+    """The metric written down class by class, with no confusion matrix."""
+    iou: list[float | None] = []
+    occurs = []
+    right = total = 0
+    for label in range(classes):
+        inter = union = there = 0
+        for truth, prediction in pairs:
+            scored = truth != 255
+            inter += int(((truth == label) & (prediction == label) & scored).sum())
+            union += int((((truth == label) | (prediction == label)) & scored).sum())
+            there += int((truth == label).sum())
+        iou.append(inter / union if union else None)
+        occurs.append(there > 0)
+        right += inter
+    for truth, _ in pairs:
+        total += int((truth != 255).sum())
+    here = [value or 0.0 for value, there in zip(iou, occurs, strict=True) if there]
+    known = [value for value in iou if value is not None]
+    return {
+        "miou": sum(here) / len(here) if here else None,
+        "miou_all": sum(known) / len(known) if known else None,
+        "pixel_accuracy": right / total if total else None,
+        "iou": iou,
+    }
+
+
+masks = hnp.arrays(np.uint8, (6, 7), elements=st.sampled_from([0, 1, 2, 3, 4, 255]))
+predictions = hnp.arrays(np.uint8, (6, 7), elements=st.integers(0, 4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs=st.lists(st.tuples(masks, predictions), min_size=1, max_size=4))
+def test_scores_agree_with_the_plain_metric(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    counts = np.sum([confusion(truth, prediction, 5) for truth, prediction in pairs], axis=0)
+    ours, expected = score(counts), plain_scores(pairs, 5)
+    for name in ("miou", "miou_all", "pixel_accuracy"):
+        value = getattr(ours, name)
+        assert np.isnan(value) if expected[name] is None else abs(value - expected[name]) < 1e-9
+    for value, other in zip(ours.class_iou, expected["iou"], strict=True):
+        assert np.isnan(value) if other is None else abs(value - other) < 1e-9
+
+
+def random_seed(rng: np.random.Generator, classes: int = 4) -> tuple[SeedMap, np.ndarray]:
+    count = int(rng.integers(0, classes + 1))
+    cam = rng.random((count, 3, 4)).astype(np.float16).astype(np.float32)
+    cam[:, rng.random((3, 4)) < 0.2] = 0.5  # exact ties between classes and with thresholds
+    ids = rng.permutation(classes)[:count].astype(np.int32)
+    truth = rng.choice(np.array([*range(classes + 1), 255], np.uint8), (40, 50))
+    return SeedMap("x", ids, cam, (40, 50)), truth
+
+
+def brute_force(seed: SeedMap, background: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Arg-max over the stacked score volume, as published code does it; the background comes first."""
+    volume = np.concatenate([background[None], maps])
+    return np.concatenate([[0], seed.classes + 1])[volume.argmax(axis=0)].astype(np.uint8)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_all_thresholds_at_once(half: bool) -> None:
+    rng = np.random.default_rng(0)
+    cases = [random_seed(rng) for _ in range(20)]
+    thresholds = (0.0, 0.25, 0.5, 0.77)
+    sweep = ThresholdSweep(5, thresholds, half=half)
+    for seed, truth in cases:
+        sweep.update(seed, truth)
+    dtype = np.float16 if half else np.float32
+    for threshold, matrix in zip(thresholds, sweep.matrices(), strict=True):
+        expected = np.zeros((5, 5), np.int64)
+        for seed, truth in cases:
+            maps = seed.upsampled().astype(dtype)
+            prediction = brute_force(seed, np.full(seed.size, threshold, dtype), maps)
+            expected += confusion(truth, prediction, 5)
+        np.testing.assert_array_equal(matrix, expected)
+
+
+def test_background_exponents() -> None:
+    rng = np.random.default_rng(1)
+    cases = [random_seed(rng) for _ in range(20)]
+    sweep = PowerSweep(5, (1, 2, 0.5))
+    for seed, truth in cases:
+        sweep.update(seed, truth)
+    for exponent, matrix in zip((1, 2, 0.5), sweep.matrices(), strict=True):
+        expected = np.zeros((5, 5), np.int64)
+        for seed, truth in cases:
+            maps = seed.upsampled().astype(np.float16)
+            strongest = maps.max(axis=0) if len(maps) else np.zeros(seed.size, np.float16)
+            background = np.power(1 - strongest, exponent).astype(np.float16)
+            expected += confusion(truth, brute_force(seed, background, maps), 5)
+        np.testing.assert_array_equal(matrix, expected)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Five predictions and masks of different sizes, 255 on the masks' borders."""
+    rng = np.random.default_rng(2)
+    prediction, truth = tmp_path / "pred", tmp_path / "gt"
+    for folder in (prediction, truth):
+        (folder / "sub").mkdir(parents=True)
+    for number, name in enumerate(("a", "b", "sub/c", "d", "e")):
+        shape = (20 + number, 30)
+        mask = rng.integers(0, 6, shape).astype(np.uint8)
+        guess = np.where(rng.random(shape) < 0.6, mask, rng.integers(0, 21, shape)).astype(np.uint8)
+        mask[0] = 255
+        write_mask(truth / f"{name}.png", mask)
+        write_mask(prediction / f"{name}.png", guess)
+    return prediction, truth
+
+
+def run(prediction: Path, truth: Path, **options: Any) -> Any:
+    return evaluate(EvaluateOptions(prediction, str(truth), options.pop("classes", "voc"), **options))
+
+
+def pairs_in(prediction: Path, truth: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    names = sorted(
+        path.relative_to(truth) for path in truth.rglob("*.png") if (prediction / path.relative_to(truth)).exists()
+    )
+    return [(np.asarray(Image.open(truth / name)), np.asarray(Image.open(prediction / name))) for name in names]
+
+
+def test_folders(folders: tuple[Path, Path]) -> None:
+    report = run(*folders)
+    expected = plain_scores(pairs_in(*folders), 21)
+    assert report.images == 5
+    assert report.complete
+    assert report.threshold is None
+    assert report.scores.miou == pytest.approx(expected["miou"], abs=1e-9)
+    assert report.scores.miou_all == pytest.approx(expected["miou_all"], abs=1e-9)
+    assert report.scores.miou_all < report.scores.miou  # classes that are only predicted
+
+
+def test_json_and_csv(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prediction, truth = folders
+    table = tmp_path / "scores.csv"
+    code = main(["evaluate", str(prediction), "--gt", str(truth), "--classes", "voc", "--json", "--csv", str(table)])
+    assert code == 0
+    data = json.loads(capsys.readouterr().out)
+    expected = plain_scores(pairs_in(*folders), 21)
+    assert data["miou"] == pytest.approx(expected["miou"], abs=1e-9)
+    assert data["pixel_accuracy"] == pytest.approx(expected["pixel_accuracy"], abs=1e-9)
+    assert tuple(data["class_iou"]) == NAMES
+    for value, other in zip(data["class_iou"].values(), expected["iou"], strict=True):
+        assert (value is None) == (other is None)
+        assert value is None or abs(value - other) < 1e-9
+    assert (data["images"], data["split"], data["threshold"]) == (5, "all", None)
+    rows = dict(line.rsplit(",", 1) for line in table.read_text().splitlines())
+    assert float(rows["mean IoU"]) == pytest.approx(expected["miou"], abs=1e-9)
+    assert float(rows["background"]) == pytest.approx(expected["iou"][0], abs=1e-9)
+
+
+def test_the_table_names_what_was_scored(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    prediction, truth = folders
+    assert main(["evaluate", str(prediction), "--gt", str(truth), "--classes", "voc"]) == 0
+    out = capsys.readouterr().out
+    assert f"{prediction} on all, 5 images" in out
+    assert "mean IoU without background" in out
+    assert "mean IoU over all predicted classes" in out
+
+
+def test_predicted_255(folders: tuple[Path, Path]) -> None:
+    """Never shifted into another class: an error, background, or left out, and said so."""
+    prediction, truth = folders
+    guess = np.asarray(Image.open(prediction / "b.png")).copy()
+    guess[5:9] = 255
+    write_mask(prediction / "b.png", guess)
+    with pytest.raises(InputError, match=r"b.png: holds 255.*--pred-ignore background or --pred-ignore exclude"):
+        run(prediction, truth)
+    pairs = pairs_in(prediction, truth)
+    background = plain_scores([(mask, np.where(p == 255, 0, p)) for mask, p in pairs], 21)
+    excluded = plain_scores([(np.where(p == 255, 255, mask), p) for mask, p in pairs], 21)
+    first = run(prediction, truth, pred_ignore="background")
+    second = run(prediction, truth, pred_ignore="exclude")
+    assert first.scores.miou == pytest.approx(background["miou"], abs=1e-9)
+    assert second.scores.miou == pytest.approx(excluded["miou"], abs=1e-9)
+    assert (first.excluded_pixels, second.excluded_pixels) == (0, 4 * 30)
+
+
+def test_ids_missing_on_either_side(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prediction, truth = folders
+    (truth / "a.png").unlink()
+    (prediction / "d.png").unlink()
+    report = run(prediction, truth)
+    assert report.images == 3
+    assert (report.missing_ground_truth, report.missing_predictions) == (["a"], ["d"])
+    words = ["evaluate", str(prediction), "--gt", str(truth), "--classes", "voc"]
+    assert main(words) == 3
+    errors = capsys.readouterr().err
+    assert "1 predictions have no ground truth and were not scored: a" in errors
+    assert "1 ground-truth masks have no prediction and were not scored: d" in errors
+    split = tmp_path / "some.txt"
+    split.write_text("b\nd\n")
+    assert main([*words, "--split", str(split), "--json"]) == 3
+    data = json.loads(capsys.readouterr().out)
+    assert (data["split"], data["images"], data["missing_predictions"]) == ("some", 1, ["d"])
+    split.write_text("b\ne\n")
+    assert main([*words, "--split", str(split)]) == 0
+
+
+def test_nothing_in_common(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="have no picture in common"):
+        run(folders[0], tmp_path / "other")
+    with pytest.raises(InputError, match="neither seeds nor PNG masks"):
+        run(tmp_path / "other", folders[1])
+    with pytest.raises(InputError, match="no such seeds file or mask folder"):
+        run(tmp_path / "nowhere", folders[1])
+    with pytest.raises(InputError, match=r"--gt .*nowhere: no such folder \(looked for"):
+        run(folders[0], tmp_path / "nowhere")
+
+
+def test_sizes_must_agree(folders: tuple[Path, Path]) -> None:
+    prediction, truth = folders
+    guess = Image.open(prediction / "sub" / "c.png")
+    small = np.asarray(guess.resize((15, 11), Image.Resampling.NEAREST))
+    write_mask(prediction / "sub" / "c.png", small)
+    with pytest.raises(
+        InputError, match=r"sub/c: the prediction is 15x11 pixels, the ground truth 30x22.*--resize-pred"
+    ):
+        run(prediction, truth)
+    report = run(prediction, truth, resize_pred=True)
+    large = np.asarray(Image.fromarray(small).resize((30, 22), Image.Resampling.NEAREST))
+    pairs = [(mask, large if p.shape != mask.shape else p) for mask, p in pairs_in(prediction, truth)]
+    assert report.scores.miou == pytest.approx(plain_scores(pairs, 21)["miou"], abs=1e-9)
+
+
+def test_values_that_are_no_class(folders: tuple[Path, Path]) -> None:
+    prediction, truth = folders
+    with pytest.raises(InputError, match=r"pred/a.png: holds the value \d+, but there are only 11 classes"):
+        run(prediction, truth, classes="toy")
+    write_mask(truth / "a.png", np.full((20, 30), 77, np.uint8))
+    with pytest.raises(InputError, match=r"gt/a: holds the value 77"):
+        run(prediction, truth)
+
+
+def test_rgb_ground_truth_in_voc_colours(folders: tuple[Path, Path]) -> None:
+    before = run(*folders).scores.miou
+    for path in folders[1].rglob("*.png"):
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(voc_palette()[labels]).save(path)
+    assert run(*folders).scores.miou == before
+
+
+def test_usage_mistakes(folders: tuple[Path, Path]) -> None:
+    for options, message in (
+        ({"classes": None}, "say which classes the masks hold"),
+        ({"threshold": 0.5}, "apply to seeds"),
+        ({"threshold": 1.5}, "--threshold 1.5"),
+        ({"threshold": float("nan")}, "--threshold"),
+        ({"alphas": (0.0,)}, "--alpha"),
+        ({"alphas": (1.0,), "threshold": 0.2}, "give one"),
+        ({"pred_ignore": "skip"}, "--pred-ignore skip"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(*folders, **options)
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> tuple[Path, Path, list[tuple[SeedMap, np.ndarray]]]:
+    rng = np.random.default_rng(3)
+    cases = []
+    (tmp_path / "root" / "truth").mkdir(parents=True)
+    for number in range(6):
+        seed, mask = random_seed(rng)
+        cases.append((SeedMap(f"p{number}", seed.classes, seed.cam, seed.size), mask))
+        write_mask(tmp_path / "root" / "truth" / f"p{number}.png", mask)
+    manifest = {
+        "vocabulary": {"name": "four", "classes": [{"name": name} for name in "abcd"]},
+        "dataset": {"name": "voc", "root": str(tmp_path / "root"), "split": "train"},
+        "options": {"paper": False},
+    }
+    with SeedWriter(tmp_path / "cams.h5", manifest, "float16", 4) as writer:
+        writer.write(0, [seed for seed, _ in cases])
+        writer.finish([seed.id for seed, _ in cases])
+        writer.discard_parts()
+    return tmp_path / "cams.h5", tmp_path / "root", cases
+
+
+def test_seeds(seeds: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _, cases = seeds
+    monkeypatch.chdir(path.parent)
+    assert main(["evaluate", "--gt", "truth", "--json"]) == 0  # finds cams.h5 here and truth below the data set's root
+    captured = capsys.readouterr()
+    assert "scoring cams.h5" in captured.err
+    data = json.loads(captured.out)
+    curve = {}
+    for threshold in DEFAULT_THRESHOLDS:
+        pairs = [
+            (mask, brute_force(seed, np.full(seed.size, threshold, np.float32), seed.upsampled()))
+            for seed, mask in cases
+        ]
+        curve[threshold] = plain_scores(pairs, 5)["miou"]
+    best = max(curve, key=lambda threshold: (curve[threshold], -threshold))
+    assert data["threshold"] == best
+    assert data["miou"] == pytest.approx(curve[best], abs=1e-9)
+    assert {point["setting"]: point["miou"] for point in data["curve"]} == pytest.approx(curve, abs=1e-9)
+    assert (data["split"], data["images"]) == ("train", 6)
+    assert list(data["class_iou"]) == ["background", "a", "b", "c", "d"]
+
+    assert main(["evaluate", "--gt", "truth", "--threshold", "0.4", "--json"]) == 0
+    fixed = json.loads(capsys.readouterr().out)
+    assert (fixed["threshold"], fixed["miou"]) == (0.4, pytest.approx(curve[0.4], abs=1e-9))
+    assert main(["evaluate", "--gt", "truth", "--alpha", "1,2"]) == 0
+    assert "background (1 - max)^" in capsys.readouterr().out
+
+
+def test_seeds_without_known_ground_truth(seeds: Any) -> None:
+    with pytest.raises(InputError, match="name the mask folder with --gt"):
+        evaluate(EvaluateOptions(seeds[0]))
+    with pytest.raises(UsageError, match="made with other classes"):
+        evaluate(EvaluateOptions(seeds[0], str(seeds[1] / "truth"), "voc"))
+
+
+def test_seeds_of_another_size(seeds: Any) -> None:
+    path, root, cases = seeds
+    mask = cases[0][1][:30, :20]
+    write_mask(root / "truth" / "p0.png", mask)
+    with pytest.raises(InputError, match=r"p0: the prediction is 50x40 pixels, the ground truth 20x30"):
+        evaluate(EvaluateOptions(path, str(root / "truth")))
+    report = evaluate(EvaluateOptions(path, str(root / "truth"), resize_pred=True))
+    assert report.images == 6
+
+
+def test_which_output_is_scored_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--gt", "x"]) == 2
+    assert "nothing to score" in capsys.readouterr().err
+    for name in ("cams-caa.h5", "cams-par.h5", "cams.h5"):
+        Path(name).write_bytes(b"")
+    assert main(["evaluate", "--gt", "x"]) == 2
+    assert "several outputs are equally refined (cams-caa.h5, cams-par.h5)" in capsys.readouterr().err
+
+
+def test_memory_does_not_grow(folders: tuple[Path, Path]) -> None:
+    """Masks are read a bounded number ahead of the matrix they are added to."""
+    from clipseed.jobs.evaluate import _ahead
+
+    alive: set[int] = set()
+    most = 0
+
+    class Mask:
+        def __init__(self, key: str) -> None:
+            nonlocal most
+            alive.add(int(key))
+            most = max(most, len(alive))
+            self.key = int(key)
+
+        def __del__(self) -> None:
+            alive.discard(self.key)
+
+    for _ in _ahead(Mask, [str(k) for k in range(500)]):
+        pass
+    assert most <= 40
