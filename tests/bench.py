@@ -110,11 +110,12 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
     pictures = sum(map(len, batches))
     labels = folder / "labels.json"
     labels.write_text(json.dumps({item.sample.id: list(item.sample.labels or ()) for b in batches for item in b}))
+    split = folder / "split.txt"
     options = CamOptions(
-        DatasetOptions("folder", images=arguments.images, labels=labels, classes="voc", split=str(folder / "split.txt")),
+        DatasetOptions("folder", images=arguments.images, labels=labels, classes="voc", split=str(split)),
         folder / "cams.h5", arguments.model, arguments.weights, arguments.device, arguments.precision, overwrite=True,
     )  # fmt: skip
-    (folder / "split.txt").write_text("\n".join(item.sample.id for b in batches for item in b))
+    split.write_text("\n".join(item.sample.id for b in batches for item in b))
 
     def cams() -> None:
         for batch in batches:

@@ -190,7 +190,7 @@ def _attention_sums(state: LastBlock, block: Block, out: Tensor) -> Tensor:
 def weighted_sums(state: LastBlock, counts: Sequence[int], weights: Tensor, grid: tuple[int, int]) -> Tensor:
     """Raw class activation maps ``(P, h, w)``: patch activations weighted by channel, before the ReLU."""
     activations = state.a[:, 1:].float()
-    maps = [rows @ activations[b].T for b, rows in enumerate(weights.split(list(counts)))]
+    maps = [rows @ activations[b].T for b, rows in enumerate(torch.split(weights, list(counts)))]
     return torch.cat(maps).view(-1, *grid)
 
 

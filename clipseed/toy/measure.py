@@ -169,12 +169,13 @@ class _AttentionTally:
 
 def patch_owners(scene: Scene, grid: tuple[int, int]) -> npt.NDArray[np.int64]:
     """Index of the object under each patch's centre ``(h * w,)``, -1 for the background."""
-    owner = np.full(scene.size, -1, np.int64)
+    owner: npt.NDArray[np.int64] = np.full(scene.size, -1, np.int64)
     for number, item in enumerate(scene.objects):
         owner[item.visible] = number
     rows = ((np.arange(grid[0]) + 0.5) * scene.size[0] / grid[0]).astype(int)
     columns = ((np.arange(grid[1]) + 0.5) * scene.size[1] / grid[1]).astype(int)
-    return owner[rows][:, columns].ravel()
+    sampled: npt.NDArray[np.int64] = owner[rows][:, columns]
+    return sampled.ravel()
 
 
 def describe(found: ToyMeasures) -> str:
