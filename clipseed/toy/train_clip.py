@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.toy.captions import Captioner, Description, concept_targets
-from clipseed.toy.shapes import CLASS_NAMES
+from clipseed.toy.objective import attention_loss, look, losses
 from clipseed.toy.world import WorldOptions, lay_out
 
 FIRST_SEED = 1000
@@ -40,25 +40,28 @@ CONFIG: dict[str, Any] = {
 }
 _CONTEXT = 40
 """Tokens of text that are computed; no caption is longer, and the causal mask makes the padding irrelevant."""
-_TOP_PATCHES = 3
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A leg of the curriculum: which scenes, how many, how often, and the peak learning rate."""
+    """A leg of the curriculum: which scenes, how many, how often, the peak learning rate, and weights of losses."""
 
     name: str
     options: WorldOptions
     pictures: int
     epochs: float
     rate: float
+    value: float = 0.0
+    attention: float = 0.0
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("patterned", WorldOptions(part_scale=6, max_objects=1, size=(SIDE, SIDE)), 12_000, 3, 1e-3),
     Stage("half", WorldOptions(part_scale=2.5, max_objects=2, size=(SIDE, SIDE)), 24_000, 2, 8e-4),
-    Stage("part", WorldOptions(max_objects=3, size=(SIDE, SIDE)), 48_000, 3, 8e-4),
-    Stage("world", WorldOptions(max_objects=4, size=(SIDE, SIDE)), 48_000, 2, 5e-4),
+    Stage("part", WorldOptions(max_objects=3, size=(SIDE, SIDE)), 30_000, 3, 8e-4),
+    Stage("world", WorldOptions(size=(SIDE, SIDE)), 24_000, 2, 5e-4, value=0.5),
+    Stage("attention", WorldOptions(size=(SIDE, SIDE)), 24_000, 2, 5e-4, value=0.5, attention=0.5),
+    Stage("settle", WorldOptions(size=(SIDE, SIDE)), 24_000, 1, 3e-4, value=0.5, attention=0.5),
 )
 
 
@@ -138,42 +141,6 @@ class Reader:
         return sorted({token for tokens in self._seen.values() for token in tokens})
 
 
-def losses(model: Any, patches: Tensor, token: Tensor, texts: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """The training objective.
-
-    Args:
-        model: For the logit scale and projection.
-        patches: ``(B, n, D)`` normalised patch tokens.
-        token: ``(B, D)`` normalised class token.
-        texts: ``(B + C, E)`` unit features of the captions, then of one prompt per concept.
-        targets: ``(B, C)``, 1 where a picture shows a concept.
-
-    Returns:
-        ``caption``: CLIP's contrastive loss; ``label``: cross-entropy of the softmax over all concepts against a
-        uniform share for those shown; both for the class token and for the patch mean. ``patch``: every class shown
-        must be found by some patches, none that is not (multiple-instance binary cross-entropy on the best few).
-    """
-    batch = len(patches)
-    scale = model.logit_scale.exp().clamp(max=100)
-    captions, concepts = texts[:batch], texts[batch:]
-    share = targets / targets.sum(dim=1, keepdim=True)
-    entropy = -(share * share.clamp_min(1e-9).log()).sum(dim=1).mean()
-    found: dict[str, Tensor] = {}
-    for name, pooled in (("token", token), ("mean", patches.mean(dim=1))):
-        feature = F.normalize(pooled @ model.visual.proj, dim=-1)
-        logits = scale * feature @ captions.T
-        matching = torch.arange(batch)
-        found[f"caption {name}"] = (F.cross_entropy(logits, matching) + F.cross_entropy(logits.T, matching)) / 2
-        guessed = (scale * feature @ concepts.T).log_softmax(dim=1)
-        found[f"label {name}"] = -(share * guessed).sum(dim=1).mean() - entropy
-    local = F.normalize(patches @ model.visual.proj, dim=-1)
-    chance = (scale * local @ concepts.T).softmax(dim=-1)[..., : len(CLASS_NAMES)]
-    best = chance.topk(_TOP_PATCHES, dim=1).values.mean(dim=1).clamp(1e-5, 1 - 1e-5)
-    wanted = targets[:, : len(CLASS_NAMES)]
-    found["patch"] = 0.5 * F.binary_cross_entropy(best, wanted, reduction="none").sum(dim=1).mean()
-    return found
-
-
 def _tie(model: Any) -> None:
     """Give queries and keys the same gradient, so that they stay equal and attention stays a similarity."""
     for block in model.visual.transformer.resblocks:
@@ -207,15 +174,19 @@ def train_stage(model: Any, reader: Reader, stage: Stage, seed: int, folder: Pat
         chosen, order = np.sort(order[:batch]), order[batch:]
         pixels = torch.from_numpy(pool[chosen]).permute(0, 3, 1, 2)
         mirrored = torch.from_numpy(rng.random(batch) < 0.5).view(-1, 1, 1, 1)
-        pixels = (torch.where(mirrored, pixels.flip(3), pixels).float() - mean) / std
+        pixels = torch.where(mirrored, pixels.flip(3), pixels).float()
+        colours = F.avg_pool2d(pixels / 255, 16)
         scenes = [known[k] for k in chosen]
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = model.visual.ln_post(model.visual.transformer(model.visual._embeds(pixels)))
+            tokens, values, attention = look(model, (pixels - mean) / std)
             texts = reader([captioner.caption(scene) for scene in scenes] + captioner.prompts())
         targets = torch.from_numpy(concept_targets(scenes))
-        found = losses(model, tokens[:, 1:].float(), tokens[:, 0].float(), texts, targets)
+        found = losses(model, tokens[:, 1:].float(), values.float(), tokens[:, 0].float(), texts, targets)
+        found["attention"] = attention_loss(attention, colours)
+        weights = {"patch": 0.5, "value": stage.value, "attention": stage.attention}
         optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(found.values())).sum().backward()  # type: ignore[no-untyped-call]
+        total = torch.stack([weights.get(name, 1.0) * value for name, value in found.items() if weights.get(name, 1.0)])
+        total.sum().backward()  # type: ignore[no-untyped-call]
         _tie(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -263,10 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             used |= set(saved["used"])
             continue
         pictures = max(64, int(stage.pictures * chosen.scale))
-        stage = Stage(stage.name, stage.options, pictures, stage.epochs, stage.rate)
+        stage = replace(stage, pictures=pictures)
         train_stage(model, reader, stage, FIRST_SEED + number, chosen.out)
         used |= set(reader.used)
         torch.save({"state": model.state_dict(), "used": sorted(used)}, kept)
+        (chosen.out / f"pool-{stage.name}.npy").unlink()
     export(model, sorted(used), chosen.out / "clip.npz")
 
 
