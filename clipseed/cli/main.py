@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClipseedError as error:
         return _fail(str(error), error.exit_code, debug)
     except BrokenPipeError:
-        # The reader of our output went away (| head). Nothing is wrong; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # Typer catches it first
+            return _reader_left()
         return error.code if isinstance(error.code, int) else 1
     except Exception as error:
         if _is_usage_error(error):
@@ -77,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             1,
             debug,
         )
+
+
+def _reader_left() -> int:
+    """The reader of our output went away (``| head``). Nothing is wrong; keep Python from complaining at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return 0
 
 
 def _is_usage_error(error: Exception) -> bool:
