@@ -27,7 +27,8 @@ from clipseed.data.dataset import DatasetOptions
 from clipseed.data.images import FileReader
 from clipseed.data.listing import list_images
 from clipseed.data.types import Sample
-from clipseed.jobs.cam import _TOKEN_BUDGET, CamOptions, LoadedViews, ViewLoader, run_cam
+from clipseed.jobs.cam import CamOptions, run_cam
+from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333), (400, 500))
 """Picture sizes like VOC's, height first."""
@@ -68,7 +69,7 @@ def load_batches(images: Path, count: int, patch: int) -> list[list[LoadedViews]
     for item in map(loader, samples):
         bucket = buckets.setdefault(item.key[::2], [])
         bucket.append(item)
-        if len(bucket) * item.cost >= _TOKEN_BUDGET["cpu"] - item.cost:
+        if len(bucket) * item.cost >= token_budget(torch.device("cpu")) - item.cost:
             batches.append(buckets.pop(item.key[::2]))
     return batches + list(buckets.values())
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipseed.cam.dense import DENSE_METHODS, DenseMethod, dense_cams
 from clipseed.cam.gradcam import Target, gradcam, minmax, normalise, run_last_block
 from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
 
-Method = Literal["softmax-gradcam", "gradcam"]
-METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam")
+Method = Literal["softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"]
+METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam", *DENSE_METHODS)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ def compute_cams(
         views: The same B pictures at one or more scales, each ``(B, 3, H_s, W_s)`` uint8, whole patches.
         labels: Present classes of each picture.
         grid: Patch grid ``(h, w)`` of the result.
-        method: ``softmax-gradcam`` (CLIP-ES) or ``gradcam`` (no competition between classes).
+        method: ``softmax-gradcam`` (CLIP-ES), ``gradcam`` (no competition between classes), or one without gradients:
+            ``maskclip``, ``svc`` or ``naclip`` (:mod:`clipseed.cam.dense`).
         flip: Also use the mirrored pictures.
-        released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalise`).
+        released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalise`); for the methods
+            with gradients.
 
     Returns:
         Maps in [0, 1]. A picture whose maps come out NaN or infinite in half precision is computed again in float32.
@@ -100,6 +103,9 @@ def _one_view(
     method: Method,
     released: bool,
 ) -> Tensor:
+    if method in DENSE_METHODS:
+        dense: DenseMethod = method
+        return minmax(dense_cams(clip, pixels, text, labels, dense))  # no ReLU: zero means nothing to a similarity
     features = clip.dense(pixels)
     state = run_last_block(clip.tower, features.tokens)
     # Maps are normalised, so the logarithm changes nothing but that tiny probabilities do not underflow.

@@ -9,10 +9,12 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, some
+from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
     from clipseed.jobs.cam import CamReport
+    from clipseed.jobs.tags import TagReport
     from clipseed.runtime.stream import StreamStats
 
 
@@ -29,7 +31,9 @@ def cam(
     root: shared.Root = None,
     images: shared.Images = None,
     split: shared.Split = None,
-    labels: shared.LabelsFile = None,
+    labels: shared.LabelsOrAuto = None,
+    tag_threshold: shared.TagThreshold = None,
+    tag_top_k: shared.TagTopK = None,
     classes: shared.Classes = None,
     template: shared.Templates = None,
     limit: shared.Limit = None,
@@ -38,7 +42,8 @@ def cam(
     model: shared.Model = None,
     weights: shared.Weights = None,
     method: Annotated[
-        str, typer.Option(help="softmax-gradcam (CLIP-ES) or gradcam.", rich_help_panel=shared.MODEL)
+        str,
+        typer.Option(help="softmax-gradcam (CLIP-ES), gradcam, maskclip, svc or naclip.", rich_help_panel=shared.MODEL),
     ] = "softmax-gradcam",
     scales: Annotated[
         str, typer.Option(help="Picture scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
@@ -72,23 +77,34 @@ def cam(
       clipseed cam --dataset voc --out cams.h5
 
       clipseed cam --dataset folder --images photos --labels labels.csv --classes classes.txt
+
+      clipseed cam --dataset folder --images photos --labels auto --classes classes.txt
     """
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.cam import CamOptions, run_cam
 
+    auto = labels == "auto"
+    tagging = shared.given(tag_threshold=tag_threshold, tag_top_k=tag_top_k)
+    if tagging and not auto:
+        raise UsageError("--tag-threshold and --tag-top-k belong to --labels auto")
     data = DatasetOptions(
-        dataset=dataset, root=root, images=images, split=split, labels=labels, classes=classes,
+        dataset=dataset, root=root, images=images, split=split, auto_labels=auto, classes=classes,
+        labels=Path(labels) if labels is not None and not auto else None,
         templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
     )  # fmt: skip
     options = CamOptions(
         data=data, out=out, model=model, weights=weights, device=device, precision=cast("Any", precision),
         method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
         min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite,
+        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, **tagging,
     )  # fmt: skip
     talker = Talker(quiet)
     try:
-        report = run_cam(options, lambda image_set, todo, done: _start(talker, image_set, todo, done))
+        report = run_cam(
+            options,
+            lambda image_set, todo, done: _start(talker, image_set, todo, done),
+            lambda image_set, todo, _: _start_tags(talker, todo),
+        )
     finally:
         talker.close()
     _tell(talker, report)
@@ -112,9 +128,26 @@ def _start(talker: Talker, image_set: ImageSet, todo: int, done: int) -> Any:
     return advance
 
 
+def _start_tags(talker: Talker, todo: int) -> Any:
+    track = talker.track("tags", todo)
+    return lambda count, _: track(count)
+
+
+def _tell_tags(talker: Talker, tags: TagReport) -> None:
+    if not tags.tagged:
+        talker.note("--labels auto: every picture that can be read has labels of its own")
+        return
+    talker.note(
+        f"{tags.path}: {tags.tagged} pictures tagged by CLIP ({tags.computed} now), {tags.empty} of them without any "
+        "class (all background); correct it and give it with --labels"
+    )
+
+
 def _tell(talker: Talker, report: CamReport) -> None:
     for note in report.notes:
         talker.warn(note)
+    if report.tags is not None:
+        _tell_tags(talker, report.tags)
     if report.stats.out_of_memory:
         before, after = report.stats.out_of_memory
         talker.warn(f"out of memory with {before} pictures at once; went on with {after} (--batch-size {after})")
@@ -134,12 +167,14 @@ def _tell(talker: Talker, report: CamReport) -> None:
 
 
 def _as_dict(report: CamReport) -> dict[str, Any]:
+    tags = report.tags
     return {
         "out": str(report.out),
         "images": report.total,
         "found": report.found,
         "computed": report.stats.computed,
         "skipped": [{"id": key, "reason": why} for key, why in report.stats.skipped],
+        **({"tags": {"file": str(tags.path), "tagged": tags.tagged, "empty": tags.empty}} if tags else {}),
         "recomputed_in_fp32": report.recomputed,
         "seconds": round(report.seconds, 3),
         "waits": {stage: round(seconds, 3) for stage, seconds in report.stats.waits.items()},

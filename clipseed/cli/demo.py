@@ -9,6 +9,7 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table
+from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.jobs.cam import Start
@@ -29,14 +30,24 @@ def demo(
         Optional[Path],
         typer.Option(help="Only write the toy scenes there, as a VOC devkit.", rich_help_panel=shared.OUTPUT),
     ] = None,
+    save_seed: Annotated[
+        int,
+        typer.Option(
+            help="Scenes to save: 0 are the scored ones, other seeds new ones to train on.",
+            min=0,
+            rich_help_panel=shared.OUTPUT,
+        ),
+    ] = 0,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
     """Run the whole pipeline on the built-in toy world: no downloads, no network."""
     talker = Talker(quiet)
+    if save_dataset is None and save_seed:
+        raise UsageError("--save-seed says which scenes --save-dataset writes; the demo itself runs on the scored ones")
     if save_dataset is not None:
-        return _save(talker, save_dataset, limit)
+        return _save(talker, save_dataset, save_seed, limit)
     from clipseed.jobs.demo import run_demo
 
     def start(title: str) -> Start:
@@ -63,12 +74,12 @@ def _progress(talker: Talker, title: str, todo: int) -> Any:
     return lambda count, stats: track(count)
 
 
-def _save(talker: Talker, folder: Path, limit: int | None) -> int:
+def _save(talker: Talker, folder: Path, seed: int, limit: int | None) -> int:
     from clipseed.store.files import storage_errors
     from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit
 
     with storage_errors(folder):
-        count = save_devkit(folder, count=limit or HELD_OUT_COUNT)
+        count = save_devkit(folder, seed, limit or HELD_OUT_COUNT)
     talker.note(
         f"{folder}: {count} pictures as a VOC devkit; try\n"
         f"  cd {folder}\n"

@@ -12,7 +12,7 @@ import typer
 from clipseed import __version__
 from clipseed.errors import ClipseedError
 
-_COMMANDS = ("cam", "evaluate", "inspect", "demo", "doctor")
+_COMMANDS = ("cam", "refine", "crf", "evaluate", "report", "inspect", "prompts", "demo", "doctor")
 
 EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
 130 and 143 interrupted (the same command goes on)."""

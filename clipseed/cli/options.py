@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -29,6 +29,27 @@ Split = Annotated[
 LabelsFile = Annotated[
     Optional[Path],
     typer.Option("--labels", help="Image-level labels: CSV, one-hot CSV, JSON or text.", rich_help_panel=DATA),
+]
+LabelsOrAuto = Annotated[
+    Optional[str],
+    typer.Option(
+        "--labels",
+        help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags pictures that have none.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+TagThreshold = Annotated[
+    Optional[float],
+    typer.Option(
+        help="--labels auto: a tag scores at least this share of the best word's score [default: 0.25].",
+        rich_help_panel=DATA,
+        min=0.0,
+        max=1.0,
+    ),
+]
+TagTopK = Annotated[
+    Optional[int], typer.Option(help="--labels auto: at most so many tags a picture.", rich_help_panel=DATA, min=1)
 ]
 Classes = Annotated[
     Optional[str],
@@ -81,6 +102,11 @@ def auto_or_number(text: str, option: str) -> int | None:
     if not text.isascii() or not text.isdigit():
         raise UsageError(f"{option} {text}: give auto or a number")
     return int(text)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the others keep the job's own defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

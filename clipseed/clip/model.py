@@ -56,11 +56,19 @@ class FrozenClip:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, tower: VisionTower, info: ModelInfo, precision: str
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        tower: VisionTower,
+        info: ModelInfo,
+        precision: str,
+        location: str,
     ) -> None:
         self.tower = tower
         self.info = info
         self.precision = precision
+        self.location = location
+        """Pretrained tag, or the weights' absolute path: what :meth:`load` takes to load the same model again."""
         self._model = model
         self._tokenizer = tokenizer
 
@@ -98,9 +106,10 @@ class FrozenClip:
         visual: Any = network.visual
         tower = tower_from(visual, mean, std, device, dtype, half_positions=released_rounding)
         vision = config["vision_cfg"]
+        by_name = tagged is not None or str(weights) == TOY_WEIGHTS
         info = ModelInfo(
             model=model or "inferred",
-            weights=str(weights) if tagged or str(weights) == TOY_WEIGHTS else checkpoint.path.name,
+            weights=str(weights) if by_name else checkpoint.path.name,
             sha256=checkpoint.sha256,
             activation="quickgelu" if config["quick_gelu"] else "gelu",
             patch=tower.patch,
@@ -111,7 +120,8 @@ class FrozenClip:
             train_grid=vision["image_size"] // tower.patch,
         )
         name = next(key for key, value in _DTYPES.items() if value is dtype)
-        return cls(network.to(device), _tokenizer(model, config), tower, info, name)
+        location = str(weights) if by_name else str(checkpoint.path.resolve())
+        return cls(network.to(device), _tokenizer(model, config), tower, info, name, location)
 
     @cached_property
     def exact(self) -> FrozenClip:
@@ -123,7 +133,7 @@ class FrozenClip:
         tower = tower_from(
             source.visual, mean, std, self.tower.device, torch.float32, half_positions=self.tower.half_positions
         )
-        return FrozenClip(self._model, self._tokenizer, tower, self.info, "fp32")
+        return FrozenClip(self._model, self._tokenizer, tower, self.info, "fp32", self.location)
 
     def encode_text(self, vocabulary: Vocabulary) -> TextBank:
         """Unit prototypes of a vocabulary: ``(C, E)`` classes and ``(M, E)`` background words, float32."""

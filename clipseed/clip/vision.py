@@ -199,6 +199,10 @@ class VisionTower:
         for block in self.blocks:
             q, k, v = block.split_heads(block.norm_1(tokens))
             tokens = block.finish(tokens, F.scaled_dot_product_attention(q, k, v))
+        return self.pool(tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The model's own image feature ``(B, E)`` from the tokens ``(B, N, D)`` behind the last block."""
         if not self.norm_after_pool:
             tokens = self.norm_post(tokens)
         pooled = tokens[:, 1:].mean(dim=1) if self.mean_pool else tokens[:, 0]

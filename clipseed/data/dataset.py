@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,8 @@ DATASETS = ("voc", "coco", "folder", "toy")
 class DatasetOptions:
     """Where the images, labels and class texts are; the command line's data-set options.
 
-    ``template`` and ``background`` replace the vocabulary's own when given.
+    ``template`` and ``background`` replace the vocabulary's own when given. With ``auto_labels`` pictures may lack
+    labels: the command finds them itself.
     """
 
     dataset: str
@@ -34,6 +35,7 @@ class DatasetOptions:
     images: Path | None = None
     split: str | None = None
     labels: Path | None = None
+    auto_labels: bool = False
     classes: str | None = None
     templates: tuple[str, ...] = ()
     exif: bool = False
@@ -52,6 +54,8 @@ def open_dataset(options: DatasetOptions) -> ImageSet:
     openers = {"voc": _open_voc, "coco": _open_coco, "folder": _open_folder, "toy": _open_toy}
     if options.dataset not in openers:
         raise UsageError(f"--dataset {options.dataset}: choose one of {', '.join(DATASETS)}")
+    if options.auto_labels and options.dataset == "toy":
+        raise UsageError("--labels auto: the toy set has labels; try it on a copy (clipseed demo --save-dataset DIR)")
     image_set = openers[options.dataset](options)
     if options.templates:
         vocabulary = checked(replace(image_set.vocabulary, templates=options.templates), "--template")
@@ -72,7 +76,8 @@ def _labels(options: DatasetOptions, vocabulary: Vocabulary) -> Labels | None:
 def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
     """Picture folder and label file, for the manifest; :func:`picture_finder` reads them back."""
     named = {"labels": options.labels, "images": images}
-    return {key: str(path.resolve()) for key, path in named.items() if path is not None}
+    found: dict[str, str | int] = {key: str(path.resolve()) for key, path in named.items() if path is not None}
+    return {"labels": "auto", **found} if options.auto_labels else found
 
 
 def _open_voc(options: DatasetOptions) -> ImageSet:
@@ -94,6 +99,9 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
     vocabulary = load_vocabulary(options.classes or "coco")
     labels = _labels(options, vocabulary)
     vocabulary, samples = coco.read_instances(annotations, images, vocabulary, labels)
+    if options.auto_labels and not any(sample.labels for sample in samples):
+        # A file that annotates nothing (COCO's test sets) knows no labels, rather than that there is nothing to see.
+        samples = [replace(sample, labels=None) for sample in samples]
     truth = next((path for path in (root / "masks" / split, root / "masks") if path.is_dir()), None)
     return ImageSet(
         "coco", root, split, samples, vocabulary, _reader(options), str(truth) if truth else None,
@@ -106,8 +114,11 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
         raise UsageError("--dataset folder needs --images DIR, the folder with the pictures")
     if options.classes is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
-    if options.labels is None:
-        raise UsageError("--dataset folder needs --labels FILE (which classes each picture shows; CSV, JSON or text)")
+    if options.labels is None and not options.auto_labels:
+        raise UsageError(
+            "--dataset folder needs --labels FILE (which classes each picture shows; CSV, JSON or text), or --labels "
+            "auto to have CLIP tag them"
+        )
     vocabulary = load_vocabulary(options.classes)
     labels = _labels(options, vocabulary) or {}
     found = list_images(options.images)
@@ -116,7 +127,7 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
     else:
         # Labelled ids that have no picture stay in the list, so that the run reports them.
         name, ids = "all", sorted(found.keys() | labels.keys())
-    if not found.keys() & labels.keys():
+    if not options.auto_labels and not found.keys() & labels.keys():
         raise InputError(
             f"{options.labels}: none of its {len(labels)} ids is a picture in {options.images} "
             f"(first label id {next(iter(labels), '')!r}, first picture {next(iter(found))!r})"
@@ -132,23 +143,39 @@ def _open_toy(options: DatasetOptions) -> ImageSet:
     return toy_set(load_vocabulary(options.classes or "toy"), seed=options.toy_seed)
 
 
-def picture_finder(dataset: Mapping[str, str | int | None], *, exif: bool = False) -> Callable[[str], Image]:
-    """A function from sample id to picture, for the data set that a manifest describes.
+@dataclass(frozen=True)
+class PictureFinder:
+    """Opens the pictures of the data set that a manifest describes, by sample id; survives pickling.
 
-    It raises :class:`~clipseed.errors.ImageError` for a picture that is gone or unreadable.
+    Attributes:
+        folder: Where the pictures are; ``None`` for the toy world.
+        toy_seed: Seed of the toy world.
+        exif: As for :func:`~clipseed.data.images.read_image`.
     """
-    if dataset.get("name") == "toy":
-        from clipseed.toy.dataset import ToyReader
 
-        toy = ToyReader(int(dataset.get("toy_seed") or 0))
-        return lambda identifier: toy(Sample(identifier, Path(identifier), None))
-    folder = Path(str(dataset.get("images")))
+    folder: Path | None
+    toy_seed: int = 0
+    exif: bool = False
 
-    def find(identifier: str) -> Image:
+    def __call__(self, identifier: str) -> Image:
+        """The picture.
+
+        Raises:
+            ImageError: it is gone or unreadable.
+        """
+        if self.folder is None:
+            from clipseed.toy.dataset import ToyReader
+
+            return ToyReader(self.toy_seed)(Sample(identifier, Path(identifier), None))
         for suffix in IMAGE_SUFFIXES:
-            for path in (folder / f"{identifier}{suffix}", folder / f"{identifier}{suffix.upper()}"):
+            for path in (self.folder / f"{identifier}{suffix}", self.folder / f"{identifier}{suffix.upper()}"):
                 if path.is_file():
-                    return read_image(path, exif=exif)
-        raise ImageError(f"{folder / identifier}: the picture is not there any more")
+                    return read_image(path, exif=self.exif)
+        raise ImageError(f"{self.folder / identifier}: the picture is not there any more")
 
-    return find
+
+def picture_finder(dataset: Mapping[str, str | int | None], *, exif: bool = False) -> PictureFinder:
+    """Where the pictures of the data set are that a manifest describes."""
+    if dataset.get("name") == "toy":
+        return PictureFinder(None, int(dataset.get("toy_seed") or 0))
+    return PictureFinder(Path(str(dataset.get("images"))), exif=exif)

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipseed.cam.methods import METHODS, Method, compute_cams
 from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
+from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
-from clipseed.data.images import patch_grid, resize_to_grid
-from clipseed.data.types import ImageReader, ImageSet, Sample
+from clipseed.data.types import ImageSet
 from clipseed.errors import InputError, UsageError
+from clipseed.jobs.engine import (
+    LoadedViews,
+    ViewLoader,
+    default_workers,
+    token_budget,
+    unit_size_for,
+    write_skipped,
+)
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
-from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.writer import SeedWriter
 
+if TYPE_CHECKING:
+    from clipseed.jobs.tags import TagReport
+
 DEFAULT_MAX_SIDE = 640
-_UNIT_SIZE = {"cpu": 64}
-_GPU_UNIT_SIZE = 2048
-_TOKEN_BUDGET = {"cpu": 1_600}
-_GPU_TOKEN_BUDGET = 50_000
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class CamOptions:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
+    tag_threshold: float = DEFAULT_TAG_THRESHOLD
+    tag_top_k: int | None = None
 
 
 @dataclass
@@ -76,68 +80,21 @@ class CamReport:
     recomputed: int = 0
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
+    tags: TagReport | None = None
 
 
 Advance = Callable[[int, StreamStats], None]
 Start = Callable[[ImageSet, int, int], Advance]
 
 
-@dataclass(frozen=True)
-class LoadedViews:
-    """A decoded picture at the scales of the run."""
-
-    sample: Sample
-    size: tuple[int, int]
-    views: tuple[npt.NDArray[np.uint8], ...]
-    grid: tuple[int, int]
-
-    @property
-    def key(self) -> tuple[tuple[int, ...], ...]:
-        """Pictures share a batch when all their views have equal shapes and both or neither have labels."""
-        return (self.grid, (int(not self.sample.labels),), *(view.shape for view in self.views))
-
-    @property
-    def cost(self) -> int:
-        """Tokens of the largest view."""
-        return self.grid[0] * self.grid[1] + 1
-
-
-@dataclass(frozen=True)
-class ViewLoader:
-    """Decodes a sample and resizes it to whole patches at every scale; runs in worker processes."""
-
-    reader: ImageReader
-    patch: int
-    scales: tuple[float, ...]
-    max_side: int
-    min_side: int
-
-    def __call__(self, sample: Sample) -> LoadedViews:
-        """Decode one sample.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
-        image = self.reader(sample)
-        grid = patch_grid(image.height, image.width, self.patch, self.max_side, self.min_side)
-        grids = [grid if scale == 1.0 else _scaled_grid(image.size, self, scale) for scale in self.scales]
-        views = tuple(resize_to_grid(image, item, self.patch) for item in grids)
-        return LoadedViews(sample, (image.height, image.width), views, grid)
-
-
-def _scaled_grid(size: tuple[int, int], loader: ViewLoader, scale: float) -> tuple[int, int]:
-    """Grid of a scaled view: the scale multiplies the picture as the ``max_side`` and ``min_side`` limits leave it."""
-    rows, columns = patch_grid(size[1], size[0], 1, loader.max_side, loader.min_side)
-    return patch_grid(max(1, round(rows * scale)), max(1, round(columns * scale)), loader.patch)
-
-
-def run_cam(options: CamOptions, start: Start | None = None) -> CamReport:
+def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start | None = None) -> CamReport:
     """Compute and store the class activation maps of a data set; resumes what an earlier run began.
 
     Args:
         options: What to do.
         start: Called once with the data set, the number of pictures to do and the number done already; returns the
             progress callback.
+        start_tags: The same for tagging pictures without labels, which comes first when the options ask for it.
 
     Raises:
         ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported instead.
@@ -147,21 +104,27 @@ def run_cam(options: CamOptions, start: Start | None = None) -> CamReport:
     weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
     clip = FrozenClip.load(options.model, weights, options.device, options.precision, released_rounding=options.paper)
     text = clip.encode_text(image_set.vocabulary)
-    kind = clip.tower.device.type
     manifest = cam_manifest(options, image_set, clip)
-    unit_size = _UNIT_SIZE.get(kind, _GPU_UNIT_SIZE)
+    unit_size = unit_size_for(clip.tower.device)
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
     with SeedWriter(options.out, manifest, dtype, unit_size, overwrite=options.overwrite) as writer:
+        tags = None
+        if options.data.auto_labels:
+            from clipseed.jobs.tags import tag_unlabelled
+
+            image_set, tags = tag_unlabelled(options, image_set, clip, text, writer, start_tags)
         job = _CamJob(options, image_set, clip, text, writer)
         stats = job.run(start)
+        if tags is not None:
+            stats.skipped = [(key, tags.skipped.get(key, reason)) for key, reason in stats.skipped]
         if stats.skipped and not writer.done:
             key, reason = stats.skipped[0]
             raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
         ids = [sample.id for sample in image_set.samples]
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             writer.finish(ids)
-            skipped = _write_skipped(options.out, writer.portable, stats.skipped)
+            skipped = write_skipped(options.out, writer.portable, stats.skipped)
             writer.discard_parts()
     return CamReport(
         out=options.out,
@@ -174,6 +137,7 @@ def run_cam(options: CamOptions, start: Start | None = None) -> CamReport:
         recomputed=job.recomputed,
         notes=writer.notes,
         skipped_file=skipped,
+        tags=tags,
     )
 
 
@@ -186,8 +150,15 @@ def _check(options: CamOptions) -> None:
         raise UsageError("--batch-size: give auto or a number from 1")
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
+    if not 0 < options.tag_threshold <= 1 or (options.tag_top_k is not None and options.tag_top_k < 1):
+        raise UsageError("--tag-threshold: give a share above 0 and up to 1; --tag-top-k: a number from 1")
     if options.max_side < 0 or options.min_side < 0:
         raise UsageError("--max-side and --min-side: give a number of pixels, or 0 for no limit")
+
+
+def tag_settings(options: CamOptions) -> dict[str, Any]:
+    """What a manifest says about labels that CLIP gave."""
+    return {"labels": "auto", "tag_threshold": options.tag_threshold, "tag_top_k": options.tag_top_k}
 
 
 def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> Manifest:
@@ -204,6 +175,7 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> 
             "exif": options.data.exif,
         },
         "model": clip.manifest(),
+        "weights": clip.location,
         "vocabulary": image_set.vocabulary.as_dict(),
         "dataset": {
             "name": image_set.name,
@@ -211,6 +183,7 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> 
             "split": image_set.split,
             "ground_truth": image_set.ground_truth,
             **image_set.source,
+            **(tag_settings(options) if options.data.auto_labels else {}),
         },
         "versions": package_versions(),
     }
@@ -241,8 +214,8 @@ class _CamJob:
         advance = start(self._set, todo, self.found) if start else (lambda count, stats: None)
         patch = self._clip.tower.patch
         loader = ViewLoader(self._set.reader, patch, options.scales, options.max_side, options.min_side)
-        workers = options.workers if options.workers is not None else _default_workers(device)
-        batch = BatchSize(options.batch_size, _TOKEN_BUDGET.get(device.type, _GPU_TOKEN_BUDGET))
+        workers = options.workers if options.workers is not None else default_workers(device)
+        batch = BatchSize(options.batch_size, token_budget(device))
         ahead = max(8, 2 * (options.batch_size or 8)) + 2 * workers
         with interruptible(self._hint), DecodePool(loader, workers, ahead) as pool:
             stats = run_stream(tasks, pool, self._compute, self._write, batch, advance)
@@ -279,22 +252,3 @@ class _CamJob:
 
     def _write(self, task: Task, records: Sequence[SeedMap]) -> None:
         self._writer.write(task.index, records)
-
-
-def _default_workers(device: torch.device) -> int:
-    """On a CPU the network needs the cores; a GPU needs all of them to be fed."""
-    return 0 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 2) - 1))
-
-
-def _write_skipped(out: Path, portable: bool, skipped: Sequence[tuple[str, str]]) -> Path | None:
-    """List skipped pictures beside the output, or remove an older list when there are none."""
-    path = out.with_name(f"{out.stem}.skipped.csv") if portable else out / "skipped.csv"
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return None
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["id", "reason"])
-    table.writerows(skipped)
-    write_text(path, buffer.getvalue())
-    return path

@@ -18,7 +18,7 @@ from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import IGNORE, Counts, Labels, Scores, check_labels, confusion, score
 from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
-from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
+from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import SHARD_PATTERN, Seeds
 from clipseed.store.records import SeedMap
@@ -50,7 +50,7 @@ class EvaluateOptions:
 
 @dataclass
 class EvaluateReport:
-    """Scores and what they were made from."""
+    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction."""
 
     prediction: str
     ground_truth: str
@@ -58,6 +58,7 @@ class EvaluateReport:
     images: int
     names: tuple[str, ...]
     scores: Scores
+    counts: Counts
     threshold: float | None = None
     alpha: float | None = None
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -102,14 +103,22 @@ def _number(value: float) -> float | None:
 
 Advance = Callable[[int], None]
 Start = Callable[[int], Advance]
+Each = Callable[[str, Counts, Labels, Labels], None]
 
 
-def evaluate(options: EvaluateOptions, start: Start | None = None) -> EvaluateReport:
+def holds_masks(path: Path) -> bool:
+    """Whether a prediction is a folder of masks, not seeds."""
+    return path.is_dir() and not any(path.glob(SHARD_PATTERN))
+
+
+def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | None = None) -> EvaluateReport:
     """Score a seeds output or a folder of masks.
 
     Args:
         options: What to score against what.
         start: Called with the number of pictures; returns the progress callback.
+        each: Called for every scored picture with its id, its own confusion matrix, truth and prediction, at the
+            reported setting. Seeds are read a second time for it, as the best setting is known only after the first.
 
     Raises:
         UsageError: an option is missing or impossible.
@@ -118,10 +127,10 @@ def evaluate(options: EvaluateOptions, start: Start | None = None) -> EvaluateRe
     _check(options)
     if not options.prediction.exists():
         raise InputError(f"{options.prediction}: no such seeds file or mask folder")
-    if options.prediction.is_dir() and not any(options.prediction.glob(SHARD_PATTERN)):
-        return _evaluate_masks(options, start)
+    if holds_masks(options.prediction):
+        return _evaluate_masks(options, start, each)
     with Seeds(options.prediction) as seeds:
-        return _evaluate_seeds(options, seeds, start)
+        return _evaluate_seeds(options, seeds, start, each)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -175,6 +184,7 @@ def _report(
         images=len(match.ids),
         names=names,
         scores=score(counts),
+        counts=counts,
         missing_predictions=match.missing_predictions,
         missing_ground_truth=match.missing_ground_truth,
         split_given=options.split is not None,
@@ -189,7 +199,7 @@ class _Sweep(Protocol):
     def matrices(self) -> list[Counts]: ...
 
 
-def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None) -> EvaluateReport:
+def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None, each: Each | None) -> EvaluateReport:
     manifest: Manifest = seeds.manifest
     vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(seeds.path), "classes")
     if options.classes and load_vocabulary(options.classes).class_names != vocabulary.class_names:
@@ -205,7 +215,7 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None)
     else:
         settings = DEFAULT_THRESHOLDS if options.threshold is None else (options.threshold,)
         sweep = ThresholdSweep(len(names), settings, half=half)
-    advance = start(len(match.ids)) if start else (lambda count: None)
+    advance = start(len(match.ids) * (2 if each else 1)) if start else (lambda count: None)
 
     def load(identifier: str) -> tuple[SeedMap, Labels]:
         seed, mask = seeds[identifier], truth.read(identifier)
@@ -228,10 +238,27 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None)
         report.alpha = sweep.settings[best]
     else:
         report.threshold = sweep.settings[best]
+    if each:
+        for seed, mask in _ahead(load, match.ids):
+            labels = _labels(seed, sweep.settings[best], power=bool(options.alphas), half=half)
+            each(seed.id, confusion(mask, labels, len(names)), mask, labels)
+            advance(1)
     return report
 
 
-def _evaluate_masks(options: EvaluateOptions, start: Start | None) -> EvaluateReport:
+def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> Labels:
+    """Mask ``(H, W)`` of one picture at one setting of a sweep, pixel for pixel as the sweep counts it."""
+    if power:
+        return power_labels(seed, setting)
+    if len(seed.classes) == 0:
+        return np.zeros(seed.size, np.uint8)
+    kind = np.float16 if half else np.float32
+    strongest, strength = strongest_class(seed, seed.upsampled().astype(kind))
+    edge = float(np.float16(setting)) if half else setting
+    return np.where(strength.astype(np.float64) > edge, strongest, 0).astype(np.uint8)
+
+
+def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | None) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
         raise UsageError(f"--threshold and --alpha apply to seeds; {options.prediction} holds finished masks")
     if options.classes is None:
@@ -265,12 +292,16 @@ def _evaluate_masks(options: EvaluateOptions, start: Start | None) -> EvaluateRe
             prediction = _resized(prediction, mask.shape)
         return prediction, mask
 
-    for prediction, mask in _ahead(load, match.ids):
-        unsure = prediction == IGNORE
+    # The data come back in the order of the ids.
+    for identifier, (prediction, mask) in zip(match.ids, _ahead(load, match.ids), strict=True):
+        unsure, scored = prediction == IGNORE, mask
         if options.pred_ignore == "exclude":
             excluded += int((unsure & (mask != IGNORE)).sum())
-            mask = np.where(unsure, np.uint8(IGNORE), mask)
-        counts += confusion(mask, np.where(unsure, np.uint8(0), prediction), len(names))
+            scored = np.where(unsure, np.uint8(IGNORE), mask)
+        found = confusion(scored, np.where(unsure, np.uint8(0), prediction), len(names))
+        counts += found
+        if each:
+            each(identifier, found, mask, prediction)
         advance(1)
     report = _report(options, truth, match, names, counts)
     report.excluded_pixels = excluded

@@ -9,8 +9,8 @@ from typing import Any
 
 Manifest = dict[str, Any]
 
-_COMPARED = ("kind", "method", "options", "model", "vocabulary", "dataset")
-"""Parts in which a resumed run must agree with what is there; ``versions`` may differ."""
+_COMPARED = ("kind", "method", "options", "source", "model", "vocabulary", "dataset")
+"""Parts in which a resumed run must agree with what is there; ``versions`` and ``weights`` (a path) may differ."""
 
 
 def package_versions() -> dict[str, str]:

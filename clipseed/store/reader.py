@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
+
 from clipseed.errors import StoreError
 from clipseed.store.manifest import Manifest
 from clipseed.store.records import SeedMap
@@ -39,6 +42,11 @@ class Seeds(Mapping[str, SeedMap]):
     def __getitem__(self, identifier: str) -> SeedMap:
         number, row = self._rows[identifier]
         return self._opened()[number].read(row)
+
+    def classes(self, identifier: str) -> npt.NDArray[np.int32]:
+        """Classes of a picture ``(K,)``, without reading its maps."""
+        number, row = self._rows[identifier]
+        return self._opened()[number].classes(row)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

@@ -166,6 +166,12 @@ class SeedFile:
         maps = cam.astype(np.float32).reshape(-1, height, width)
         return SeedMap(self.ids[row], index["class_id"][first:last].copy(), maps, size)
 
+    def classes(self, row: int) -> npt.NDArray[np.int32]:
+        """Classes ``(K,)`` of the record in a row."""
+        first, last = self._index["class_offset"][row : row + 2]
+        found: npt.NDArray[np.int32] = self._index["class_id"][first:last].copy()
+        return found
+
     def __len__(self) -> int:
         return len(self._index["id"])
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.files import remove_leftovers, storage_errors, write_text
+from clipseed.store.locks import acquire
 from clipseed.store.manifest import Manifest, differences, dumps
 from clipseed.store.reader import SHARD_PATTERN
 from clipseed.store.records import SeedMap
@@ -71,7 +72,7 @@ class SeedWriter:
             if not self.out.parent.is_dir():
                 raise StoreError(f"{self.out}: the folder {self.out.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
-            self._lock = _acquire(self.folder / "lock", self.out)
+            self._lock = acquire(self.folder / "lock", self.out)
         try:
             self._prepare()
         except BaseException:
@@ -205,17 +206,3 @@ class SeedWriter:
 
 class _OtherSettings(StoreError):
     """The output exists with another manifest."""
-
-
-def _acquire(path: Path, out: Path) -> FileLock:
-    """Take the output's lock; the system releases it when the process ends, however it ends.
-
-    Raises:
-        StoreError: another process holds it.
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StoreError(f"{out}: another run is writing it ({path} is locked); wait for it or stop it") from error
-    return lock

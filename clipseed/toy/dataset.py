@@ -90,10 +90,19 @@ def toy_set(vocabulary: Vocabulary, seed: int = HELD_OUT_SEED, count: int = HELD
 def save_devkit(folder: Path, seed: int = HELD_OUT_SEED, count: int = HELD_OUT_COUNT) -> int:
     """Write scenes as a VOC devkit (``JPEGImages``, ``SegmentationClass``, ``Annotations``, ``ImageSets``).
 
-    Pictures are lossless PNG, so that a devkit gives the numbers of the built-in set. Returns how many were written.
+    Pictures are lossless PNG, so that a devkit gives the numbers of the built-in set. The list is called ``val`` for
+    the scored scenes and ``train`` for those of any other seed. Returns how many were written.
+
+    Raises:
+        InputError: the folder holds the other list already. Ids repeat from seed to seed, so the scenes of one would
+            overwrite those of the other, and training pictures be scored.
     """
     from clipseed.store.masks import write_mask
 
+    split, other = ("val", "train") if seed == HELD_OUT_SEED else ("train", "val")
+    lists = folder / "ImageSets" / "Segmentation"
+    if (lists / f"{other}.txt").exists():
+        raise InputError(f"{folder}: holds scenes of another seed ({other}.txt); choose another folder")
     for name in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     ids = []
@@ -103,7 +112,7 @@ def save_devkit(folder: Path, seed: int = HELD_OUT_SEED, count: int = HELD_OUT_C
         Image.fromarray(scene.image()).save(folder / "JPEGImages" / f"{identifier}.png")
         write_mask(folder / "SegmentationClass" / f"{identifier}.png", scene.mask())
         (folder / "Annotations" / f"{identifier}.xml").write_text(_annotation(identifier, scene), encoding="utf-8")
-    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+    (lists / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
     return count
 
 

@@ -1,0 +1,155 @@
+"""What all commands that stream pictures through the model have in common: views, sizes of units and batches."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipseed.data.dataset import PictureFinder
+from clipseed.data.images import patch_grid, resize_to_grid
+from clipseed.data.types import ImageReader, Sample
+from clipseed.store.files import write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_UNIT_SIZE = {"cpu": 64}
+_GPU_UNIT_SIZE = 2048
+_TOKEN_BUDGET = {"cpu": 1_600}
+_GPU_TOKEN_BUDGET = 50_000
+
+
+def unit_size_for(device: torch.device) -> int:
+    """Pictures per shard: what a kill can cost."""
+    return _UNIT_SIZE.get(device.type, _GPU_UNIT_SIZE)
+
+
+def token_budget(device: torch.device) -> int:
+    """Tokens of a batch that a device works well with."""
+    return _TOKEN_BUDGET.get(device.type, _GPU_TOKEN_BUDGET)
+
+
+def default_workers(device: torch.device) -> int:
+    """On a CPU the network needs the cores; a GPU needs all of them to be fed."""
+    return 0 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 2) - 1))
+
+
+def write_skipped(out: Path, portable: bool, skipped: Sequence[tuple[str, str]]) -> Path | None:
+    """List skipped pictures beside the output, or remove an older list when there are none."""
+    path = out.with_name(f"{out.stem}.skipped.csv") if portable else out / "skipped.csv"
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return None
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["id", "reason"])
+    table.writerows(skipped)
+    write_text(path, buffer.getvalue())
+    return path
+
+
+@dataclass(frozen=True)
+class LoadedViews:
+    """A decoded picture at the scales of the run."""
+
+    sample: Sample
+    size: tuple[int, int]
+    views: tuple[npt.NDArray[np.uint8], ...]
+    grid: tuple[int, int]
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """Pictures share a batch when all their views have equal shapes and both or neither have labels."""
+        return (self.grid, (int(not self.sample.labels),), *(view.shape for view in self.views))
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the largest view."""
+        return self.grid[0] * self.grid[1] + 1
+
+
+@dataclass(frozen=True)
+class ViewLoader:
+    """Decodes a sample and resizes it to whole patches at every scale; runs in worker processes."""
+
+    reader: ImageReader
+    patch: int
+    scales: tuple[float, ...]
+    max_side: int
+    min_side: int
+
+    def __call__(self, sample: Sample) -> LoadedViews:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        image = self.reader(sample)
+        grid = patch_grid(image.height, image.width, self.patch, self.max_side, self.min_side)
+        grids = [grid if scale == 1.0 else _scaled_grid(image.size, self, scale) for scale in self.scales]
+        views = tuple(resize_to_grid(image, item, self.patch) for item in grids)
+        return LoadedViews(sample, (image.height, image.width), views, grid)
+
+
+def _scaled_grid(size: tuple[int, int], loader: ViewLoader, scale: float) -> tuple[int, int]:
+    """Grid of a scaled view: the scale multiplies the picture as the ``max_side`` and ``min_side`` limits leave it."""
+    rows, columns = patch_grid(size[1], size[0], 1, loader.max_side, loader.min_side)
+    return patch_grid(max(1, round(rows * scale)), max(1, round(columns * scale)), loader.patch)
+
+
+@dataclass(frozen=True)
+class FoundReader:
+    """An :class:`~clipseed.data.types.ImageReader` that finds pictures by id, as a manifest describes them."""
+
+    finder: PictureFinder
+
+    def __call__(self, sample: Sample) -> Image:
+        """Open the picture of a sample."""
+        return self.finder(sample.id)
+
+
+@dataclass(frozen=True)
+class LoadedPicture:
+    """A decoded picture at its own size, ``(H, W, 3)`` uint8."""
+
+    sample: Sample
+    pixels: npt.NDArray[np.uint8]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.pixels.shape[0], self.pixels.shape[1])
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Pictures share a batch when their sizes are equal and both or neither have labels."""
+        return (*self.size, int(not self.sample.labels))
+
+    @property
+    def cost(self) -> int:
+        """In patches of 8 pixels a side: work on pixels needs more memory than that on patches."""
+        return self.size[0] * self.size[1] // 64 + 1
+
+
+@dataclass(frozen=True)
+class PictureLoader:
+    """Decodes a sample at its own size; runs in worker processes."""
+
+    reader: ImageReader
+
+    def __call__(self, sample: Sample) -> LoadedPicture:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        return LoadedPicture(sample, np.asarray(self.reader(sample)).copy())

@@ -1,0 +1,78 @@
+"""Image features of a data set through the streaming engine: what ranking prompts and tagging have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipseed.clip.model import FrozenClip
+from clipseed.data.types import ImageReader, Sample
+from clipseed.jobs.engine import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for
+from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How pictures are prepared and batched; as in :class:`~clipseed.jobs.cam.CamOptions`."""
+
+    max_side: int
+    min_side: int
+    batch_size: int | None
+    workers: int | None
+
+
+Feature = tuple[str, Tensor]
+"""Sample id and unit feature ``(E,)``, float32 on the CPU."""
+
+
+def stream_features(
+    clip: FrozenClip,
+    reader: ImageReader,
+    units: Sequence[Sequence[Sample]],
+    options: FeatureOptions,
+    write: Callable[[Sequence[Feature]], None],
+    advance: Callable[[int, StreamStats], None],
+) -> StreamStats:
+    """Encode every picture once, at its own aspect ratio, and hand the unit features on, unit by unit.
+
+    ``write`` runs in a thread of its own. Pictures that cannot be read are reported in the result.
+    """
+    device = clip.tower.device
+    loader = ViewLoader(reader, clip.tower.patch, (1.0,), options.max_side, options.min_side)
+    workers = options.workers if options.workers is not None else default_workers(device)
+    batch = BatchSize(options.batch_size, token_budget(device))
+    ahead = max(8, 2 * (options.batch_size or 8)) + 2 * workers
+    tasks = [Task(index, tuple(samples)) for index, samples in enumerate(units) if samples]
+
+    def compute(items: Sequence[LoadedViews]) -> list[Feature]:
+        pixels = torch.from_numpy(np.stack([item.views[0] for item in items])).permute(0, 3, 1, 2)
+        found = image_features(clip, pixels.to(device))
+        return [(item.sample.id, row) for item, row in zip(items, found, strict=True)]
+
+    with DecodePool(loader, workers, ahead) as pool:
+        return run_stream(tasks, pool, compute, lambda _, results: write(results), batch, advance)
+
+
+def cut_units(samples: Sequence[Sample], device: torch.device) -> list[Sequence[Sample]]:
+    """Consecutive samples in units as ``clipseed cam`` makes them."""
+    size = unit_size_for(device)
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+@torch.inference_mode()
+def image_features(clip: FrozenClip, pixels: Tensor) -> Tensor:
+    """Unit features ``(B, E)`` of pictures of one size ``(B, 3, H, W)`` uint8, float32 on the CPU.
+
+    Those that come out NaN or infinite in half precision are computed again in float32.
+    """
+    features = clip.encode_image(pixels).float()
+    broken = ~torch.isfinite(features).all(dim=-1)
+    if broken.any() and clip.exact is not clip:
+        features[broken] = clip.exact.encode_image(pixels[broken]).float()
+    return F.normalize(features, dim=-1).cpu()

@@ -1,0 +1,359 @@
+"""``clipseed refine``: read seeds, look at the pictures again, store refined seeds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clipseed.cam.dense import dense_features, similarities
+from clipseed.clip.attention import patch_attention
+from clipseed.clip.model import FrozenClip, Precision, pick_device
+from clipseed.data.dataset import picture_finder
+from clipseed.data.types import Sample
+from clipseed.data.vocabulary import parse_vocabulary
+from clipseed.errors import InputError, UsageError, WeightsError
+from clipseed.jobs.engine import (
+    FoundReader,
+    LoadedPicture,
+    LoadedViews,
+    PictureLoader,
+    ViewLoader,
+    default_workers,
+    token_budget,
+    unit_size_for,
+    write_skipped,
+)
+from clipseed.refine.affinity import balance
+from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions, caa, spread_within_boxes
+from clipseed.refine.distribution import PATCH_TEMPERATURE, distribution_affinity
+from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNESS, refine_par
+from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.reader import Seeds
+from clipseed.store.records import SeedMap
+from clipseed.store.writer import SeedWriter
+
+Method = Literal["caa", "js", "par"]
+METHODS: tuple[Method, ...] = ("caa", "js", "par")
+
+
+@dataclass(frozen=True)
+class ParOptions:
+    """Constants of pixel-adaptive refinement (:func:`~clipseed.refine.par.refine_par`)."""
+
+    iterations: int = ITERATIONS
+    dilations: tuple[int, ...] = DILATIONS
+    sharpness: float = SHARPNESS
+    position_weight: float = POSITION_WEIGHT
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """Everything ``clipseed refine`` can be told.
+
+    Attributes:
+        source: The seeds to refine; pictures, model and vocabulary are those they were made with.
+        box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
+        paper: Reproduce the released code; ``None``: as the seeds were made.
+        images, weights: Where the pictures and the weights are now, if they have moved.
+    """
+
+    method: Method
+    source: Path
+    out: Path | None = None
+    images: Path | None = None
+    weights: str | None = None
+    box_threshold: float | None = None
+    caa: CaaOptions = field(default_factory=CaaOptions)
+    temperature: float = PATCH_TEMPERATURE
+    par: ParOptions = field(default_factory=ParOptions)
+    paper: bool | None = None
+    device: str = "auto"
+    precision: Precision = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class RefineReport:
+    """What a run did."""
+
+    source: Path
+    out: Path
+    total: int
+    found: int
+    stats: StreamStats
+    seconds: float
+    device: str
+    recomputed: int = 0
+    notes: list[str] = field(default_factory=list)
+    skipped_file: Path | None = None
+
+
+Advance = Callable[[int, StreamStats], None]
+Start = Callable[[int, int], Advance]
+
+
+def default_out(source: Path, method: str) -> Path:
+    """``cams.h5`` refined by ``caa`` is ``cams-caa.h5``."""
+    return source.with_name(f"{source.stem}-{method}{source.suffix}")
+
+
+def caa_options(chosen: CaaOptions, box_threshold: float | None, classes: str, paper: bool) -> CaaOptions:
+    """Fill in what depends on the data set (named by its vocabulary) and on ``--paper``.
+
+    Raises:
+        UsageError: a constant means nothing.
+    """
+    threshold = box_threshold
+    if threshold is None:
+        threshold = COCO_BOX_THRESHOLD if classes.startswith("coco") else BOX_THRESHOLD
+    if not 0 <= threshold < 1:
+        raise UsageError(f"--box-threshold {threshold}: give a share of the peak from 0 to below 1")
+    for name, value, least, most in (
+        ("layers", chosen.layers, 1, 1000), ("rounds", chosen.rounds, 0, 1000), ("power", chosen.power, 1, 100),
+    ):  # fmt: skip
+        if not least <= value <= most:
+            raise UsageError(f"--{name} {value}: give a number from {least} to {most}")
+    return replace(chosen, box_threshold=threshold, released=paper)
+
+
+def refine_manifest(
+    method: str, options: dict[str, Any], source: Manifest, model: dict[str, Any], weights: str
+) -> Manifest:
+    """What decides refined seeds: the constants, and everything that decided the seeds they were made from."""
+    kept = {key: source["options"].get(key) for key in ("paper", "exif", "max_side", "min_side")}
+    return {
+        "kind": "refine",
+        "method": method,
+        "options": {**kept, **options},
+        "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
+        "model": model,
+        "weights": weights,
+        "vocabulary": source["vocabulary"],
+        "dataset": source["dataset"],
+        "versions": package_versions(),
+    }
+
+
+def caa_manifest(chosen: CaaOptions) -> dict[str, Any]:
+    """The constants of CAA as a manifest has them."""
+    return {**{key: value for key, value in asdict(chosen).items() if key != "released"}, "paper": chosen.released}
+
+
+def run_refine(options: RefineOptions, start: Start | None = None) -> RefineReport:
+    """Refine seeds; resumes what an earlier run began.
+
+    Args:
+        options: What to do.
+        start: Called with the number of pictures to do and done; returns the progress callback.
+
+    Raises:
+        ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported.
+    """
+    _check(options)
+    out = options.out or default_out(options.source, options.method)
+    with Seeds(options.source) as seeds:
+        if out.resolve() == options.source.resolve():
+            raise UsageError(f"--out {out}: is the file that is being refined")
+        job: _Refinement = _Par(options, seeds) if options.method == "par" else _Spreading(options, seeds)
+        began = time.perf_counter()
+        dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
+        unit = unit_size_for(job.device)
+        with SeedWriter(out, job.manifest, dtype, unit, overwrite=options.overwrite) as writer:
+            found = len(writer.done & set(seeds))
+            stats = job.run(writer, found, start)
+            if stats.skipped and not writer.done:
+                key, reason = stats.skipped[0]
+                raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
+            with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
+                writer.finish(list(seeds))
+                skipped = write_skipped(out, writer.portable, stats.skipped)
+                writer.discard_parts()
+        return RefineReport(
+            source=options.source,
+            out=out,
+            total=len(seeds),
+            found=found,
+            stats=stats,
+            seconds=time.perf_counter() - began,
+            device=str(job.device),
+            recomputed=job.recomputed,
+            notes=writer.notes,
+            skipped_file=skipped,
+        )
+
+
+def _check(options: RefineOptions) -> None:
+    if options.method not in METHODS:
+        raise UsageError(f"refine {options.method}: choose one of {', '.join(METHODS)}")
+    par = options.par
+    if not 1 <= par.iterations <= 1000:
+        raise UsageError(f"--iterations {par.iterations}: give a number from 1 to 1000")
+    if not par.dilations or any(not 1 <= step <= 1000 for step in par.dilations):
+        raise UsageError("--dilations: give distances in pixels, such as 1,2,4,8,12,24")
+    if not 1e-3 <= par.sharpness <= 1e3 or not 0 <= par.position_weight <= 1e3:
+        raise UsageError("--sharpness and --position-weight: give positive numbers (0.3 and 0.01 in the paper)")
+    if not 1e-4 <= options.temperature <= 100:
+        raise UsageError(f"--temperature {options.temperature}: give a number from 0.0001 to 100")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UsageError("--batch-size: give auto or a number from 1")
+
+
+class _Refinement:
+    """What the refinements share: streaming the pictures of stored seeds."""
+
+    manifest: Manifest
+    device: torch.device
+
+    def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
+        self.options, self.seeds = options, seeds
+        self.recomputed = 0
+        dataset = dict(seeds.manifest["dataset"])
+        if options.images is not None:
+            dataset |= {"images": str(options.images), "name": "folder"}
+        self.reader = FoundReader(picture_finder(dataset, exif=bool(seeds.manifest["options"].get("exif"))))
+
+    def run(self, writer: SeedWriter, found: int, start: Start | None) -> StreamStats:
+        """Refine what is missing."""
+        tasks = [
+            Task(unit.index, tuple(Sample(key, Path(key), self._labels(key)) for key in unit.ids))
+            for unit in writer.units(list(self.seeds))
+        ]
+        todo = sum(len(task.samples) for task in tasks)
+        advance = start(todo, found) if start else (lambda count, stats: None)
+        workers = self.options.workers if self.options.workers is not None else default_workers(self.device)
+        batch = BatchSize(self.options.batch_size, token_budget(self.device))
+        hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
+
+        def write(task: Task, records: Sequence[SeedMap]) -> None:
+            writer.write(task.index, records)
+
+        with interruptible(lambda: hint), DecodePool(self.loader(), workers, 16 + 2 * workers) as pool:
+            return run_stream(tasks, pool, self.compute, write, batch, advance)
+
+    def _labels(self, key: str) -> tuple[int, ...]:
+        return tuple(int(k) for k in self.seeds.classes(key))
+
+    def loader(self) -> Callable[[Sample], Any]:
+        raise NotImplementedError
+
+    def compute(self, items: Sequence[Any]) -> list[SeedMap]:
+        raise NotImplementedError
+
+    def stored(self, identifier: str, size: tuple[int, int]) -> SeedMap:
+        """The seeds of a picture.
+
+        Raises:
+            InputError: the picture has another size than when they were made.
+        """
+        seed = self.seeds[identifier]
+        if seed.size != size:
+            raise InputError(
+                f"{identifier}: the picture is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when "
+                f"{self.options.source} was made; make the seeds again"
+            )
+        return seed
+
+
+class _Spreading(_Refinement):
+    """CAA and the class-distribution affinity: maps spread between patches."""
+
+    def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
+        super().__init__(options, seeds)
+        source = seeds.manifest
+        recorded = source["options"]
+        if any(len(seeds[key].cam) and seeds[key].cam.shape[1:] == seeds[key].size for key in list(seeds)[:1]):
+            raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
+        paper = bool(recorded.get("paper")) if options.paper is None else options.paper
+        self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
+        model = source["model"]
+        name = None if model["model"] == "inferred" else model["model"]
+        weights = options.weights or source.get("weights") or model["weights"]
+        self.clip = FrozenClip.load(name, weights, options.device, options.precision, released_rounding=paper)
+        if self.clip.info.sha256 != model["sha256"]:
+            raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
+        self.device = self.clip.tower.device
+        constants = caa_manifest(self.caa)
+        if options.method == "js":
+            self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
+            constants["temperature"] = options.temperature
+        self.manifest = refine_manifest(options.method, constants, source, self.clip.manifest(), self.clip.location)
+
+    def loader(self) -> ViewLoader:
+        recorded = self.seeds.manifest["options"]
+        limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
+        return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
+
+    def compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
+        seeds = [self.stored(item.sample.id, item.size) for item in items]
+        if not len(seeds[0].classes):
+            return seeds
+        for item, seed in zip(items, seeds, strict=True):
+            if seed.cam.shape[1:] != item.grid:
+                raise InputError(f"{item.sample.id}: its maps are not on the patch grid of the model")
+        pixels = torch.from_numpy(np.stack([item.views[0] for item in items])).to(self.device).permute(0, 3, 1, 2)
+        cams = [torch.from_numpy(seed.cam) for seed in seeds]
+        maps = self._maps(self.clip, pixels, cams)
+        broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
+        if broken and self.clip.exact is not self.clip:
+            self.recomputed += len(broken)
+            again = self._maps(self.clip.exact, pixels[broken], [cams[k] for k in broken])
+            for k, found in zip(broken, again, strict=True):
+                maps[k] = found
+        return [
+            SeedMap(seed.id, seed.classes, found.nan_to_num(0.0).numpy(), seed.size)
+            for seed, found in zip(seeds, maps, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
+        attention = patch_attention(clip.tower, pixels, self.caa.layers)
+        if self.options.method == "caa":
+            return caa(cams, attention, self.caa)
+        scores = similarities(dense_features(clip, pixels, "svc"), self.text)
+        affinity = balance(distribution_affinity(scores, attention, self.options.temperature), self.caa.rounds)
+        return spread_within_boxes(cams, affinity, self.caa)
+
+
+class _Par(_Refinement):
+    """Pixel-adaptive refinement: maps follow the colours of the picture, at its full size."""
+
+    def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
+        super().__init__(options, seeds)
+        self.device = pick_device(options.device)
+        source = seeds.manifest
+        constants = {**asdict(options.par), "dilations": list(options.par.dilations)}
+        self.manifest = refine_manifest("par", constants, source, source["model"], str(source.get("weights")))
+
+    def loader(self) -> PictureLoader:
+        return PictureLoader(self.reader)
+
+    @torch.inference_mode()
+    def compute(self, items: Sequence[LoadedPicture]) -> list[SeedMap]:
+        seeds = [self.stored(item.sample.id, item.size) for item in items]
+        if not len(seeds[0].classes):
+            return seeds
+        maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(seed.upsampled()) for seed in seeds], batch_first=True)
+        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self.device).permute(0, 3, 1, 2)
+        par = self.options.par
+        refined = refine_par(
+            maps.to(self.device), pixels, par.iterations, par.dilations, par.sharpness, par.position_weight
+        )
+        refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
+        found: npt.NDArray[np.float32] = refined.clamp_(0, 1).cpu().numpy()
+        return [
+            SeedMap(seed.id, seed.classes, rows[: len(seed.classes)], seed.size)
+            for seed, rows in zip(seeds, found, strict=True)
+        ]

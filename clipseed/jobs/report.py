@@ -1,0 +1,238 @@
+"""``clipseed report``: one HTML page about one or more scored inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from clipseed.data.dataset import picture_finder
+from clipseed.data.types import check_id
+from clipseed.errors import ImageError, StoreError, UsageError
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, Start, evaluate, holds_masks
+from clipseed.report.gallery import Example, Gallery
+from clipseed.report.html import Entry, render_page
+from clipseed.store.files import write_text
+from clipseed.store.manifest import Manifest
+from clipseed.store.reader import Seeds
+
+MOST_SHOWN = 200
+"""Most pictures of a kind; each takes about 30 kB of the page."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Everything ``clipseed report`` can be told.
+
+    Attributes:
+        inputs: Seeds or folders of masks.
+        scoring: How to score them; its ``prediction`` is replaced by each input in turn.
+        out: The HTML file.
+        images: Folder of the pictures, instead of what an input itself says.
+        worst, best: How many pictures to show of either kind.
+    """
+
+    inputs: tuple[Path, ...]
+    scoring: EvaluateOptions
+    out: Path = Path("report.html")
+    images: Path | None = None
+    worst: int = 6
+    best: int = 6
+    title: str = "clipseed report"
+
+
+@dataclass
+class ReportResult:
+    """What was written: the page, and per input its scores and what the page says about it."""
+
+    out: Path
+    reports: list[EvaluateReport] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was scored, for all inputs."""
+        return all(report.complete for report in self.reports)
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Input and what should be known about its scores."""
+        return [(entry.name, note) for entry in self.entries for note in entry.notes]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        inputs = [
+            {**report.as_dict(), "worst": _shown(entry.gallery.worst), "best": _shown(entry.gallery.best)}
+            for report, entry in zip(self.reports, self.entries, strict=True)
+        ]
+        return {"out": str(self.out), "inputs": inputs}
+
+
+def _shown(examples: list[Example]) -> list[dict[str, Any]]:
+    return [{"id": example.id, "miou": example.score} for example in examples]
+
+
+def write_report(options: ReportOptions, start: Callable[[str], Start] | None = None) -> ReportResult:
+    """Score every input and write the page about them.
+
+    Args:
+        options: What to score, and where to write.
+        start: From an input's name to the start callback of :func:`~clipseed.jobs.evaluate.evaluate`.
+
+    Raises:
+        UsageError: an option is missing or impossible.
+        InputError, StoreError: files are missing, damaged or do not fit each other, or ``out`` cannot be written.
+    """
+    _check(options)
+    result = ReportResult(options.out)
+    names = _names(options.inputs)
+    all_masks = all(map(holds_masks, options.inputs))
+    for path, name in zip(options.inputs, names, strict=True):
+        scoring = replace(options.scoring, prediction=path)
+        if holds_masks(path) and not all_masks:
+            scoring = replace(scoring, threshold=None, alphas=())  # they are for the seeds beside the masks
+        gallery = Gallery(options.worst, options.best)
+        report = evaluate(scoring, start(name) if start else None, gallery.add)
+        result.reports.append(report)
+        result.entries.append(_entry(options, name, path, report, gallery))
+    write_text(options.out, render_page(options.title, result.entries))
+    return result
+
+
+def _check(options: ReportOptions) -> None:
+    if not options.inputs:
+        raise UsageError("name at least one seeds file or mask folder")
+    for name, count in (("--worst", options.worst), ("--best", options.best)):
+        if not 0 <= count <= MOST_SHOWN:
+            raise UsageError(f"{name} {count}: give a number from 0 to {MOST_SHOWN}")
+    if options.images is not None and not options.images.is_dir():
+        raise UsageError(f"--images {options.images}: no such folder")
+    # Scoring may take long; what would fail at its end fails now.
+    if options.out.is_dir():
+        raise UsageError(f"--out {options.out}: is a folder; give the name of a file in it")
+    if not options.out.parent.is_dir():
+        raise StoreError(f"{options.out}: the folder {options.out.parent} does not exist")
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    """Short names, all different: the last part of the path, or all of it, or with a number."""
+    short = [path.name or str(path) for path in paths]
+    names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names, 1)]
+
+
+def _entry(options: ReportOptions, name: str, path: Path, report: EvaluateReport, gallery: Gallery) -> Entry:
+    manifest = _manifest(path)
+    chosen = report.threshold if report.alpha is None else report.alpha
+    return Entry(
+        name=name,
+        path=report.prediction,
+        ground_truth=report.ground_truth,
+        split=report.split,
+        images=report.images,
+        class_names=report.names,
+        scores=report.scores,
+        counts=report.counts,
+        setting=_setting(report),
+        curve=(name, sorted(report.curve), chosen) if chosen is not None and len(report.curve) > 1 else None,
+        axis="threshold" if report.alpha is None else "alpha",
+        gallery=gallery,
+        find=_Pictures(options, report, manifest),
+        notes=_notes(report, gallery),
+        manifest=manifest,
+    )
+
+
+def _setting(report: EvaluateReport) -> str:
+    if report.alpha is not None:
+        what = f"background (1 − max)^{report.alpha:g}"
+    elif report.threshold is not None:
+        what = f"threshold {report.threshold:g}"
+    else:
+        return "masks as they are"
+    if len(report.curve) > 1:
+        return f"{what}, the best of {len(report.curve)} tried on this ground truth"
+    return f"{what}, fixed"
+
+
+def _notes(report: EvaluateReport, gallery: Gallery) -> list[str]:
+    """What the page has to say about incomplete scores."""
+    notes = []
+    if report.missing_ground_truth:
+        notes.append(
+            f"{len(report.missing_ground_truth)} predictions have no ground truth and were not scored: "
+            f"{_some(report.missing_ground_truth)}"
+        )
+    if report.missing_predictions:
+        where = f"pictures of split {report.split}" if report.split_given else "ground-truth masks"
+        notes.append(
+            f"{len(report.missing_predictions)} {where} have no prediction and were not scored: "
+            f"{_some(report.missing_predictions)}"
+        )
+    if report.excluded_pixels:
+        share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)
+        notes.append(f"{100 * share:.2f} % of the pixels were left out because the prediction is 255 there")
+    if gallery.unscored:
+        notes.append(f"{gallery.unscored} pictures have no score of their own, as all their ground truth is ignored")
+    return notes
+
+
+def _some(ids: list[str], count: int = 5) -> str:
+    return ", ".join(ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
+
+
+def _manifest(path: Path) -> Manifest | None:
+    """The manifest of seeds, or the one beside masks; ``None`` when there is none that can be read."""
+    if not holds_masks(path):
+        with Seeds(path, verify=False) as seeds:
+            return seeds.manifest
+    try:
+        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class _Pictures:
+    """Finds an example's picture: below ``--images``, or where the manifest or the ground truth says.
+
+    Raises:
+        ImageError, InputError: it is not known where pictures are, this one is not there, or has another size.
+    """
+
+    def __init__(self, options: ReportOptions, report: EvaluateReport, manifest: Manifest | None) -> None:
+        made = (manifest or {}).get("options")
+        exif = isinstance(made, dict) and bool(made.get("exif"))
+        self._any_size = options.scoring.resize_pred
+        dataset = _picture_set(options.images, report.ground_truth, manifest)
+        self._find = picture_finder(dataset, exif=exif) if dataset else None
+
+    def __call__(self, example: Example) -> Image:
+        if self._find is None:
+            raise ImageError("this input does not say where its pictures are; name the folder with --images")
+        # An id from a damaged or foreign file must not lead out of the folder.
+        picture = self._find(check_id(example.id, "the report"))
+        height, width = example.size
+        if picture.size != (width, height) and not self._any_size:
+            raise ImageError(f"it is {picture.width}x{picture.height} pixels now, its ground truth {width}x{height}")
+        return picture
+
+
+def _picture_set(images: Path | None, truth: str, manifest: Manifest | None) -> dict[str, Any] | None:
+    """What :func:`picture_finder` needs, or ``None`` where the pictures cannot be known."""
+    if images is not None:
+        return {"images": str(images)}
+    dataset = (manifest or {}).get("dataset")
+    if isinstance(dataset, dict) and dataset.get("name") == "toy":
+        seed = str(dataset.get("toy_seed") or 0)
+        return {"name": "toy", "toy_seed": seed} if seed.isdecimal() and len(seed) < 20 else None
+    if isinstance(dataset, dict) and dataset.get("images"):
+        return dataset
+    if truth.startswith("toy:"):
+        return {"name": "toy", "toy_seed": truth.removeprefix("toy:")}
+    beside = Path(truth).absolute().parent / "JPEGImages"
+    return {"images": str(beside)} if beside.is_dir() else None

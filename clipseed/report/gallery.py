@@ -1,0 +1,88 @@
+"""Which pictures a report shows: the best and the worst, chosen while the scores stream by."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from bisect import bisect
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipseed.evaluate.confusion import Counts, Labels, score
+from clipseed.report.markup import shrunk
+
+
+@dataclass(frozen=True)
+class Example:
+    """One scored picture.
+
+    Attributes:
+        score: Mean IoU over the classes in its own ground truth.
+        size: ``(H, W)`` of its ground truth.
+        truth, prediction: Masks, shrunk for showing.
+        labels: Mask values in either of them, also those that shrinking lost.
+    """
+
+    id: str
+    score: float
+    size: tuple[int, int]
+    truth: Labels
+    prediction: Labels
+    labels: tuple[int, ...]
+
+
+class Gallery:
+    """The ``worst`` and ``best`` so many pictures of an input, and the scores of all of them.
+
+    Memory: eight bytes per picture, and two small masks for each of those kept. Equal scores go by id. A picture whose
+    ground truth is all ignored has no score; it is only counted.
+    """
+
+    def __init__(self, worst: int, best: int) -> None:
+        self._limits = (worst, best)
+        self.worst: list[Example] = []
+        self.best: list[Example] = []
+        self.scores = array("d")
+        self.unscored = 0
+        self._digest = 0
+
+    def add(self, identifier: str, counts: Counts, truth: Labels, prediction: Labels) -> None:
+        """Take in one picture: its id, its own confusion matrix and both masks ``(H, W)``."""
+        name = hashlib.blake2b(identifier.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        self._digest ^= int.from_bytes(name, "big")
+        value = score(counts).miou
+        if math.isnan(value):
+            self.unscored += 1
+            return
+        self.scores.append(value)
+        made: Example | None = None
+        for kept, sign, limit in ((self.worst, 1, self._limits[0]), (self.best, -1, self._limits[1])):
+            keys = [(sign * item.score, item.id) for item in kept]
+            place = bisect(keys, (sign * value, identifier))
+            if place < limit:
+                made = made or _example(identifier, value, truth, prediction)
+                kept.insert(place, made)
+                del kept[limit:]
+
+    @property
+    def fingerprint(self) -> tuple[int, int]:
+        """Equal for two inputs that were scored on the same pictures, in whatever order."""
+        return len(self.scores) + self.unscored, self._digest
+
+    @property
+    def median(self) -> float:
+        """Median score; NaN without any."""
+        return float(np.median(self.scores)) if self.scores else float("nan")
+
+    def histogram(self, bins: int = 20) -> list[int]:
+        """How many pictures score in each of ``bins`` equal parts of [0, 1]."""
+        return [int(count) for count in np.histogram(self.scores, bins=bins, range=(0.0, 1.0))[0]]
+
+
+def _example(identifier: str, value: float, truth: Labels, prediction: Labels) -> Example:
+    present = np.bincount(truth.ravel(), minlength=256) + np.bincount(prediction.ravel(), minlength=256)
+    labels = tuple(int(label) for label in np.flatnonzero(present))
+    size = (int(truth.shape[0]), int(truth.shape[1]))
+    return Example(identifier, value, size, shrunk(truth), shrunk(prediction), labels)

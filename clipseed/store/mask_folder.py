@@ -1,0 +1,109 @@
+"""A folder of label masks as the output of a command: resumable, locked, with a manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock
+
+from clipseed.errors import StoreError, UsageError
+from clipseed.store.files import remove_leftovers, storage_errors, write_text
+from clipseed.store.locks import acquire
+from clipseed.store.manifest import Manifest, differences, dumps
+from clipseed.store.masks import Labels, write_mask
+
+MANIFEST = "manifest.json"
+
+
+class MaskWriter:
+    """Writes masks below a folder, the id being the path without suffix. Use as a context manager: it holds a lock.
+
+    Masks appear under their name only when they are complete, so those that are there are done.
+
+    Args:
+        folder: Made when missing.
+        manifest: What decides the content, kept as ``manifest.json``.
+        overwrite: Delete the masks of an earlier run first.
+
+    Raises:
+        StoreError: made with other settings, in use by another process, or not writable.
+        UsageError: ``folder`` is a file, or holds other things.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, overwrite: bool = False) -> None:
+        self.folder = folder
+        self._manifest, self._overwrite = manifest, overwrite
+        self._lock: FileLock | None = None
+        self.done: set[str] = set()
+
+    def __enter__(self) -> MaskWriter:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--out {self.folder}: is a file; masks go to a folder")
+        with storage_errors(self.folder):
+            if not self.folder.parent.is_dir():
+                raise StoreError(f"{self.folder}: the folder {self.folder.parent} does not exist")
+            self.folder.mkdir(exist_ok=True)
+            self._lock = acquire(self.folder / "lock", self.folder)
+        try:
+            self._prepare()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        remove_leftovers(self.folder)
+        plan = self.folder / MANIFEST
+        found = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in self.folder.rglob("*.png")}
+        if not plan.is_file():
+            if found:
+                raise UsageError(f"--out {self.folder}: holds masks that clipseed did not make; choose another folder")
+        elif self._overwrite:
+            for path in found.values():
+                path.unlink()
+            found = {}
+        else:
+            self._refuse_other(plan)
+        write_text(plan, dumps(self._manifest) + "\n")
+        self.done = {key for key in found if not Path(key).name.startswith(".")}
+
+    def _refuse_other(self, plan: Path) -> None:
+        try:
+            changed = differences(json.loads(plan.read_text(encoding="utf-8")), self._manifest)
+        except (ValueError, AttributeError) as error:
+            raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
+        if changed:
+            shown = "\n  ".join(changed[:12])
+            raise StoreError(
+                f"{self.folder} was made with other settings; choose another --out, or start again with --overwrite:"
+                f"\n  {shown}"
+            )
+
+    def write(self, identifier: str, labels: Labels) -> None:
+        """Store one mask ``(H, W)``."""
+        path = self.folder / f"{identifier}.png"
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_mask(path, labels)
+        self.done.add(identifier)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+
+def read_mask_manifest(folder: Path) -> Manifest | None:
+    """The manifest beside masks that clipseed made; ``None`` where there is none that can be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "vocabulary" in found else None
