@@ -364,6 +364,9 @@ def test_which_output_is_scored_by_default(
         Path(name).write_bytes(b"")
     assert main(["evaluate", "--gt", "x"]) == 2
     assert "several outputs are equally refined (cams-caa.h5, cams-par.h5)" in capsys.readouterr().err
+    Path("cams-par.h5").rename("cams-caa-par.h5")  # made from cams-caa.h5
+    assert main(["evaluate", "--gt", "x"]) == 1
+    assert "cams-caa-par.h5" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow(folders: tuple[Path, Path]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipseed.cam.dense import DENSE_METHODS, DenseMethod, dense_cams
 from clipseed.cam.gradcam import Target, gradcam, minmax, normalise, run_last_block
+from clipseed.clip.attention import attention_blocks, patch_attention, with_last
 from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
 
@@ -21,10 +22,14 @@ METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam", *DENSE_METHODS)
 
 @dataclass(frozen=True)
 class CamBatch:
-    """Maps of a batch: one ``(K, h, w)`` float32 CPU tensor per picture, and how many pictures needed float32."""
+    """Maps of a batch: one ``(K, h, w)`` float32 CPU tensor per picture, and how many pictures needed float32.
+
+    ``attention`` ``(B, n, n)`` is the mean over heads and the last blocks, where it was asked for.
+    """
 
     maps: list[Tensor]
     recomputed: int
+    attention: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -37,6 +42,7 @@ def compute_cams(
     method: Method = "softmax-gradcam",
     flip: bool = False,
     released: bool = False,
+    attention_layers: int = 0,
 ) -> CamBatch:
     """Class activation maps of a batch of pictures.
 
@@ -54,24 +60,39 @@ def compute_cams(
         flip: Also use the mirrored pictures.
         released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalise`); for the methods
             with gradients.
+        attention_layers: Also return the attention between patches, averaged over so many blocks from the end, of the
+            view that has the result's grid; it comes out of the same forward pass.
 
     Returns:
         Maps in [0, 1]. A picture whose maps come out NaN or infinite in half precision is computed again in float32.
     """
 
-    def maps_of(model: FrozenClip, rows: Sequence[int]) -> Tensor:
+    def maps_of(model: FrozenClip, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         chosen = [view[list(rows)] for view in views]
-        return _all_views(model, text, chosen, [labels[k] for k in rows], grid, method, flip, released)
+        request = _Request(method, flip, released, attention_layers)
+        return _all_views(model, text, chosen, [labels[k] for k in rows], grid, request)
 
-    maps = maps_of(clip, range(len(labels)))
+    maps, attention = maps_of(clip, range(len(labels)))
     counts = [len(row) for row in labels]
     split = list(torch.split(maps, counts))
     broken = [k for k, part in enumerate(split) if not torch.isfinite(part).all()]
     if broken and clip.exact is not clip:
-        again = maps_of(clip.exact, broken)
+        again, attention_again = maps_of(clip.exact, broken)
         for k, part in zip(broken, torch.split(again, [counts[k] for k in broken]), strict=True):
             split[k] = part
-    return CamBatch([part.nan_to_num(0.0).cpu() for part in split], len(broken))
+        if attention is not None and attention_again is not None:
+            attention[broken] = attention_again
+    return CamBatch([part.nan_to_num(0.0).cpu() for part in split], len(broken), attention)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What :func:`compute_cams` was asked for, besides pictures and labels."""
+
+    method: Method
+    flip: bool
+    released: bool
+    attention_layers: int
 
 
 def _all_views(
@@ -80,19 +101,23 @@ def _all_views(
     views: Sequence[Tensor],
     labels: Sequence[Sequence[int]],
     grid: tuple[int, int],
-    method: Method,
-    flip: bool,
-    released: bool,
-) -> Tensor:
+    request: _Request,
+) -> tuple[Tensor, Tensor | None]:
     found = []
+    attention: Tensor | None = None
     for pixels in views:
-        for mirrored in (False, True) if flip else (False,):
-            maps = _one_view(clip, text, pixels.flip(-1) if mirrored else pixels, labels, method, released)
+        for mirrored in (False, True) if request.flip else (False,):
+            own = (pixels.shape[-2] // clip.tower.patch, pixels.shape[-1] // clip.tower.patch) == grid
+            layers = request.attention_layers if own and not mirrored and attention is None else 0
+            maps, seen = _one_view(clip, text, pixels.flip(-1) if mirrored else pixels, labels, request, layers)
+            attention = seen if layers else attention
             found.append(maps.flip(-1) if mirrored else maps)
+    if request.attention_layers and attention is None:
+        raise ValueError("no view has the grid that attention is asked for on")
     if len(found) == 1 and found[0].shape[1:] == grid:
-        return found[0]
+        return found[0], attention
     resized = [F.interpolate(maps[None], size=grid, mode="bilinear", align_corners=False)[0] for maps in found]
-    return minmax(torch.stack(resized).mean(dim=0))
+    return minmax(torch.stack(resized).mean(dim=0)), attention
 
 
 def _one_view(
@@ -100,16 +125,22 @@ def _one_view(
     text: TextBank,
     pixels: Tensor,
     labels: Sequence[Sequence[int]],
-    method: Method,
-    released: bool,
-) -> Tensor:
-    if method in DENSE_METHODS:
-        dense: DenseMethod = method
-        return minmax(dense_cams(clip, pixels, text, labels, dense))  # no ReLU: zero means nothing to a similarity
-    features = clip.dense(pixels)
-    state = run_last_block(clip.tower, features.tokens)
+    request: _Request,
+    layers: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Maps of one view, and the mean attention of its last ``layers`` blocks (none: ``None``)."""
+    tower = clip.tower
+    if request.method in DENSE_METHODS:
+        dense: DenseMethod = request.method
+        # No ReLU: zero means nothing to a similarity.
+        maps = minmax(dense_cams(clip, pixels, text, labels, dense))
+        return maps, patch_attention(tower, pixels, layers) if layers else None
+    blocks = attention_blocks(tower, layers) if layers else ()
+    features = clip.dense(pixels, blocks)
+    state = run_last_block(tower, features.tokens)
     # Maps are normalised, so the logarithm changes nothing but that tiny probabilities do not underflow.
-    softmax: Target = "softmax" if released else "log-softmax"
-    target = softmax if method == "softmax-gradcam" else "logit"
-    raw = gradcam(clip.tower, state, text, labels, features.grid, target)
-    return normalise(raw, released=released)
+    softmax: Target = "softmax" if request.released else "log-softmax"
+    target = softmax if request.method == "softmax-gradcam" else "logit"
+    raw = gradcam(tower, state, text, labels, features.grid, target)
+    attention = with_last(features, state.mean_attention(), blocks) if layers else None
+    return normalise(raw, released=request.released), attention

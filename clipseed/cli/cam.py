@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
@@ -26,8 +26,12 @@ def register(app: typer.Typer) -> None:
 def cam(
     dataset: shared.Dataset,
     out: Annotated[
-        Path, typer.Option(help="NAME.h5 for one file, or a folder for shards.", rich_help_panel=shared.OUTPUT)
-    ] = Path("cams.h5"),
+        Optional[Path],
+        typer.Option(
+            help="NAME.h5 for one file, or a folder for shards [default: cams.h5; cams-caa.h5 with --refine caa].",
+            rich_help_panel=shared.OUTPUT,
+        ),
+    ] = None,
     root: shared.Root = None,
     images: shared.Images = None,
     split: shared.Split = None,
@@ -45,6 +49,16 @@ def cam(
         str,
         typer.Option(help="softmax-gradcam (CLIP-ES), gradcam, maskclip, svc or naclip.", rich_help_panel=shared.MODEL),
     ] = "softmax-gradcam",
+    refine: Annotated[
+        Optional[str],
+        typer.Option(
+            help="caa: refine in the same pass; the output is the refined maps.", rich_help_panel=shared.MODEL
+        ),
+    ] = None,
+    box_threshold: Annotated[
+        Optional[float],
+        typer.Option(help="With --refine caa; see clipseed refine caa.", rich_help_panel=shared.MODEL),
+    ] = None,
     scales: Annotated[
         str, typer.Option(help="Picture scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
     ] = "1",
@@ -92,8 +106,11 @@ def cam(
         labels=Path(labels) if labels is not None and not auto else None,
         templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
     )  # fmt: skip
+    if box_threshold is not None and not refine:
+        raise UsageError("--box-threshold belongs to --refine caa")
     options = CamOptions(
-        data=data, out=out, model=model, weights=weights, device=device, precision=cast("Any", precision),
+        data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), refine=cast("Any", refine),
+        box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
         method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
         min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
         workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, **tagging,

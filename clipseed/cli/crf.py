@@ -76,12 +76,12 @@ def crf(
     Masks are palette PNG of the picture's size: 0 background, class index + 1, and 255 where --confidence asks for it.
     """
     from clipseed.jobs.crf import CrfOptions, run_crf
-    from clipseed.jobs.stages import READ_BY, newest_output
+    from clipseed.jobs.stages import newest_output
     from clipseed.refine.crf import crf_parameters
 
     talker = Talker(quiet)
     if source is None:
-        source = newest_output(Path(), READ_BY["crf"])
+        source = newest_output(Path(), "crf")
         talker.note(f"reading {source}")
     parameters = crf_parameters(
         preset, iterations=iterations, smooth_xy=smooth_xy, smooth_weight=smooth_weight, colour_xy=colour_xy,

@@ -161,11 +161,11 @@ def par(
 
 def _run(method: str, source: Path | None, quiet: bool, json: bool, **given: Any) -> int:
     from clipseed.jobs.refine import RefineOptions, run_refine
-    from clipseed.jobs.stages import READ_BY, newest_output
+    from clipseed.jobs.stages import newest_output
 
     talker = Talker(quiet)
     if source is None:
-        source = newest_output(Path(), READ_BY[method])
+        source = newest_output(Path(), method)
         talker.note(f"refining {source}")
     given["batch_size"] = shared.auto_or_number(given["batch_size"], "--batch-size")
     given["workers"] = shared.auto_or_number(given["workers"], "--workers")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from clipseed.jobs.engine import (
     unit_size_for,
     write_skipped,
 )
+from clipseed.jobs.refine import caa_manifest, caa_options, refine_manifest
+from clipseed.refine.caa import CaaOptions, caa
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
@@ -44,7 +46,8 @@ class CamOptions:
     """Everything ``clipseed cam`` can be told.
 
     ``paper`` reproduces CLIP-ES's released code: its half-precision rounding, its word lists, native picture size,
-    and maps stored in float32 so that later rounding is the released one.
+    and maps stored in float32 so that later rounding is the released one. With ``refine`` the output is what
+    ``clipseed refine caa`` would make of the maps; ``box_threshold`` as there.
     """
 
     data: DatasetOptions
@@ -62,6 +65,9 @@ class CamOptions:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
+    refine: Literal["caa"] | None = None
+    caa: CaaOptions = field(default_factory=CaaOptions)
+    box_threshold: float | None = None
     tag_threshold: float = DEFAULT_TAG_THRESHOLD
     tag_top_k: int | None = None
 
@@ -105,6 +111,10 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
     clip = FrozenClip.load(options.model, weights, options.device, options.precision, released_rounding=options.paper)
     text = clip.encode_text(image_set.vocabulary)
     manifest = cam_manifest(options, image_set, clip)
+    refinement = None
+    if options.refine:
+        refinement = caa_options(options.caa, options.box_threshold, image_set.vocabulary.name, options.paper)
+        manifest = refine_manifest("caa", caa_manifest(refinement), manifest, clip.manifest(), clip.location)
     unit_size = unit_size_for(clip.tower.device)
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
@@ -114,7 +124,7 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
             from clipseed.jobs.tags import tag_unlabelled
 
             image_set, tags = tag_unlabelled(options, image_set, clip, text, writer, start_tags)
-        job = _CamJob(options, image_set, clip, text, writer)
+        job = _CamJob(options, image_set, clip, text, writer, refinement)
         stats = job.run(start)
         if tags is not None:
             stats.skipped = [(key, tags.skipped.get(key, reason)) for key, reason in stats.skipped]
@@ -152,6 +162,12 @@ def _check(options: CamOptions) -> None:
         raise UsageError("--workers: give auto or a number from 0")
     if not 0 < options.tag_threshold <= 1 or (options.tag_top_k is not None and options.tag_top_k < 1):
         raise UsageError("--tag-threshold: give a share above 0 and up to 1; --tag-top-k: a number from 1")
+    if options.refine not in (None, "caa"):
+        raise UsageError(
+            f"--refine {options.refine}: only caa is made in the same pass; see clipseed refine for others"
+        )
+    if options.refine and 1.0 not in options.scales:
+        raise UsageError("--refine caa needs 1 among the --scales, whose attention it spreads along")
     if options.max_side < 0 or options.min_side < 0:
         raise UsageError("--max-side and --min-side: give a number of pixels, or 0 for no limit")
 
@@ -193,9 +209,16 @@ class _CamJob:
     """One run: the loader, the batch function and the sink that the engine needs."""
 
     def __init__(
-        self, options: CamOptions, image_set: ImageSet, clip: FrozenClip, text: TextBank, writer: SeedWriter
+        self,
+        options: CamOptions,
+        image_set: ImageSet,
+        clip: FrozenClip,
+        text: TextBank,
+        writer: SeedWriter,
+        refinement: CaaOptions | None,
     ) -> None:
         self._options, self._set, self._clip, self._text, self._writer = options, image_set, clip, text, writer
+        self._refinement = refinement
         self.found = len(writer.done & {sample.id for sample in image_set.samples})
         self.recomputed = 0
 
@@ -240,10 +263,15 @@ class _CamJob:
                 for k in range(len(self._options.scales))
             ]
             options, grid = self._options, items[0].grid
+            layers = self._refinement.layers if self._refinement else 0
             batch = compute_cams(
-                self._clip, self._text, views, labels, grid, options.method, options.flip, options.paper
+                self._clip, self._text, views, labels, grid, options.method, options.flip, options.paper, layers
             )
             maps = batch.maps
+            if self._refinement and batch.attention is not None:
+                # Rounded as `clipseed cam` would have stored them, so that one pass gives what two commands give.
+                stored = maps if options.paper else [cam.half().float() for cam in maps]
+                maps = caa(stored, batch.attention, self._refinement)
             self.recomputed += batch.recomputed
         return [
             SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size)

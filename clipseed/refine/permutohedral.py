@@ -39,9 +39,10 @@ class Lattice:
         lattice = values.new_zeros(self.size, values.shape[1]).index_add_(0, self.sites, spread)
         lattice[0] = 0
         for before, after in self.neighbours:
-            lattice = lattice + 0.5 * (lattice[before] + lattice[after])
+            around = lattice.index_select(0, before).add_(lattice.index_select(0, after))
+            lattice = lattice.add_(around, alpha=0.5)
             lattice[0] = 0
-        gathered = lattice[self.sites].view(points, corners, -1)
+        gathered = lattice.index_select(0, self.sites).view(points, corners, -1)
         # The blur's total weight, which the C++ code takes out here.
         total = 1 / (1 + 2.0 ** -(corners - 1))
         return torch.einsum("nc,ncm->nm", self.weights, gathered) * total
@@ -64,9 +65,11 @@ def build_lattice(features: Tensor, picture: Tensor | None = None) -> Lattice:
     # The nearest point of the lattice whose coordinates have equal remainders, and the order of the residuals.
     nearest = torch.round(elevated / (d + 1))
     residual = elevated - nearest * (d + 1)
-    order = residual.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(d + 1, device=order.device).expand_as(order))
-    rank += nearest.sum(dim=1, keepdim=True).long()
+    # The rank of a residual is how many are larger (of equal ones the later counts as smaller). There are few, and
+    # comparing all pairs is faster than sorting.
+    larger = residual.unsqueeze(1) > residual.unsqueeze(2)
+    equal_before = (residual.unsqueeze(1) == residual.unsqueeze(2)).tril(-1)
+    rank = (larger | equal_before).sum(dim=2) + nearest.sum(dim=1, keepdim=True).long()
     low, high = rank < 0, rank > d
     base = (nearest.long() + low.long() - high.long()) * (d + 1)
     rank = rank + (d + 1) * (low.long() - high.long())
