@@ -20,7 +20,7 @@ from clipseed.store.reader import open_seeds
 
 from conftest import Runner, picture
 
-COMMANDS = ("cam", "evaluate", "inspect", "demo", "doctor")
+COMMANDS = ("cam", "refine", "crf", "evaluate", "report", "inspect", "prompts", "demo", "doctor")
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ def command(tmp_path: Path, tiny_weights: Path) -> list[str]:
     (tmp_path / "labels.txt").write_text("".join(f"{k:03d} {k % 2}\n" for k in range(PICTURES)))
     (tmp_path / "classes.txt").write_text("rust\ncrack\n")
     code = (
-        "import os, sys, time, clipseed.jobs.cam as job\n"
+        "import os, sys, time, clipseed.jobs.cam as job, clipseed.jobs.engine as engine\n"
         "from clipseed.cli.main import main\n"
-        "job._UNIT_SIZE['cpu'] = 5\n"
+        "engine._UNIT_SIZE['cpu'] = 5\n"
         "compute = job.compute_cams\n"
         "def slow(*words):\n"
         "    time.sleep(float(os.environ.get('PAUSE', 0.03)))\n"

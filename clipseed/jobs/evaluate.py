@@ -20,6 +20,7 @@ from clipseed.evaluate.confusion import IGNORE, Counts, Labels, Scores, check_la
 from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
 from clipseed.store.manifest import Manifest
+from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import SHARD_PATTERN, Seeds
 from clipseed.store.records import SeedMap
 
@@ -261,17 +262,23 @@ def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> Labels
 def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | None) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
         raise UsageError(f"--threshold and --alpha apply to seeds; {options.prediction} holds finished masks")
-    if options.classes is None:
+    manifest = read_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to
+    if options.classes is not None:
+        vocabulary = load_vocabulary(options.classes)
+    elif "vocabulary" in manifest:
+        vocabulary = parse_vocabulary(manifest["vocabulary"], str(options.prediction), "classes")
+    else:
         raise UsageError(f"{options.prediction}: say which classes the masks hold, --classes voc, coco, toy or FILE")
-    if options.gt is None:
+    dataset = manifest.get("dataset")
+    if options.gt is None and dataset is None:
         raise UsageError("--gt: name the folder with the ground-truth masks")
     predictions = MaskFolder(options.prediction)
     predicted = sorted(predictions.ids())
     if not predicted:
         raise InputError(f"{options.prediction}: neither seeds nor PNG masks in this folder")
-    names = ("background", *load_vocabulary(options.classes).class_names)
-    truth = find_ground_truth(options.gt, None)
-    match = _match(options, predicted, truth, None)
+    names = ("background", *vocabulary.class_names)
+    truth = find_ground_truth(options.gt, dataset)
+    match = _match(options, predicted, truth, dataset)
     advance = start(len(match.ids)) if start else (lambda count: None)
     counts = np.zeros((len(names), len(names)), np.int64)
     excluded = 0

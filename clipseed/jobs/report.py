@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from clipseed.report.gallery import Example, Gallery
 from clipseed.report.html import Entry, render_page
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
+from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import Seeds
 
 MOST_SHOWN = 200
@@ -190,11 +190,7 @@ def _manifest(path: Path) -> Manifest | None:
     if not holds_masks(path):
         with Seeds(path, verify=False) as seeds:
             return seeds.manifest
-    try:
-        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return read_mask_manifest(path)
 
 
 class _Pictures:

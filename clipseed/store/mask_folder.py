@@ -101,9 +101,9 @@ class MaskWriter:
 
 
 def read_mask_manifest(folder: Path) -> Manifest | None:
-    """The manifest beside masks that clipseed made; ``None`` where there is none that can be read."""
+    """What is recorded beside masks; ``None`` where nothing can be read. Without ``vocabulary`` it is not ours."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "vocabulary" in found else None
+    return found if isinstance(found, dict) else None
