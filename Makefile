@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: help install demo test test-fast lint format bench toy-clip toy-report clean
+.PHONY: help install demo test test-fast lint format bench results toy-clip toy-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ format: $(VENV)/.dev  ## format the code
 
 bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (docs/performance.md)
 	$(BIN)/python tests/bench.py
+
+results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; with PHOTOS=DEVKIT docs/results-photos.md)
+	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS))
 
 toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)
 	$(BIN)/python -m clipseed.toy.train_clip --out runs/toy-clip

@@ -63,11 +63,11 @@ def test_setup_commands_are_make_targets() -> None:
 @pytest.mark.slow
 def test_voc_commands(devkit: Path, weights: Path) -> None:
     (script,) = [block for block in blocks("sh") if "--dataset voc" in block]
-    assert [line.split()[1] for line in script.strip().splitlines()] == ["cam", "inspect", "evaluate"]
+    assert [line.split()[1] for line in script.strip().splitlines()] == ["cam", "refine", "evaluate"]
     shown = run(script, devkit, weights)
     assert "6 of 6 pictures" in shown
     assert "mean IoU" in shown
-    assert (devkit / "preview.png").exists()
+    assert "cams-caa.h5" in shown
     (reading,) = blocks("python")
     (devkit / "read.py").write_text(reading)
     lines = run("python read.py", devkit, weights).splitlines()
@@ -92,8 +92,9 @@ def test_example_pipeline(devkit: Path, tmp_path: Path, weights: Path) -> None:
     """The example Makefile goes from the devkit to a score, and does nothing when it is run again."""
     words = f"make -f {ROOT}/examples/voc/Makefile ROOT={devkit} SPLIT=val OUT={tmp_path}/run"
     run(words, tmp_path, weights)
-    assert '"split": "val"' in (tmp_path / "run" / "scores.json").read_text()
-    assert "is up to date" in run(words, tmp_path, weights)
+    for name in ("cams", "cams-caa", "pseudo"):
+        assert '"split": "val"' in (tmp_path / "run" / f"{name}.json").read_text()
+    assert "Nothing to be done" in run(words, tmp_path, weights)
 
 
 def test_every_command_is_in_the_table() -> None:

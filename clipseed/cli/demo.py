@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table
 from clipseed.errors import UsageError
-
-if TYPE_CHECKING:
-    from clipseed.jobs.cam import Start
 
 
 def register(app: typer.Typer) -> None:
@@ -50,28 +47,21 @@ def demo(
         return _save(talker, save_dataset, save_seed, limit)
     from clipseed.jobs.demo import run_demo
 
-    def start(title: str) -> Start:
-        return lambda image_set, todo, done: _progress(talker, title, todo)
-
     try:
-        stages, preview = run_demo(out, limit, device, start, lambda total: talker.track("evaluate", total))
+        stages, preview = run_demo(out, limit, device, talker.track)
     finally:
         talker.close()
     if json:
         print_json({"stages": [stage.as_dict() for stage in stages], "preview": str(preview)})
     else:
-        rows = [
-            (f"{s.name}: {s.title}", percent(s.report.scores.miou), f"{s.report.threshold:g}",
-             f"{s.images_per_second:.1f}", str(s.out)) for s in stages
-        ]  # fmt: skip
+        rows = []
+        for s in stages:
+            threshold = "-" if s.report.threshold is None else f"{s.report.threshold:g}"
+            score = percent(s.report.scores.miou)
+            rows.append((f"{s.name}: {s.title}", score, threshold, f"{s.images_per_second:.1f}", str(s.out)))
         print_table((f"toy world, {stages[0].report.images} images", "mIoU %", "threshold", "images/s", "file"), rows)
     talker.note(f"{preview}: some maps over their pictures")
     return 0
-
-
-def _progress(talker: Talker, title: str, todo: int) -> Any:
-    track = talker.track(title, todo)
-    return lambda count, stats: track(count)
 
 
 def _save(talker: Talker, folder: Path, seed: int, limit: int | None) -> int:

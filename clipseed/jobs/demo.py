@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 from clipseed.cam.methods import Method
 from clipseed.data.dataset import DatasetOptions
-from clipseed.jobs.cam import CamOptions, Start, run_cam
+from clipseed.jobs.cam import CamOptions, run_cam
+from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
 from clipseed.jobs.inspect import write_preview
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import storage_errors
 
 
@@ -37,18 +41,24 @@ class Stage:
         }
 
 
-_CAM_STAGES: tuple[tuple[str, str, str, Method], ...] = (
-    ("gradcam", "Grad-CAM (no competition)", "gradcam.h5", "gradcam"),
-    ("cam", "softmax-GradCAM with background words", "cams.h5", "softmax-gradcam"),
-)
+Work = Callable[[Path, Path, "Progress"], StreamStats]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is: told the number of pictures, returns the callback that advances."""
+
+    title: str
+    begin: Callable[[str, int], Callable[[int], None]]
+
+    def __call__(self, todo: int) -> Callable[[int, StreamStats], None]:
+        """Begin."""
+        advance = self.begin(self.title, todo)
+        return lambda count, stats: advance(count)
 
 
 def run_demo(
-    folder: Path,
-    limit: int | None,
-    device: str,
-    start: Callable[[str], Start],
-    scoring: Callable[[int], Callable[[int], None]],
+    folder: Path, limit: int | None, device: str, begin: Callable[[str, int], Callable[[int], None]]
 ) -> tuple[list[Stage], Path]:
     """Run all stages on the toy set into ``folder``; returns their scores and the overlay picture.
 
@@ -56,18 +66,41 @@ def run_demo(
         folder: Made when missing; outputs of an earlier demo are replaced.
         limit: Only the first so many scenes.
         device: As everywhere.
-        start: From a stage's title to the start callback of :func:`~clipseed.jobs.cam.run_cam`.
-        scoring: Start callback of :func:`~clipseed.jobs.evaluate.evaluate`.
+        begin: Called with a stage's title and its number of pictures; returns what advances the progress display.
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     data = DatasetOptions(dataset="toy", limit=limit)
-    stages = []
-    for name, title, file, method in _CAM_STAGES:
-        options = CamOptions(data=data, out=folder / file, method=method, device=device, overwrite=True)
-        report = run_cam(options, start(title))
-        scores = evaluate(EvaluateOptions(prediction=options.out), scoring)
-        stages.append(Stage(name, title, options.out, scores, report.stats.computed / report.seconds))
+
+    def cam(method: Method) -> Work:
+        def work(source: Path, out: Path, progress: Progress) -> StreamStats:
+            options = CamOptions(data=data, out=out, method=method, device=device, overwrite=True)
+            return run_cam(options, lambda image_set, todo, done: progress(todo)).stats
+
+        return work
+
+    def caa(source: Path, out: Path, progress: Progress) -> StreamStats:
+        options = RefineOptions("caa", source, out, device=device, overwrite=True)
+        return run_refine(options, lambda todo, done: progress(todo)).stats
+
+    def crf(source: Path, out: Path, progress: Progress) -> StreamStats:
+        options = CrfOptions(source, out, device=device, overwrite=True)
+        return run_crf(options, lambda todo, done: progress(todo)).stats
+
+    plan: tuple[tuple[str, str, str, Work], ...] = (
+        ("gradcam", "Grad-CAM (no competition)", "gradcam.h5", cam("gradcam")),
+        ("cam", "softmax-GradCAM with background words", "cams.h5", cam("softmax-gradcam")),
+        ("caa", "+ class-aware attention affinity", "cams-caa.h5", caa),
+        ("crf", "+ dense CRF", "pseudo", crf),
+    )
+    stages: list[Stage] = []
+    for name, title, file, work in plan:
+        source = stages[-1].out if stages else folder
+        began = time.perf_counter()
+        stats = work(source, folder / file, Progress(title, begin))
+        seconds = time.perf_counter() - began
+        scores = evaluate(EvaluateOptions(prediction=folder / file), lambda total: begin("evaluate", total))
+        stages.append(Stage(name, title, folder / file, scores, stats.computed / seconds))
     preview = folder / "preview.png"
-    write_preview(stages[-1].out, preview, count=5)
+    write_preview(folder / "cams-caa.h5", preview, count=5)
     return stages, preview

@@ -1,0 +1,242 @@
+"""Measure what every step is worth, and write docs/results.md: `make results`.
+
+On the built-in world the whole chain runs from pictures and labels. On photographs (`--photos DEVKIT`) no pretrained
+CLIP is needed: ground truth blurred to something like a class activation map is refined, which says what PAR and the
+dense CRF do with real colours and edges. The photographs stay where they are; pictures go to the working folder only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from clipseed.data.dataset import DatasetOptions, open_dataset, picture_finder
+from clipseed.data.vocabulary import load_vocabulary
+from clipseed.jobs.cam import CamOptions, run_cam
+from clipseed.jobs.crf import CrfOptions, run_crf
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.refine.crf import CLIP_ES, IRN
+from clipseed.store.manifest import package_versions
+from clipseed.store.masks import read_mask, voc_palette
+from clipseed.store.reader import open_seeds
+from clipseed.store.records import SeedMap
+from clipseed.store.writer import SeedWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = ("gradcam", "softmax-gradcam", "maskclip", "svc", "naclip")
+
+
+class Toy:
+    """Runs stages on the scored toy scenes, each once, and remembers their scores."""
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self.folder, self.limit = folder, limit
+
+    def cam(self, name: str, method: str = "softmax-gradcam", classes: str = "toy", paper: bool = False) -> Path:
+        out = self.folder / f"{name}.h5"
+        data = DatasetOptions("toy", classes=classes, limit=self.limit)
+        run_cam(CamOptions(data, out, method=method, paper=paper, overwrite=True))  # type: ignore[arg-type]
+        return out
+
+    def refine(self, source: Path, method: str, **given: object) -> Path:
+        out = source.with_name(f"{source.stem}-{method}{'-'.join(map(str, given.values()))}.h5")
+        run_refine(RefineOptions(method, source, out, overwrite=True, **given))  # type: ignore[arg-type]
+        return out
+
+    def crf(self, source: Path, name: str, **given: object) -> Path:
+        out = self.folder / name
+        run_crf(CrfOptions(source, out, overwrite=True, **given))  # type: ignore[arg-type]
+        return out
+
+    def words(self, name: str, *, synonyms: bool, background: bool) -> str:
+        """A vocabulary file without synonyms or background words."""
+        toy = load_vocabulary("toy")
+        classes = [{"name": item.name, "synonyms": list(item.synonyms) if synonyms else []} for item in toy.classes]
+        made = {
+            "name": name,
+            "templates": list(toy.templates),
+            "classes": classes,
+            "background": list(toy.background) if background else [],
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(made), encoding="utf-8")
+        return str(path)
+
+
+def miou(prediction: Path) -> EvaluateReport:
+    return evaluate(EvaluateOptions(prediction))
+
+
+def chain(toy: Toy) -> tuple[list[str], dict[str, Path]]:
+    """The table of CLIP-ES's steps, and where their outputs are."""
+    bare = toy.words("names", synonyms=False, background=False)
+    background = toy.words("background", synonyms=False, background=True)
+    made = {
+        "Grad-CAM of the logit, class names": toy.cam("gradcam", "gradcam", bare),
+        "softmax-GradCAM, class names of the picture only": toy.cam("softmax", classes=bare),
+        "+ background words": toy.cam("background", classes=background),
+        "+ synonyms": toy.cam("cams"),
+    }
+    cams = made["+ synonyms"]
+    made["+ CAA"] = caa = toy.refine(cams, "caa")
+    made["+ CAA + PAR"] = toy.refine(caa, "par")
+    made["+ CAA + CRF"] = toy.crf(caa, "pseudo")
+    rows = ["| step | mIoU | gain | threshold |", "| --- | --- | --- | --- |"]
+    before: dict[str, float] = {}
+    base = {"+ CAA + PAR": "+ CAA", "+ CAA + CRF": "+ CAA"}
+    last = ""
+    for name, path in made.items():
+        report = miou(path)
+        before[name] = 100 * report.scores.miou
+        gain = f"{before[name] - before[base.get(name, last)]:+.1f}" if last else ""
+        threshold = "none" if report.threshold is None else f"{report.threshold:g} (best)"
+        rows.append(f"| {name} | {before[name]:.1f} | {gain} | {threshold} |")
+        last = name
+    return rows, made
+
+
+def fixed_threshold(made: dict[str, Path]) -> list[str]:
+    """What the thresholds chosen on these pictures flatter: the same threshold for all."""
+    rows = ["| maps | best of the sweep | fixed 0.4 |", "| --- | --- | --- |"]
+    for name in ("+ synonyms", "+ CAA", "+ CAA + PAR"):
+        fixed = evaluate(EvaluateOptions(made[name], threshold=0.4))
+        rows.append(f"| {name} | {100 * miou(made[name]).scores.miou:.1f} | {100 * fixed.scores.miou:.1f} |")
+    return rows
+
+
+def methods(toy: Toy) -> list[str]:
+    """All map methods, alone and refined."""
+    rows = ["| maps | alone | + CAA | + JS affinity |", "| --- | --- | --- | --- |"]
+    for method in DENSE:
+        maps = toy.cam(f"m-{method}", method)
+        outputs = (maps, toy.refine(maps, "caa"), toy.refine(maps, "js"))
+        rows.append(f"| {method} | " + " | ".join(f"{100 * miou(path).scores.miou:.1f}" for path in outputs) + " |")
+    return rows
+
+
+def quirks(toy: Toy, made: dict[str, Path]) -> list[str]:
+    """The released code's behaviour against the default, step by step."""
+    cams, caa = made["+ synonyms"], made["+ CAA"]
+    paper = toy.cam("paper", paper=True)
+    pairs = [
+        ("maps: half-precision rounding, two min-max with 1e-7", cams, paper),
+        ("CAA: boxes end before the last row and column", caa, toy.refine(cams, "caa", paper=True)),
+        ("CRF: wrapped BGR colours, half-precision scores", made["+ CAA + CRF"], toy.crf(caa, "quirk", paper=True)),
+    ]
+    rows = ["| quirk of the released code | default | with the quirk |", "| --- | --- | --- |"]
+    for name, default, quirk in pairs:
+        rows.append(f"| {name} | {100 * miou(default).scores.miou:.2f} | {100 * miou(quirk).scores.miou:.2f} |")
+    return rows
+
+
+def blobs(devkit: Path, out: Path, sigma: float) -> Path:
+    """Seeds from blurred ground truth: what a class activation map of a good CLIP looks like."""
+    import cv2
+
+    images = open_dataset(DatasetOptions("voc", root=devkit))
+    records = []
+    for sample in images.samples:
+        mask = read_mask(devkit / "SegmentationClass" / f"{sample.id}.png")
+        height, width = mask.shape
+        grid = (-(-height // 16), -(-width // 16))
+        classes = [int(k) - 1 for k in np.unique(mask) if 0 < k < 255]
+        maps = np.zeros((len(classes), *grid), np.float32)
+        for row, class_id in enumerate(classes):
+            inside = (mask == class_id + 1).astype(np.float32)
+            coarse = cv2.resize(inside, grid[::-1], interpolation=cv2.INTER_AREA)
+            soft = cv2.GaussianBlur(coarse, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+            maps[row] = soft / max(1e-6, float(soft.max()))
+        records.append(SeedMap(sample.id, np.array(classes, np.int32), maps, (height, width)))
+    manifest = {
+        "kind": "cam", "method": "blurred ground truth", "options": {"sigma": sigma, "paper": False, "exif": False},
+        "model": {}, "weights": None, "vocabulary": images.vocabulary.as_dict(), "versions": package_versions(),
+        "dataset": {"name": "voc", "root": str(images.root), "split": images.split, "ground_truth": images.ground_truth,
+                    **images.source},
+    }  # fmt: skip
+    with SeedWriter(out, manifest, "float16", 64, overwrite=True) as writer:
+        writer.write(0, records)
+        writer.finish([record.id for record in records])
+        writer.discard_parts()
+    return out
+
+
+def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
+    """The table on photographs; pictures of five of them go to the working folder."""
+    maps = blobs(devkit, folder / "blobs.h5", sigma)
+    par = folder / "blobs-par.h5"
+    run_refine(RefineOptions("par", maps, par, overwrite=True))
+    made = {"blurred ground truth": maps, "+ PAR": par}
+    for name, given in {
+        "+ CRF, CLIP-ES's kernels": {"parameters": CLIP_ES},
+        "+ CRF, CLIP-ES's kernels, released colours": {"parameters": CLIP_ES, "paper": True},
+        "+ CRF, IRN's kernels": {"parameters": IRN},
+        "+ CRF, CLIP-ES's kernels, background (1 - max)^2": {"parameters": CLIP_ES, "alpha": 2.0},
+        "+ PAR + CRF, CLIP-ES's kernels": {"parameters": CLIP_ES},
+    }.items():
+        out = folder / f"crf-{len(made)}"
+        run_crf(CrfOptions(par if "PAR" in name else maps, out, overwrite=True, **given))  # type: ignore[arg-type]
+        made[name] = out
+    rows = ["| step | mIoU | threshold |", "| --- | --- | --- |"]
+    for name, path in made.items():
+        report = miou(path)
+        rows.append(f"| {name} | {100 * report.scores.miou:.1f} | {report.threshold or 'none'} |")
+    show(devkit, folder, made)
+    return rows
+
+
+def show(devkit: Path, folder: Path, made: dict[str, Path]) -> None:
+    """Five photographs: picture, truth, maps at their best threshold, PAR, CRF."""
+    seeds = {name: open_seeds(made[name]) for name in ("blurred ground truth", "+ PAR")}
+    best = {name: miou(made[name]).threshold or 0.5 for name in seeds}
+    find = picture_finder(seeds["+ PAR"].manifest["dataset"])
+    palette = voc_palette()
+    ids = list(seeds["+ PAR"])
+    rows = []
+    for key in ids[:: max(1, len(ids) // 5)][:5]:
+        tiles = [np.asarray(find(key)), palette[read_mask(devkit / "SegmentationClass" / f"{key}.png")]]
+        for name, opened in seeds.items():
+            seed = opened[key]
+            heat = seed.upsampled()
+            labels = np.where(heat.max(axis=0) > best[name], seed.classes[heat.argmax(axis=0)] + 1, 0)
+            tiles.append(palette[labels])
+        tiles.append(palette[read_mask(made["+ CRF, CLIP-ES's kernels"] / f"{key}.png")])
+        rows.append(
+            np.concatenate([np.asarray(Image.fromarray(t.astype(np.uint8)).resize((250, 188))) for t in tiles], 1)
+        )
+    Image.fromarray(np.concatenate(rows)).save(folder / "photographs.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/results"), help="working folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where results.md goes")
+    parser.add_argument("--limit", type=int, help="only the first scenes, to try it out")
+    parser.add_argument("--photos", type=Path, help="a VOC devkit; writes results-photos.md instead")
+    parser.add_argument("--sigma", type=float, default=4.0, help="blur of the ground truth in patches")
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    if chosen.photos:
+        sections = {"TABLE": photographs(chosen.photos.resolve(), chosen.work, chosen.sigma)}
+        name = "results-photos"
+    else:
+        toy = Toy(chosen.work, chosen.limit)
+        rows, made = chain(toy)
+        sections = {"CHAIN": rows, "FIXED": fixed_threshold(made), "METHODS": methods(toy), "QUIRKS": quirks(toy, made)}
+        name = "results"
+    text = (Path(__file__).parent / f"{name}.in.md").read_text(encoding="utf-8")
+    for key, rows in sections.items():
+        text = text.replace(f"@{key}@", "\n".join(rows))
+    (chosen.out / f"{name}.md").write_text(text, encoding="utf-8")
+    sys.stderr.write(f"{chosen.out / name}.md written in {time.perf_counter() - began:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()
