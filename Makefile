@@ -42,6 +42,7 @@ format: $(VENV)/.dev  ## format the code
 
 bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (docs/performance.md)
 	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench_refine.py
 
 results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; with PHOTOS=DEVKIT docs/results-photos.md)
 	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS))

@@ -20,8 +20,10 @@ from clipseed.data.dataset import DatasetOptions, open_dataset, picture_finder
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
-from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.evaluate import evaluate
+from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.jobs.refine import run_refine
+from clipseed.jobs.refine_options import RefineOptions
 from clipseed.refine.crf import CLIP_ES, IRN
 from clipseed.store.manifest import package_versions
 from clipseed.store.masks import read_mask, voc_palette

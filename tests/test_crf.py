@@ -15,7 +15,7 @@ from PIL import Image
 import clipseed
 from clipseed.cli.main import main
 from clipseed.data.types import Sample
-from clipseed.jobs.crf import NativeSolver, Problem
+from clipseed.jobs.crf_problem import NativeSolver, Problem
 from clipseed.refine.crf import CLIP_ES, PRESETS, CrfParameters, clip_es_unary, crf_parameters, dense_crf
 from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool
@@ -178,7 +178,7 @@ def test_a_crash_of_the_library_costs_one_picture(toy: Path) -> None:
     source = toy / "cams-caa.h5"
     ids = list(clipseed.open_seeds(source))
     reader = DeadlyReader(ids[2])
-    problem = Problem(source, reader, replace(CLIP_ES, iterations=1), 1.0, False)  # type: ignore[arg-type]
+    problem = Problem(source, reader, replace(CLIP_ES, iterations=1), 1.0, False)
     with DecodePool(NativeSolver(problem), 1, 4) as pool:
         outcomes = dict(pool.stream(Sample(key, Path(key), None) for key in ids))
     failed = [sample.id for sample, outcome in outcomes.items() if isinstance(outcome, Exception)]

@@ -11,7 +11,7 @@ from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table, some
 
 if TYPE_CHECKING:
-    from clipseed.jobs.evaluate import EvaluateReport
+    from clipseed.jobs.evaluate_options import EvaluateReport
 
 SCORE = "Scoring"
 
@@ -70,8 +70,8 @@ def evaluate(
 
       clipseed evaluate --gt SegmentationClass
     """
-    from clipseed.jobs.evaluate import EvaluateOptions
     from clipseed.jobs.evaluate import evaluate as run_evaluate
+    from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.stages import newest_output
 
     talker = Talker(quiet)

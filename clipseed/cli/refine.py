@@ -11,7 +11,7 @@ from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, some
 
 if TYPE_CHECKING:
-    from clipseed.jobs.refine import RefineOptions, RefineReport
+    from clipseed.jobs.refine_options import RefineOptions, RefineReport
     from clipseed.runtime.stream import StreamStats
 
 METHOD = "Method"
@@ -149,7 +149,7 @@ def par(
 
     Needs no model. The result has one value per pixel and class, about 2 bytes each.
     """
-    from clipseed.jobs.refine import ParOptions
+    from clipseed.jobs.refine_options import ParOptions
 
     steps = tuple(int(step) for step in shared.numbers(dilations, "--dilations"))
     constants = ParOptions(iterations, steps, sharpness, position_weight)
@@ -160,7 +160,8 @@ def par(
 
 
 def _run(method: str, source: Path | None, quiet: bool, json: bool, **given: Any) -> int:
-    from clipseed.jobs.refine import RefineOptions, run_refine
+    from clipseed.jobs.refine import run_refine
+    from clipseed.jobs.refine_options import RefineOptions
     from clipseed.jobs.stages import newest_output
 
     talker = Talker(quiet)

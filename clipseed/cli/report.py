@@ -83,7 +83,7 @@ def report(
 
       clipseed report cams.h5 --gt SegmentationClass
     """
-    from clipseed.jobs.evaluate import EvaluateOptions
+    from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.report import ReportOptions, write_report
     from clipseed.jobs.stages import newest_output
 

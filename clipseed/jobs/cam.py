@@ -26,7 +26,7 @@ from clipseed.jobs.engine import (
     unit_size_for,
     write_skipped,
 )
-from clipseed.jobs.refine import caa_manifest, caa_options, refine_manifest
+from clipseed.jobs.refine_options import caa_manifest, caa_options, refine_manifest
 from clipseed.refine.caa import CaaOptions, caa
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible

@@ -7,27 +7,26 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipseed.clip.model import pick_device
 from clipseed.data.dataset import picture_finder
 from clipseed.data.types import Sample
-from clipseed.errors import ImageError, InputError, UsageError
+from clipseed.errors import InputError, UsageError
+from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
 from clipseed.jobs.engine import FoundReader, LoadedPicture, PictureLoader, default_workers, unit_size_for
-from clipseed.refine.crf import CLIP_ES, CrfParameters, clip_es_colours, clip_es_unary, dense_crf
+from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.masks import IGNORE, Labels
-from clipseed.store.reader import Seeds, open_seeds
+from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.writer import SeedWriter
 
@@ -35,7 +34,6 @@ Engine = Literal["torch", "pydensecrf"]
 ENGINES: tuple[Engine, ...] = ("torch", "pydensecrf")
 _PIXEL_BUDGET = {"cpu": 200_000}
 _GPU_PIXEL_BUDGET = 6_000_000
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -145,84 +143,6 @@ def _manifest(options: CrfOptions, source: Manifest, paper: bool) -> Manifest:
         "dataset": source["dataset"],
         "versions": package_versions(),
     }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the CRF of a picture is given; survives pickling, because one engine runs in worker processes."""
-
-    source: Path
-    reader: FoundReader
-    parameters: CrfParameters
-    alpha: float
-    paper: bool
-
-    def unary(self, seed: SeedMap) -> Floats:
-        """Negative log probabilities ``(1 + K, H, W)`` of background and classes (CLIP-ES, section 9 of its spec)."""
-        maps = seed.upsampled()
-        if self.paper:
-            maps = maps.astype(np.float16)
-        background = (1 - maps.max(axis=0, keepdims=True)) ** maps.dtype.type(self.alpha)
-        return clip_es_unary(np.concatenate([background, maps]), released=self.paper)
-
-    def colours(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The picture as the colour kernel sees it."""
-        return clip_es_colours(pixels) if self.paper else pixels
-
-
-@lru_cache(maxsize=2)
-def _seeds(path: Path) -> Seeds:
-    """Opened once per worker process."""
-    return open_seeds(path, verify=False)
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A picture with its posterior ``(1 + K, H, W)``, from a worker process."""
-
-    picture: LoadedPicture
-    posterior: Floats
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Nothing is computed together any more."""
-        return ()
-
-    @property
-    def cost(self) -> int:
-        """As its picture's."""
-        return self.picture.cost
-
-
-@dataclass(frozen=True)
-class NativeSolver:
-    """Decodes a picture and runs the C++ engine on it, in a worker process: a crash there costs that picture only."""
-
-    problem: Problem
-
-    def __call__(self, sample: Sample) -> Solved:
-        """Solve one picture.
-
-        Raises:
-            ImageError: it cannot be read, or does not fit its seeds.
-        """
-        from clipseed.refine.crf_native import native_crf
-
-        picture = PictureLoader(self.problem.reader)(sample)
-        seed = _seeds(self.problem.source)[sample.id]
-        check_size(seed, picture)
-        if not len(seed.classes):
-            return Solved(picture, np.ones((1, *picture.size), np.float32))
-        posterior = native_crf(self.problem.unary(seed), self.problem.colours(picture.pixels), self.problem.parameters)
-        return Solved(picture, posterior)
-
-
-def check_size(seed: SeedMap, picture: LoadedPicture) -> None:
-    """Raise ImageError when a picture is not the one its seeds were made from."""
-    if seed.size != picture.size:
-        raise ImageError(
-            f"is {picture.size[1]}x{picture.size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
-        )
 
 
 class _Sinks:

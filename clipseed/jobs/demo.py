@@ -12,9 +12,11 @@ from clipseed.cam.methods import Method
 from clipseed.data.dataset import DatasetOptions
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
+from clipseed.jobs.evaluate import evaluate
+from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.jobs.inspect import write_preview
-from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.refine import run_refine
+from clipseed.jobs.refine_options import RefineOptions
 from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import storage_errors
 

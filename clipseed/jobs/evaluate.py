@@ -7,99 +7,25 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.errors import InputError, UsageError
-from clipseed.evaluate.confusion import IGNORE, Counts, Labels, Scores, check_labels, confusion, score
+from clipseed.evaluate.confusion import IGNORE, Counts, Labels, check_labels, confusion, score
 from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
+from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import SHARD_PATTERN, Seeds
 from clipseed.store.records import SeedMap
 
-PredIgnore = Literal["error", "background", "exclude"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Everything ``clipseed evaluate`` can be told.
-
-    Attributes:
-        threshold: One constant background score instead of the sweep.
-        alphas: CLIP-ES's background exponents instead of constant scores.
-        pred_ignore: What a predicted 255 is: an error, background, or a pixel left out of the score.
-        resize_pred: Bring predictions to the ground truth's size instead of refusing other sizes.
-    """
-
-    prediction: Path
-    gt: str | None = None
-    classes: str | None = None
-    split: str | None = None
-    threshold: float | None = None
-    alphas: tuple[float, ...] = ()
-    pred_ignore: PredIgnore = "error"
-    resize_pred: bool = False
-
-
-@dataclass
-class EvaluateReport:
-    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction."""
-
-    prediction: str
-    ground_truth: str
-    split: str
-    images: int
-    names: tuple[str, ...]
-    scores: Scores
-    counts: Counts
-    threshold: float | None = None
-    alpha: float | None = None
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    missing_predictions: list[str] = field(default_factory=list)
-    missing_ground_truth: list[str] = field(default_factory=list)
-    split_given: bool = False
-    excluded_pixels: int = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every prediction, and every picture of a split the user named, was scored."""
-        return not self.missing_ground_truth and not (self.split_given and self.missing_predictions)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``: fractions, ``None`` where there is no value."""
-        scores = self.scores
-        return {
-            "miou": _number(scores.miou),
-            "miou_foreground": _number(scores.miou_foreground),
-            "miou_all": _number(scores.miou_all),
-            "class_iou": {name: _number(iou) for name, iou in zip(self.names, scores.class_iou, strict=True)},
-            "pixel_accuracy": _number(scores.pixel_accuracy),
-            "mean_accuracy": _number(scores.mean_accuracy),
-            "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
-            "images": self.images,
-            "pixels": scores.pixels,
-            "excluded_pixels": self.excluded_pixels,
-            "split": self.split,
-            "threshold": self.threshold,
-            "alpha": self.alpha,
-            "curve": [{"setting": setting, "miou": _number(miou)} for setting, miou in self.curve],
-            "prediction": self.prediction,
-            "ground_truth": self.ground_truth,
-            "missing_predictions": self.missing_predictions,
-            "missing_ground_truth": self.missing_ground_truth,
-        }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 Advance = Callable[[int], None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
-from clipseed.clip.model import FrozenClip, Precision, pick_device
+from clipseed.clip.model import FrozenClip, pick_device
 from clipseed.data.dataset import picture_finder
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import parse_vocabulary
@@ -31,125 +31,27 @@ from clipseed.jobs.engine import (
     unit_size_for,
     write_skipped,
 )
+from clipseed.jobs.refine_options import (
+    RefineOptions,
+    RefineReport,
+    Start,
+    caa_manifest,
+    caa_options,
+    check,
+    default_out,
+    refine_manifest,
+)
 from clipseed.refine.affinity import balance
-from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions, caa, spread_within_boxes
-from clipseed.refine.distribution import PATCH_TEMPERATURE, distribution_affinity
-from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNESS, refine_par
+from clipseed.refine.caa import caa, spread_within_boxes
+from clipseed.refine.distribution import distribution_affinity
+from clipseed.refine.par import refine_par
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
-from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.writer import SeedWriter
-
-Method = Literal["caa", "js", "par"]
-METHODS: tuple[Method, ...] = ("caa", "js", "par")
-
-
-@dataclass(frozen=True)
-class ParOptions:
-    """Constants of pixel-adaptive refinement (:func:`~clipseed.refine.par.refine_par`)."""
-
-    iterations: int = ITERATIONS
-    dilations: tuple[int, ...] = DILATIONS
-    sharpness: float = SHARPNESS
-    position_weight: float = POSITION_WEIGHT
-
-
-@dataclass(frozen=True)
-class RefineOptions:
-    """Everything ``clipseed refine`` can be told.
-
-    Attributes:
-        source: The seeds to refine; pictures, model and vocabulary are those they were made with.
-        box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
-        paper: Reproduce the released code; ``None``: as the seeds were made.
-        images, weights: Where the pictures and the weights are now, if they have moved.
-    """
-
-    method: Method
-    source: Path
-    out: Path | None = None
-    images: Path | None = None
-    weights: str | None = None
-    box_threshold: float | None = None
-    caa: CaaOptions = field(default_factory=CaaOptions)
-    temperature: float = PATCH_TEMPERATURE
-    par: ParOptions = field(default_factory=ParOptions)
-    paper: bool | None = None
-    device: str = "auto"
-    precision: Precision = "auto"
-    batch_size: int | None = None
-    workers: int | None = None
-    overwrite: bool = False
-
-
-@dataclass
-class RefineReport:
-    """What a run did."""
-
-    source: Path
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
-    device: str
-    recomputed: int = 0
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-
-
-Advance = Callable[[int, StreamStats], None]
-Start = Callable[[int, int], Advance]
-
-
-def default_out(source: Path, method: str) -> Path:
-    """``cams.h5`` refined by ``caa`` is ``cams-caa.h5``."""
-    return source.with_name(f"{source.stem}-{method}{source.suffix}")
-
-
-def caa_options(chosen: CaaOptions, box_threshold: float | None, classes: str, paper: bool) -> CaaOptions:
-    """Fill in what depends on the data set (named by its vocabulary) and on ``--paper``.
-
-    Raises:
-        UsageError: a constant means nothing.
-    """
-    threshold = box_threshold
-    if threshold is None:
-        threshold = COCO_BOX_THRESHOLD if classes.startswith("coco") else BOX_THRESHOLD
-    if not 0 <= threshold < 1:
-        raise UsageError(f"--box-threshold {threshold}: give a share of the peak from 0 to below 1")
-    for name, value, least, most in (
-        ("layers", chosen.layers, 1, 1000), ("rounds", chosen.rounds, 0, 1000), ("power", chosen.power, 1, 100),
-    ):  # fmt: skip
-        if not least <= value <= most:
-            raise UsageError(f"--{name} {value}: give a number from {least} to {most}")
-    return replace(chosen, box_threshold=threshold, released=paper)
-
-
-def refine_manifest(
-    method: str, options: dict[str, Any], source: Manifest, model: dict[str, Any], weights: str
-) -> Manifest:
-    """What decides refined seeds: the constants, and everything that decided the seeds they were made from."""
-    kept = {key: source["options"].get(key) for key in ("paper", "exif", "max_side", "min_side")}
-    return {
-        "kind": "refine",
-        "method": method,
-        "options": {**kept, **options},
-        "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
-        "model": model,
-        "weights": weights,
-        "vocabulary": source["vocabulary"],
-        "dataset": source["dataset"],
-        "versions": package_versions(),
-    }
-
-
-def caa_manifest(chosen: CaaOptions) -> dict[str, Any]:
-    """The constants of CAA as a manifest has them."""
-    return {**{key: value for key, value in asdict(chosen).items() if key != "released"}, "paper": chosen.released}
 
 
 def run_refine(options: RefineOptions, start: Start | None = None) -> RefineReport:
@@ -162,7 +64,7 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
     Raises:
         ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported.
     """
-    _check(options)
+    check(options)
     out = options.out or default_out(options.source, options.method)
     with Seeds(options.source) as seeds:
         if out.resolve() == options.source.resolve():
@@ -193,22 +95,6 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
             notes=writer.notes,
             skipped_file=skipped,
         )
-
-
-def _check(options: RefineOptions) -> None:
-    if options.method not in METHODS:
-        raise UsageError(f"refine {options.method}: choose one of {', '.join(METHODS)}")
-    par = options.par
-    if not 1 <= par.iterations <= 1000:
-        raise UsageError(f"--iterations {par.iterations}: give a number from 1 to 1000")
-    if not par.dilations or any(not 1 <= step <= 1000 for step in par.dilations):
-        raise UsageError("--dilations: give distances in pixels, such as 1,2,4,8,12,24")
-    if not 1e-3 <= par.sharpness <= 1e3 or not 0 <= par.position_weight <= 1e3:
-        raise UsageError("--sharpness and --position-weight: give positive numbers (0.3 and 0.01 in the paper)")
-    if not 1e-4 <= options.temperature <= 100:
-        raise UsageError(f"--temperature {options.temperature}: give a number from 0.0001 to 100")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UsageError("--batch-size: give auto or a number from 1")
 
 
 class _Refinement:

@@ -12,7 +12,8 @@ from PIL.Image import Image
 from clipseed.data.dataset import picture_finder
 from clipseed.data.types import check_id
 from clipseed.errors import ImageError, StoreError, UsageError
-from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, Start, evaluate, holds_masks
+from clipseed.jobs.evaluate import Start, evaluate, holds_masks
+from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.html import Entry, render_page
 from clipseed.store.files import write_text
