@@ -189,8 +189,23 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     for name, path in made.items():
         report = miou(path)
         rows.append(f"| {name} | {100 * report.scores.miou:.1f} | {report.threshold or 'none'} |")
+    rows += ["", "| kernels | pixels on which the torch engine and pydensecrf give the same label |", "| --- | --- |"]
+    for name, parameters in (("+ CRF, CLIP-ES's kernels", CLIP_ES), ("+ CRF, IRN's kernels", IRN)):
+        native = folder / f"native-{made[name].name}"
+        run_crf(CrfOptions(maps, native, engine="pydensecrf", parameters=parameters, overwrite=True))
+        rows.append(f"| {name.split(', ')[1]} | {100 * agreement(made[name], native):.5f} % |")
     show(devkit, folder, made)
     return rows
+
+
+def agreement(one: Path, other: Path) -> float:
+    """Share of pixels with equal labels in two folders of masks."""
+    same = total = 0
+    for path in one.glob("*.png"):
+        labels = read_mask(path)
+        same += int((labels == read_mask(other / path.name)).sum())
+        total += labels.size
+    return same / total
 
 
 def show(devkit: Path, folder: Path, made: dict[str, Path]) -> None:
