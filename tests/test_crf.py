@@ -158,6 +158,29 @@ def test_a_folder_of_other_masks_is_left_alone(toy: Path, tmp_path: Path, capsys
     assert (tmp_path / "mine.png").exists()
 
 
+def test_what_is_not_ours_is_never_deleted(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = str(toy / "cams-caa.h5")
+    Path("theirs").mkdir()
+    Path("theirs/manifest.json").write_text('{"made": "by hand"}')
+    Image.new("L", (3, 3)).save("theirs/mine.png")
+    assert main(["crf", source, "--out", "theirs", "--overwrite"]) == 2
+    assert "another command's output" in capsys.readouterr().err
+    assert main(["crf", source, "--iterations", "0", "--device", "cpu", "--quiet"]) == 0
+    Image.new("L", (3, 3)).save("pseudo/mine.png")
+    assert main(["crf", source, "--iterations", "0", "--device", "cpu", "--quiet", "--overwrite"]) == 0
+    assert Path("pseudo/mine.png").exists()
+    for words in (["--soft", source], ["--out", "x", "--soft", "x"], ["--out", source]):
+        assert main(["crf", source, *words, "--overwrite"]) == 2
+        assert "are both" in capsys.readouterr().err
+    assert len(clipseed.open_seeds(source)) == 6
+    small = ["--smooth-xy", "0.01", "--colour-xy", "0.01", "--colour-rgb", "0.01"]
+    assert main(["crf", source, "--out", "small", *small, "--device", "cpu", "--quiet"]) == 2
+    assert "too small" in capsys.readouterr().err
+
+
 @dataclass(frozen=True)
 class DeadlyReader:
     """Ends the process on one picture, as a crash in native code does."""

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -209,8 +210,65 @@ def test_pictures_that_moved_or_changed(
     assert main([*moved, "--overwrite"]) == 3
     assert "2007_000003" in (tmp_path / "cams-caa.skipped.csv").read_text()
     picture(2, 50, 70).save(tmp_path / "elsewhere" / "2007_000003.jpg")
-    assert main(moved) == 1
-    assert "when" in capsys.readouterr().err
+    assert main(moved) == 3
+    assert "the picture is 70x50 pixels now, 50x70 when its seeds were made" in (
+        tmp_path / "cams-caa.skipped.csv"
+    ).read_text().replace('"', "")
+    picture(2, 70, 50).save(tmp_path / "elsewhere" / "2007_000003.JpG")
+    (tmp_path / "elsewhere" / "2007_000003.jpg").unlink()
+    assert main(moved) == 0  # suffixes are found in any case
+    assert len(clipseed.open_seeds(tmp_path / "cams-caa.h5")) == 6
+
+
+def test_corrected_labels_are_taken_up(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run after the label file was edited redoes what it changes, in every stage and every kind of output."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number in range(5):
+        picture(number, 48, 64).save(f"photos/{number}.png")
+    Path("classes.txt").write_text("rust\ncrack\nhole\n")
+    cam = ["cam", "--dataset", "folder", "--images", "photos", "--labels", "labels.txt", "--classes", "classes.txt"]
+    cam += ["--weights", str(tiny_weights), "--device", "cpu", "--quiet"]
+
+    def run() -> None:
+        assert main(cam) == 0
+        assert main([*cam, "--out", "shards"]) == 0
+        assert main(["refine", "caa", "--device", "cpu", "--quiet"]) == 0
+        assert main(["crf", "--iterations", "1", "--soft", "soft.h5", "--device", "cpu", "--quiet"]) == 0
+
+    Path("labels.txt").write_text("".join(f"{k} rust crack\n" for k in range(5)))
+    run()
+    Path("labels.txt").write_text("".join(f"{k} rust crack\n" for k in range(4)) + "4 hole\n")
+    run()
+    for name in ("cams.h5", "shards", "cams-caa.h5", "soft.h5"):
+        seeds = clipseed.open_seeds(name)
+        assert sorted(seeds) == list("01234")
+        assert seeds["4"].classes.tolist() == [2], name
+        assert seeds["3"].classes.tolist() == [0, 1], name
+    assert set(np.unique(np.asarray(Image.open("pseudo/4.png")))) <= {0, 3}
+
+
+def test_damaged_maps_are_skipped(tmp_path: Path) -> None:
+    cams = refined_cams(tmp_path, 3)
+    with h5py.File(cams, "r+") as file:
+        file["cam"][0] = np.nan
+        file.attrs["checksum"] = _checksum(file)
+    for words in (["refine", "caa"], ["refine", "par"], ["crf", "--iterations", "1"]):
+        out = tmp_path / "-".join(words)
+        name = out if words[0] == "crf" else out.with_suffix(".h5")
+        assert main([*words, str(cams), "--out", str(name), "--device", "cpu", "--quiet"]) == 3
+    assert "NaN" in (tmp_path / "refine-caa.skipped.csv").read_text()
+    assert "NaN" in (tmp_path / "crf---iterations-1" / "skipped.csv").read_text()
+    assert len(list((tmp_path / "crf---iterations-1").glob("*.png"))) == 2
+
+
+def _checksum(file: h5py.File) -> str:
+    from clipseed.store.layout import DATASETS, Checksum
+
+    checksum = Checksum()
+    for name in DATASETS:
+        checksum.add(name, file[name][:])
+    return checksum.hexdigest(str(file.attrs["manifest"]))
 
 
 @pytest.mark.slow

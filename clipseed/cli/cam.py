@@ -28,7 +28,7 @@ def cam(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            help="NAME.h5 for one file, or a folder for shards [default: cams.h5; cams-caa.h5 with --refine caa].",
+            help="NAME.h5 for one file, or a folder for shards (default: cams.h5; cams-caa.h5 with --refine caa).",
             rich_help_panel=shared.OUTPUT,
         ),
     ] = None,

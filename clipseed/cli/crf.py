@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def crf(
     source: Annotated[
         Optional[Path],
-        typer.Argument(help="Seeds [default: what the stage before left here].", show_default=False),
+        typer.Argument(help="Seeds (default: what the stage before left here).", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the masks.", rich_help_panel=shared.OUTPUT)] = Path("pseudo"),
     engine: Annotated[str, typer.Option(help="torch, or pydensecrf in worker processes.")] = "torch",
@@ -58,7 +58,7 @@ def crf(
     ] = None,
     paper: Annotated[
         Optional[bool],
-        typer.Option("--paper/--no-paper", help="The released code with its quirks [default: as the seeds]."),
+        typer.Option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
     ] = None,
     images: Annotated[
         Optional[Path],
@@ -117,7 +117,8 @@ def _tell(talker: Talker, report: CrfReport) -> None:
         talker.warn(note)
     skipped = report.stats.skipped
     if skipped:
-        talker.warn(f"{len(skipped)} pictures skipped: {some([f'{key} ({why})' for key, why in skipped], 5)}")
+        talker.warn(f"{len(skipped)} pictures skipped: {some([f'{key} ({why})' for key, why in skipped], 3)}")
+        talker.warn(f"all of them are listed in {report.skipped_file}")
     computed = report.stats.computed
     rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
     unsure = f", {100 * report.unsure:.1f} % of the pixels are 255" if report.unsure else ""

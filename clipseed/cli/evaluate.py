@@ -24,12 +24,12 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     prediction: Annotated[
         Optional[Path],
-        typer.Argument(help="Seeds (.h5 or folder of shards) or a folder of PNG masks [default: the newest stage]."),
+        typer.Argument(help="Seeds (.h5 or folder of shards) or a folder of PNG masks (default: the newest stage)."),
     ] = None,
     gt: Annotated[
         Optional[str],
         typer.Option(
-            help="Folder of ground-truth masks, below here or the data set's root [default: the data set's own].",
+            help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own).",
             rich_help_panel=SCORE,
         ),
     ] = None,

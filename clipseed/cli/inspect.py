@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    seeds: Annotated[Optional[Path], typer.Argument(help="Seeds file or folder [default: the newest stage].")] = None,
+    seeds: Annotated[Optional[Path], typer.Argument(help="Seeds file or folder (default: the newest stage).")] = None,
     preview: Annotated[
         Optional[Path], typer.Option(help="Write an overlay of some maps to this PNG.", rich_help_panel=shared.OUTPUT)
     ] = None,

@@ -19,7 +19,7 @@ Dataset = Annotated[
 ]
 Root = Annotated[
     Optional[Path],
-    typer.Option(help="Folder of the devkit [default: $CLIPSEED_VOC or the working folder].", rich_help_panel=DATA),
+    typer.Option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).", rich_help_panel=DATA),
 ]
 Images = Annotated[Optional[Path], typer.Option(help="Folder with the pictures (folder, coco).", rich_help_panel=DATA)]
 Split = Annotated[
@@ -42,7 +42,7 @@ LabelsOrAuto = Annotated[
 TagThreshold = Annotated[
     Optional[float],
     typer.Option(
-        help="--labels auto: a tag scores at least this share of the best word's score [default: 0.25].",
+        help="--labels auto: a tag scores at least this share of the best word's score (default: 0.25).",
         rich_help_panel=DATA,
         min=0.0,
         max=1.0,
@@ -69,11 +69,11 @@ Limit = Annotated[Optional[int], typer.Option(help="Only the first N pictures.",
 
 Model = Annotated[
     Optional[str],
-    typer.Option(help="open_clip name, e.g. ViT-B-16 [default: ViT-B-16, or read off a file].", rich_help_panel=MODEL),
+    typer.Option(help="open_clip name, e.g. ViT-B-16 (default: ViT-B-16, or read off a file).", rich_help_panel=MODEL),
 ]
 Weights = Annotated[
     Optional[str],
-    typer.Option(help="Pretrained tag, file, or toy [default: openai; toy for --dataset toy].", rich_help_panel=MODEL),
+    typer.Option(help="Pretrained tag, file, or toy (default: openai; toy for --dataset toy).", rich_help_panel=MODEL),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=RUN)]

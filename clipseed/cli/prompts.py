@@ -25,7 +25,7 @@ def prompts(
     templates: Annotated[
         Optional[Path],
         typer.Option(
-            help="Candidates: a YAML list, or one per line [default: about 30 that come with clipseed].",
+            help="Candidates: a YAML list, or one per line (default: about 30 that come with clipseed).",
             rich_help_panel=shared.DATA,
         ),
     ] = None,
@@ -43,7 +43,7 @@ def prompts(
     template: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Template for --synonyms; several are averaged [default: the class list's].",
+            help="Template for --synonyms; several are averaged (default: the class list's).",
             rich_help_panel=shared.DATA,
         ),
     ] = None,

@@ -18,11 +18,11 @@ METHOD = "Method"
 
 Source = Annotated[
     Optional[Path],
-    typer.Argument(help="Seeds to refine [default: what the stage before left here].", show_default=False),
+    typer.Argument(help="Seeds to refine (default: what the stage before left here).", show_default=False),
 ]
 Out = Annotated[
     Optional[Path],
-    typer.Option(help="NAME.h5 or a folder [default: NAME-METHOD.h5 beside the seeds].", rich_help_panel=shared.OUTPUT),
+    typer.Option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).", rich_help_panel=shared.OUTPUT),
 ]
 Images = Annotated[
     Optional[Path], typer.Option(help="Where the pictures are now, if they have moved.", rich_help_panel=shared.DATA)
@@ -34,7 +34,7 @@ Weights = Annotated[
 BoxThreshold = Annotated[
     Optional[float],
     typer.Option(
-        help="Share of the peak that boxes enclose [default: 0.7 for COCO, else 0.4].", rich_help_panel=METHOD
+        help="Share of the peak that boxes enclose (default: 0.7 for COCO, else 0.4).", rich_help_panel=METHOD
     ),
 ]
 Layers = Annotated[int, typer.Option(help="Blocks from the end whose attention is averaged.", rich_help_panel=METHOD)]
@@ -46,7 +46,7 @@ Boxes = Annotated[
 Paper = Annotated[
     Optional[bool],
     typer.Option(
-        "--paper/--no-paper", help="The released code with its quirks [default: as the seeds].", rich_help_panel=METHOD
+        "--paper/--no-paper", help="The released code with its quirks (default: as the seeds).", rich_help_panel=METHOD
     ),
 ]
 

@@ -28,14 +28,14 @@ def report(
         typer.Argument(
             metavar="SEEDS_OR_MASKS...",
             help="Seeds (.h5 or folder of shards) or folders of PNG masks; several are compared "
-            "[default: the newest stage].",
+            "(default: the newest stage).",
             show_default=False,
         ),
     ] = None,
     gt: Annotated[
         Optional[str],
         typer.Option(
-            help="Folder of ground-truth masks, below here or the data set's root [default: the data set's own].",
+            help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own).",
             rich_help_panel=SCORE,
         ),
     ] = None,

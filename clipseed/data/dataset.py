@@ -150,12 +150,13 @@ class PictureFinder:
     Attributes:
         folder: Where the pictures are; ``None`` for the toy world.
         toy_seed: Seed of the toy world.
-        exif: As for :func:`~clipseed.data.images.read_image`.
+        exif, max_pixels: As for :func:`~clipseed.data.images.read_image`.
     """
 
     folder: Path | None
     toy_seed: int = 0
     exif: bool = False
+    max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __call__(self, identifier: str) -> Image:
         """The picture.
@@ -167,15 +168,30 @@ class PictureFinder:
             from clipseed.toy.dataset import ToyReader
 
             return ToyReader(self.toy_seed)(Sample(identifier, Path(identifier), None))
+        path = self._path(identifier)
+        if path is None:
+            raise ImageError(f"{self.folder / identifier}: the picture is not there any more")
+        return read_image(path, exif=self.exif, max_pixels=self.max_pixels)
+
+    def _path(self, identifier: str) -> Path | None:
+        assert self.folder is not None
         for suffix in IMAGE_SUFFIXES:
-            for path in (self.folder / f"{identifier}{suffix}", self.folder / f"{identifier}{suffix.upper()}"):
-                if path.is_file():
-                    return read_image(path, exif=self.exif)
-        raise ImageError(f"{self.folder / identifier}: the picture is not there any more")
+            path = self.folder / f"{identifier}{suffix}"
+            if path.is_file():
+                return path
+        # Suffixes in capitals, or in both.
+        wanted = (self.folder / identifier).name
+        beside = (self.folder / identifier).parent
+        for path in sorted(beside.iterdir()) if beside.is_dir() else ():
+            if path.stem == wanted and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                return path
+        return None
 
 
-def picture_finder(dataset: Mapping[str, str | int | None], *, exif: bool = False) -> PictureFinder:
+def picture_finder(
+    dataset: Mapping[str, str | int | None], *, exif: bool = False, max_pixels: int | None = None
+) -> PictureFinder:
     """Where the pictures of the data set are that a manifest describes."""
     if dataset.get("name") == "toy":
         return PictureFinder(None, int(dataset.get("toy_seed") or 0))
-    return PictureFinder(Path(str(dataset.get("images"))), exif=exif)
+    return PictureFinder(Path(str(dataset.get("images"))), exif=exif, max_pixels=max_pixels or DEFAULT_MAX_PIXELS)

@@ -124,6 +124,7 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
             from clipseed.jobs.tags import tag_unlabelled
 
             image_set, tags = tag_unlabelled(options, image_set, clip, text, writer, start_tags)
+        writer.forget_unlike({sample.id: sample.labels for sample in image_set.samples})
         job = _CamJob(options, image_set, clip, text, writer, refinement)
         stats = job.run(start)
         if tags is not None:
@@ -192,6 +193,7 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> 
         },
         "model": clip.manifest(),
         "weights": clip.location,
+        "max_pixels": options.data.max_pixels,
         "vocabulary": image_set.vocabulary.as_dict(),
         "dataset": {
             "name": image_set.name,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,10 @@ import numpy as np
 import torch
 
 from clipseed.clip.model import pick_device
-from clipseed.data.dataset import picture_finder
 from clipseed.data.types import Sample
-from clipseed.errors import InputError, UsageError
+from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
-from clipseed.jobs.engine import FoundReader, LoadedPicture, PictureLoader, default_workers, unit_size_for
+from clipseed.jobs.engine import LoadedPicture, PictureLoader, default_workers, misfit, recorded_reader, write_skipped
 from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
@@ -32,6 +32,7 @@ from clipseed.store.writer import SeedWriter
 
 Engine = Literal["torch", "pydensecrf"]
 ENGINES: tuple[Engine, ...] = ("torch", "pydensecrf")
+_UNIT_SIZE = 16
 _PIXEL_BUDGET = {"cpu": 200_000}
 _GPU_PIXEL_BUDGET = 6_000_000
 
@@ -75,6 +76,7 @@ class CrfReport:
     engine: str
     unsure: float = 0.0
     notes: list[str] = field(default_factory=list)
+    skipped_file: Path | None = None
 
 
 Advance = Callable[[int, StreamStats], None]
@@ -92,23 +94,22 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
     with Seeds(options.source) as seeds:
         recorded = seeds.manifest["options"]
         paper = bool(recorded.get("paper")) if options.paper is None else options.paper
-        dataset = dict(seeds.manifest["dataset"])
-        if options.images is not None:
-            dataset |= {"images": str(options.images), "name": "folder"}
-        reader = FoundReader(picture_finder(dataset, exif=bool(recorded.get("exif"))))
+        reader = recorded_reader(seeds.manifest, options.images)
         manifest = _manifest(options, seeds.manifest, paper)
         problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
         with _Sinks(options, manifest) as sinks:
+            sinks.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             job = _CrfJob(options, problem, seeds, sinks)
             stats = job.run(start)
             if stats.skipped and not sinks.done:
                 key, reason = stats.skipped[0]
                 raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
             sinks.finish(list(seeds))
+            skipped = write_skipped(options.out, False, stats.skipped)
         pixels = max(1, job.pixels)
         return CrfReport(
             options.source, options.out, len(seeds), job.found, stats, time.perf_counter() - began, options.engine,
-            job.unsure / pixels, sinks.notes,
+            job.unsure / pixels, sinks.notes, skipped,
         )  # fmt: skip
 
 
@@ -125,6 +126,11 @@ def _check(options: CrfOptions) -> None:
         raise UsageError(f"--alpha {options.alpha}: give an exponent from 0.01 to 100")
     if options.confidence is not None and not 0 < options.confidence <= 1:
         raise UsageError(f"--confidence {options.confidence}: give a probability above 0, up to 1 (0.95 in the paper)")
+    places = {"the seeds": options.source, "--out": options.out, "--soft": options.soft}
+    named = [(name, path.resolve()) for name, path in places.items() if path is not None]
+    for (one, first), (other, second) in combinations(named, 2):
+        if first == second:
+            raise UsageError(f"{one} and {other} are both {first}; give each its own place")
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
 
@@ -145,15 +151,23 @@ def _manifest(options: CrfOptions, source: Manifest, paper: bool) -> Manifest:
     }
 
 
+@dataclass(frozen=True)
+class Mask:
+    """A finished picture: its mask, the classes of its seeds, and its posterior where it is kept."""
+
+    id: str
+    classes: tuple[int, ...]
+    labels: Labels
+    soft: SeedMap | None
+
+
 class _Sinks:
     """Where results go: masks always, posteriors on request; a picture is done when both have it."""
 
     def __init__(self, options: CrfOptions, manifest: Manifest) -> None:
         self._masks = MaskWriter(options.out, manifest, overwrite=options.overwrite)
         self._soft = (
-            SeedWriter(
-                options.soft, manifest, "float16", unit_size_for(torch.device("cpu")), overwrite=options.overwrite
-            )
+            SeedWriter(options.soft, manifest, "float16", _UNIT_SIZE, overwrite=options.overwrite)
             if options.soft
             else None
         )
@@ -179,13 +193,19 @@ class _Sinks:
 
     @property
     def notes(self) -> list[str]:
-        return self._soft.notes if self._soft else []
+        return [*self._masks.notes, *(self._soft.notes if self._soft else [])]
 
-    def write(self, index: int, results: Sequence[tuple[str, Labels, SeedMap]]) -> None:
-        for identifier, labels, _ in results:
-            self._masks.write(identifier, labels)
+    def forget_unlike(self, classes: Mapping[str, tuple[int, ...]]) -> None:
+        self._masks.forget_unlike(classes)
         if self._soft:
-            self._soft.write(index, [soft for _, _, soft in results if soft.id not in self._soft.done])
+            self._soft.forget_unlike(classes)
+
+    def write(self, index: int, results: Sequence[Mask]) -> None:
+        for mask in results:
+            self._masks.write(mask.id, mask.labels, mask.classes)
+        if self._soft:
+            soft = [mask.soft for mask in results if mask.soft is not None and mask.id not in self._soft.done]
+            self._soft.write(index, soft)
 
     def finish(self, ids: Sequence[str]) -> None:
         if self._soft:
@@ -203,7 +223,7 @@ class _CrfJob:
     def run(self, start: Start | None) -> StreamStats:
         """Do what is missing."""
         ids = list(self.seeds)
-        size = unit_size_for(torch.device("cpu"))
+        size = _UNIT_SIZE
         cut = [[key for key in ids[k : k + size] if key not in self.sinks.done] for k in range(0, len(ids), size)]
         tasks = [
             Task(index, tuple(Sample(key, Path(key), tuple(self.seeds.classes(key).tolist())) for key in keys))
@@ -221,7 +241,7 @@ class _CrfJob:
         budget = _PIXEL_BUDGET.get(self.device.type, _GPU_PIXEL_BUDGET) // 64
         hint = f"interrupted; run the same command again to go on ({self.options.out} has what is done)"
 
-        def write(task: Task, results: Sequence[tuple[str, Labels, SeedMap]]) -> None:
+        def write(task: Task, results: Sequence[Mask]) -> None:
             self.sinks.write(task.index, results)
 
         # The C++ engine never runs in this process, where its crash would be ours.
@@ -229,22 +249,35 @@ class _CrfJob:
         with interruptible(lambda: hint), pool:
             return run_stream(tasks, pool, compute, write, BatchSize(1 if native else None, budget), advance)
 
-    def _solve(self, items: Sequence[LoadedPicture]) -> list[tuple[str, Labels, SeedMap]]:
+    def _solve(self, items: Sequence[LoadedPicture]) -> list[Mask | ImageError]:
         seeds = [self.seeds[item.sample.id] for item in items]
-        for seed, item in zip(seeds, items, strict=True):
-            if seed.size != item.size:
-                raise InputError(f"{seed.id}: the picture has another size than when {self.options.source} was made")
+        found: list[Mask | ImageError | None] = [
+            misfit(seed, item.size) for seed, item in zip(seeds, items, strict=True)
+        ]
+        fit = [k for k, problem in enumerate(found) if problem is None]
         if not len(seeds[0].classes):
-            return [self._labelled(seed, np.ones((1, *seed.size), np.float32)) for seed in seeds]
-        unaries = [torch.from_numpy(self.problem.unary(seed)).to(self.device) for seed in seeds]
-        images = [torch.from_numpy(self.problem.colours(item.pixels).copy()).to(self.device) for item in items]
-        posteriors = dense_crf(unaries, images, self.problem.parameters)
-        return [self._labelled(seed, found.cpu().numpy()) for seed, found in zip(seeds, posteriors, strict=True)]
+            posteriors = [np.ones((1, *seeds[k].size), np.float32) for k in fit]
+        else:
+            posteriors = self._posteriors([(seeds[k], items[k]) for k in fit])
+        for k, posterior in zip(fit, posteriors, strict=True):
+            found[k] = self._labelled(seeds[k], posterior)
+        return [result for result in found if result is not None]
 
-    def _label_solved(self, items: Sequence[Solved]) -> list[tuple[str, Labels, SeedMap]]:
+    def _posteriors(self, chosen: Sequence[tuple[SeedMap, LoadedPicture]]) -> list[Floats]:
+        if not chosen:
+            return []
+        unaries = [torch.from_numpy(self.problem.unary(seed)).to(self.device) for seed, _ in chosen]
+        images = [torch.from_numpy(self.problem.colours(item.pixels).copy()).to(self.device) for _, item in chosen]
+        try:
+            found = dense_crf(unaries, images, self.problem.parameters)
+        except ValueError as error:
+            raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
+        return [posterior.cpu().numpy() for posterior in found]
+
+    def _label_solved(self, items: Sequence[Solved]) -> list[Mask]:
         return [self._labelled(self.seeds[item.picture.sample.id], item.posterior) for item in items]
 
-    def _labelled(self, seed: SeedMap, posterior: Floats) -> tuple[str, Labels, SeedMap]:
+    def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
         keys = np.concatenate([[0], seed.classes + 1]).astype(np.uint8)
         labels: Labels = keys[posterior.argmax(axis=0)]
         if self.options.confidence is not None:
@@ -252,4 +285,5 @@ class _CrfJob:
             labels[unsure] = IGNORE
             self.unsure += int(unsure.sum())
         self.pixels += labels.size
-        return seed.id, labels, SeedMap(seed.id, seed.classes, posterior[1:], seed.size)
+        soft = SeedMap(seed.id, seed.classes, posterior[1:], seed.size) if self.options.soft else None
+        return Mask(seed.id, tuple(seed.classes.tolist()), labels, soft)

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ImageError
-from clipseed.jobs.engine import LoadedPicture, PictureLoader
+from clipseed.jobs.engine import LoadedPicture, PictureLoader, misfit
 from clipseed.refine.crf import CrfParameters, clip_es_colours, clip_es_unary
 from clipseed.store.reader import Seeds, open_seeds
 from clipseed.store.records import SeedMap
@@ -82,16 +81,10 @@ class NativeSolver:
 
         picture = PictureLoader(self.problem.reader)(sample)
         seed = _seeds(self.problem.source)[sample.id]
-        check_size(seed, picture)
+        problem = misfit(seed, picture.size)
+        if problem is not None:
+            raise problem
         if not len(seed.classes):
             return Solved(picture, np.ones((1, *picture.size), np.float32))
         posterior = native_crf(self.problem.unary(seed), self.problem.colours(picture.pixels), self.problem.parameters)
         return Solved(picture, posterior)
-
-
-def check_size(seed: SeedMap, picture: LoadedPicture) -> None:
-    """Raise ImageError when a picture is not the one its seeds were made from."""
-    if seed.size != picture.size:
-        raise ImageError(
-            f"is {picture.size[1]}x{picture.size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
-        )

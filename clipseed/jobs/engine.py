@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipseed.data.dataset import PictureFinder
+from clipseed.data.dataset import PictureFinder, picture_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.types import ImageReader, Sample
+from clipseed.errors import ImageError
 from clipseed.store.files import write_text
+from clipseed.store.manifest import Manifest
+from clipseed.store.records import SeedMap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -153,3 +156,23 @@ class PictureLoader:
             ImageError: it cannot be read.
         """
         return LoadedPicture(sample, np.asarray(self.reader(sample)).copy())
+
+
+def recorded_reader(manifest: Manifest, images: Path | None) -> FoundReader:
+    """Opens the pictures that seeds were made from, or those of the same ids in another folder."""
+    dataset = dict(manifest["dataset"])
+    if images is not None:
+        dataset |= {"images": str(images), "name": "folder"}
+    exif = bool(manifest["options"].get("exif"))
+    return FoundReader(picture_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
+
+
+def misfit(seed: SeedMap, size: tuple[int, int]) -> ImageError | None:
+    """Why a picture of this size cannot be used with its seeds, or ``None``."""
+    if seed.size != size:
+        return ImageError(
+            f"the picture is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
+        )
+    if not np.isfinite(seed.cam).all():
+        return ImageError("its seeds hold NaN or infinity")
+    return None

@@ -115,6 +115,8 @@ def run_prompts(options: PromptOptions, start: Start | None = None) -> PromptRep
             f"{image_set.name} {image_set.split}: none of its {len(image_set.samples)} pictures shows two classes or "
             "more; sharpness compares the classes of one picture"
         )
+    if options.csv is not None and not options.csv.parent.is_dir():
+        raise UsageError(f"--csv {options.csv}: the folder {options.csv.parent} does not exist")
     weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
     clip = FrozenClip.load(options.model, weights, options.device, options.precision)
     features, labels, skipped = _encode(clip, image_set, samples, options, start)

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
 from clipseed.clip.model import FrozenClip, pick_device
-from clipseed.data.dataset import picture_finder
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import parse_vocabulary
-from clipseed.errors import InputError, UsageError, WeightsError
+from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
-    FoundReader,
     LoadedPicture,
     LoadedViews,
     PictureLoader,
     ViewLoader,
     default_workers,
+    misfit,
+    recorded_reader,
     token_budget,
     unit_size_for,
     write_skipped,
@@ -74,6 +73,7 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
         unit = unit_size_for(job.device)
         with SeedWriter(out, job.manifest, dtype, unit, overwrite=options.overwrite) as writer:
+            writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             found = len(writer.done & set(seeds))
             stats = job.run(writer, found, start)
             if stats.skipped and not writer.done:
@@ -106,10 +106,7 @@ class _Refinement:
     def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
         self.options, self.seeds = options, seeds
         self.recomputed = 0
-        dataset = dict(seeds.manifest["dataset"])
-        if options.images is not None:
-            dataset |= {"images": str(options.images), "name": "folder"}
-        self.reader = FoundReader(picture_finder(dataset, exif=bool(seeds.manifest["options"].get("exif"))))
+        self.reader = recorded_reader(seeds.manifest, options.images)
 
     def run(self, writer: SeedWriter, found: int, start: Start | None) -> StreamStats:
         """Refine what is missing."""
@@ -127,7 +124,7 @@ class _Refinement:
             writer.write(task.index, records)
 
         with interruptible(lambda: hint), DecodePool(self.loader(), workers, 16 + 2 * workers) as pool:
-            return run_stream(tasks, pool, self.compute, write, batch, advance)
+            return run_stream(tasks, pool, self.each, write, batch, advance)
 
     def _labels(self, key: str) -> tuple[int, ...]:
         return tuple(int(k) for k in self.seeds.classes(key))
@@ -135,22 +132,21 @@ class _Refinement:
     def loader(self) -> Callable[[Sample], Any]:
         raise NotImplementedError
 
-    def compute(self, items: Sequence[Any]) -> list[SeedMap]:
+    def compute(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
         raise NotImplementedError
 
-    def stored(self, identifier: str, size: tuple[int, int]) -> SeedMap:
-        """The seeds of a picture.
-
-        Raises:
-            InputError: the picture has another size than when they were made.
-        """
-        seed = self.seeds[identifier]
-        if seed.size != size:
-            raise InputError(
-                f"{identifier}: the picture is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when "
-                f"{self.options.source} was made; make the seeds again"
-            )
-        return seed
+    def each(self, items: Sequence[Any]) -> list[SeedMap | ImageError]:
+        """Refine a batch, leaving out pictures that do not fit their seeds."""
+        seeds = [self.seeds[item.sample.id] for item in items]
+        found: list[SeedMap | ImageError | None] = [
+            misfit(seed, item.size) for seed, item in zip(seeds, items, strict=True)
+        ]
+        fit = [k for k, problem in enumerate(found) if problem is None]
+        if fit:
+            refined = self.compute([items[k] for k in fit], [seeds[k] for k in fit])
+            for k, result in zip(fit, refined, strict=True):
+                found[k] = result
+        return [result for result in found if result is not None]
 
 
 class _Spreading(_Refinement):
@@ -160,7 +156,7 @@ class _Spreading(_Refinement):
         super().__init__(options, seeds)
         source = seeds.manifest
         recorded = source["options"]
-        if any(len(seeds[key].cam) and seeds[key].cam.shape[1:] == seeds[key].size for key in list(seeds)[:1]):
+        if source["method"] in ("par", "dense-crf"):
             raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
         paper = bool(recorded.get("paper")) if options.paper is None else options.paper
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
@@ -182,8 +178,7 @@ class _Spreading(_Refinement):
         limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
         return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
 
-    def compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
-        seeds = [self.stored(item.sample.id, item.size) for item in items]
+    def compute(self, items: Sequence[LoadedViews], seeds: list[SeedMap]) -> list[SeedMap]:
         if not len(seeds[0].classes):
             return seeds
         for item, seed in zip(items, seeds, strict=True):
@@ -227,8 +222,7 @@ class _Par(_Refinement):
         return PictureLoader(self.reader)
 
     @torch.inference_mode()
-    def compute(self, items: Sequence[LoadedPicture]) -> list[SeedMap]:
-        seeds = [self.stored(item.sample.id, item.size) for item in items]
+    def compute(self, items: Sequence[LoadedPicture], seeds: list[SeedMap]) -> list[SeedMap]:
         if not len(seeds[0].classes):
             return seeds
         maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(seed.upsampled()) for seed in seeds], batch_first=True)
@@ -238,7 +232,7 @@ class _Par(_Refinement):
             maps.to(self.device), pixels, par.iterations, par.dilations, par.sharpness, par.position_weight
         )
         refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
-        found: npt.NDArray[np.float32] = refined.clamp_(0, 1).cpu().numpy()
+        found = refined.clamp_(0, 1).cpu().numpy()
         return [
             SeedMap(seed.id, seed.classes, rows[: len(seed.classes)], seed.size)
             for seed, rows in zip(seeds, found, strict=True)

@@ -79,7 +79,8 @@ Start = Callable[[int, int], Advance]
 
 def default_out(source: Path, method: str) -> Path:
     """``cams.h5`` refined by ``caa`` is ``cams-caa.h5``."""
-    return source.with_name(f"{source.stem}-{method}{source.suffix}")
+    named = source if source.name not in {"", ".."} else source.resolve()
+    return named.with_name(f"{named.stem}-{method}{named.suffix}")
 
 
 def caa_options(chosen: CaaOptions, box_threshold: float | None, classes: str, paper: bool) -> CaaOptions:
@@ -113,6 +114,7 @@ def refine_manifest(
         "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
         "model": model,
         "weights": weights,
+        "max_pixels": source.get("max_pixels"),
         "vocabulary": source["vocabulary"],
         "dataset": source["dataset"],
         "versions": package_versions(),

@@ -76,7 +76,7 @@ class BatchSize:
 def run_stream(
     tasks: Sequence[Task],
     pool: DecodePool[T],
-    compute: Callable[[Sequence[T]], Sequence[R]],
+    compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
     write: Callable[[Task, Sequence[R]], None],
     batch: BatchSize,
     advance: Callable[[int, StreamStats], None] = lambda count, stats: None,
@@ -86,7 +86,7 @@ def run_stream(
     Args:
         tasks: Units in order.
         pool: Decodes their samples.
-        compute: Results of a batch of samples with equal keys, in the batch's order.
+        compute: Results of a batch of samples with equal keys, in the batch's order; an ImageError skips its sample.
         write: Stores a task's results, in the order of its samples; runs in a thread of its own.
         batch: Batch-size policy.
         advance: Called with the number of samples finished, for progress.
@@ -109,7 +109,7 @@ def run_stream(
 def _run_task(
     task: Task,
     outcomes: Iterator[tuple[Sample, T | ImageError]],
-    compute: Callable[[Sequence[T]], Sequence[R]],
+    compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
     batch: BatchSize,
     stats: StreamStats,
     advance: Callable[[int, StreamStats], None],
@@ -161,7 +161,7 @@ class _Bucket(Generic[T]):
 
 
 def _compute(
-    items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]], batch: BatchSize, stats: StreamStats
+    items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R | ImageError]], batch: BatchSize, stats: StreamStats
 ) -> list[R | ImageError]:
     """Compute a batch, in smaller ones from the moment it does not fit into the device's memory."""
     results: list[R | ImageError] = []

@@ -10,7 +10,7 @@ from typing import Any
 Manifest = dict[str, Any]
 
 _COMPARED = ("kind", "method", "options", "source", "model", "vocabulary", "dataset")
-"""Parts in which a resumed run must agree with what is there; ``versions`` and ``weights`` (a path) may differ."""
+"""Parts in which a resumed run must agree with what is there; versions, the weights' path and pixel limits need not."""
 
 
 def package_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +13,7 @@ from clipseed.errors import StoreError, UsageError
 from clipseed.store.files import remove_leftovers, storage_errors, write_text
 from clipseed.store.locks import acquire
 from clipseed.store.manifest import Manifest, differences, dumps
-from clipseed.store.masks import Labels, write_mask
+from clipseed.store.masks import Labels, mask_classes, write_mask
 
 MANIFEST = "manifest.json"
 
@@ -37,6 +38,7 @@ class MaskWriter:
         self._manifest, self._overwrite = manifest, overwrite
         self._lock: FileLock | None = None
         self.done: set[str] = set()
+        self.notes: list[str] = []
 
     def __enter__(self) -> MaskWriter:
         if self.folder.exists() and not self.folder.is_dir():
@@ -56,18 +58,31 @@ class MaskWriter:
     def _prepare(self) -> None:
         remove_leftovers(self.folder)
         plan = self.folder / MANIFEST
+        there = read_mask_manifest(self.folder)
         found = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in self.folder.rglob("*.png")}
-        if not plan.is_file():
+        if there is None and not plan.exists():
             if found:
                 raise UsageError(f"--out {self.folder}: holds masks that clipseed did not make; choose another folder")
+        elif there is not None and there.get("kind") != self._manifest["kind"]:
+            raise UsageError(f"--out {self.folder}: holds another command's output; choose another folder")
         elif self._overwrite:
             for path in found.values():
-                path.unlink()
-            found = {}
+                if mask_classes(path) is not None:  # ours
+                    path.unlink()
         else:
             self._refuse_other(plan)
         write_text(plan, dumps(self._manifest) + "\n")
-        self.done = {key for key in found if not Path(key).name.startswith(".")}
+        self.done = {key for key, path in found.items() if not path.name.startswith(".") and path.exists()}
+
+    def forget_unlike(self, classes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take masks that were made for other classes than these for not done: the labels were corrected."""
+        stale = {key for key in self.done & classes.keys() if mask_classes(self._path(key)) != classes[key]}
+        self.done -= stale
+        if stale:
+            self.notes.append(f"{len(stale)} masks were made for other labels; they are made again")
+
+    def _path(self, identifier: str) -> Path:
+        return self.folder / f"{identifier}.png"
 
     def _refuse_other(self, plan: Path) -> None:
         try:
@@ -81,12 +96,12 @@ class MaskWriter:
                 f"\n  {shown}"
             )
 
-    def write(self, identifier: str, labels: Labels) -> None:
-        """Store one mask ``(H, W)``."""
-        path = self.folder / f"{identifier}.png"
+    def write(self, identifier: str, labels: Labels, classes: tuple[int, ...]) -> None:
+        """Store one mask ``(H, W)``, and inside it the classes that it was made for."""
+        path = self._path(identifier)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(path, labels)
+        write_mask(path, labels, classes)
         self.done.add(identifier)
 
     def _release(self) -> None:

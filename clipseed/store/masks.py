@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from clipseed.errors import InputError
 from clipseed.store.files import replacing
 
 IGNORE = 255
+_CLASSES = "clipseed-classes"
 Labels = npt.NDArray[np.uint8]
 
 
@@ -27,16 +30,31 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     return colours
 
 
-def write_mask(path: Path, labels: Labels) -> None:
+def write_mask(path: Path, labels: Labels, classes: Sequence[int] | None = None) -> None:
     """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
+
+    ``classes`` that the mask was made for go into a text chunk, where :func:`mask_classes` finds them.
 
     Raises:
         StoreError: it cannot be written.
     """
     image = Image.fromarray(labels, mode="P")
     image.putpalette(voc_palette().tobytes())
+    note = PngInfo()
+    if classes is not None:
+        note.add_text(_CLASSES, " ".join(map(str, classes)))
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=note)
+
+
+def mask_classes(path: Path) -> tuple[int, ...] | None:
+    """Classes that a mask was made for, read from its header; ``None`` where it does not say (not ours)."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(_CLASSES)
+            return None if text is None else tuple(int(word) for word in str(text).split())
+    except (OSError, ValueError):
+        return None
 
 
 def read_mask(path: Path) -> Labels:

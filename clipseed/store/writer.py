@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,7 @@ class SeedWriter:
         self._lock: FileLock | None = None
         self.notes: list[str] = []
         self._done: dict[str, Path] = {}
+        self._classes: dict[str, tuple[int, ...]] = {}
         if not self.portable and out.exists() and not out.is_dir():
             raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for shards")
         if self.portable and out.is_dir():
@@ -107,8 +108,9 @@ class SeedWriter:
         try:
             with SeedFile(path, verify=True) as file:
                 self._refuse_other(file.manifest, str(path))
-                for identifier in file.ids:
+                for row, identifier in enumerate(file.ids):
                     self._done.setdefault(identifier, path)
+                    self._classes.setdefault(identifier, tuple(file.classes(row).tolist()))
         except _OtherSettings:
             raise
         except StoreError as error:
@@ -126,6 +128,19 @@ class SeedWriter:
                 f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
                 f"\n  {shown}{more}"
             )
+
+    def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
+        """Take pictures that are stored with other classes than these for not done: their labels were corrected.
+
+        A shard that holds one of them goes, and its other pictures are computed again too.
+        """
+        stale = {key for key, known in self._classes.items() if key in classes and tuple(classes[key] or ()) != known}
+        shards = {self._done[key] for key in stale} - {self.out}
+        for path in shards:
+            path.unlink()
+        self._done = {key: path for key, path in self._done.items() if key not in stale and path not in shards}
+        if stale:
+            self.notes.append(f"{len(stale)} pictures are stored with other labels; they are computed again")
 
     @property
     def done(self) -> frozenset[str]:
