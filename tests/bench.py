@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,17 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
             compute_cams(clip, text, [pixels_of(batch)], rows, batch[0].grid)
 
     whole: list[float] = []
+    refined: list[float] = []
     functions = {
         "bare encoder (open_clip)": lambda: [bare_encoder(clip, batch) for batch in batches],
         "bare encoder (clipseed)": lambda: [own_encoder(clip, batch) for batch in batches],
         "maps (model only)": cams,
         "clipseed cam (decode to file)": lambda: whole.append(run_cam(options).seconds),
+        "clipseed cam --refine caa": lambda: refined.append(run_cam(replace(options, refine="caa")).seconds),
     }
     times = time_in_turns(functions, arguments.turns)
     times["clipseed cam (decode to file)"] = whole[1:]  # without loading the model
+    times["clipseed cam --refine caa"] = refined[1:]
     base = times["bare encoder (open_clip)"]
     tokens = sum(item.cost for b in batches for item in b) / pictures
     pairs = sum(len(item.sample.labels or ()) for b in batches for item in b) / pictures

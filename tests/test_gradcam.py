@@ -219,8 +219,8 @@ class FakeClip:
     def __init__(self, tower: VisionTower) -> None:
         self.tower = tower
 
-    def dense(self, images: Tensor) -> Any:
-        return self.tower.dense(self.tower.normalise(images))
+    def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> Any:
+        return self.tower.dense(self.tower.normalise(images), attention_blocks)
 
     @property
     def exact(self) -> FakeClip:
@@ -261,8 +261,8 @@ def test_nan_is_computed_again_in_float32() -> None:
         def exact(self) -> FakeClip:
             return exact
 
-        def dense(self, images: Tensor) -> Any:
-            features = super().dense(images)
+        def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> Any:
+            features = super().dense(images, attention_blocks)
             features.tokens[1] = float("nan")  # the second picture overflows
             return features
 
