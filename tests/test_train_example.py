@@ -238,9 +238,11 @@ def test_training_scenes_are_not_the_scored_ones(tmp_path: Path, capsys: pytest.
 
 def make(*words: object) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    line = ["make", "-f", str(ROOT / "examples" / "toy" / "Makefile"), *map(str, words)]
+    line = ["make", "--no-print-directory", "-f", str(ROOT / "examples" / "toy" / "Makefile"), *map(str, words)]
+    # Nothing of the make that may be running these tests.
+    environment = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
     return subprocess.run(
-        line, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=280, check=False
+        line, env={**environment, "PATH": path}, capture_output=True, text=True, timeout=280, check=False
     )
 
 
