@@ -29,7 +29,7 @@ from clipseed.store.manifest import package_versions
 from clipseed.store.masks import read_mask, voc_palette
 from clipseed.store.reader import open_seeds
 from clipseed.store.records import SeedMap
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = ("gradcam", "softmax-gradcam", "maskclip", "svc", "naclip")
@@ -165,7 +165,6 @@ def blobs(devkit: Path, out: Path, sigma: float) -> Path:
     with SeedWriter(out, manifest, "float16", 64, overwrite=True) as writer:
         writer.write(0, records)
         writer.finish([record.id for record in records])
-        writer.discard_parts()
     return out
 
 

@@ -22,7 +22,7 @@ from clipseed.jobs.evaluate import evaluate
 from clipseed.jobs.evaluate_options import EvaluateOptions
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
 
 VOC = load_vocabulary("voc")
 NAMES = ("background", *VOC.class_names)
@@ -306,7 +306,6 @@ def seeds(tmp_path: Path) -> tuple[Path, Path, list[tuple[SeedMap, np.ndarray]]]
     with SeedWriter(tmp_path / "cams.h5", manifest, "float16", 4) as writer:
         writer.write(0, [seed for seed, _ in cases])
         writer.finish([seed.id for seed, _ in cases])
-        writer.discard_parts()
     return tmp_path / "cams.h5", tmp_path / "root", cases
 
 

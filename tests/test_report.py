@@ -28,7 +28,7 @@ from clipseed.report.gallery import Gallery
 from clipseed.report.markup import THUMBNAIL, percent, text
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
 
 from conftest import picture
 
@@ -140,7 +140,6 @@ def write_seeds(path: Path, records: list[SeedMap], names: tuple[str, ...], **ma
     with SeedWriter(path, content, "float32", 64) as writer:
         writer.write(0, records)
         writer.finish([record.id for record in records])
-        writer.discard_parts()
     return path
 
 

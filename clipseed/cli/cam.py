@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 import typer
 
 from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, print_json, some
+from clipseed.cli.console import Talker
+from clipseed.cli.running import RunOptions, prepare, rate
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.data.types import ImageSet
     from clipseed.jobs.cam import CamReport
     from clipseed.jobs.tags import TagReport
-    from clipseed.runtime.stream import StreamStats
 
 
 def register(app: typer.Typer) -> None:
@@ -79,7 +78,13 @@ def cam(
     precision: shared.Precision = "auto",
     batch_size: shared.BatchSize = "auto",
     workers: shared.Workers = "auto",
+    shard: shared.Shard = None,
+    engine: shared.Engine = "local",
+    ray_address: shared.RayAddress = None,
+    ray_workers: shared.RayWorkers = "auto",
+    ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -108,41 +113,36 @@ def cam(
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")
+    run = prepare("cam", RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet))
     options = CamOptions(
         data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), refine=cast("Any", refine),
         box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
         method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
         min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, **tagging,
+        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, share=run.launch.share,
+        cluster=run.cluster, **tagging,
     )  # fmt: skip
-    talker = Talker(quiet)
+    if auto and not run.launch.share.whole:
+        raise UsageError("--labels auto tags all pictures at once: run it first without --shard, then use its labels")
+    talker = run.talker
     try:
-        report = run_cam(
+        done = run_cam(
             options,
-            lambda image_set, todo, done: _start(talker, image_set, todo, done),
+            lambda image_set, todo, found: run.start(
+                todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples)
+            ),
             lambda image_set, todo, _: _start_tags(talker, todo),
         )
     finally:
         talker.close()
-    _tell(talker, report)
-    if json:
-        print_json(_as_dict(report))
-    return 3 if report.stats.skipped else 0
-
-
-def _start(talker: Talker, image_set: ImageSet, todo: int, done: int) -> Any:
-    talker.note(
-        f"{image_set.name} {image_set.split}: {len(image_set.samples)} pictures, {todo} to do"
-        + (f", {done} done already" if done else "")
+    if done.tags is not None:
+        _tell_tags(talker, done.tags)
+    computed, used = done.stats.computed, done.model
+    summary = (
+        f"{done.out}: {done.found + computed} of {done.total} pictures, {computed} computed now{rate(done)} "
+        f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
-    current: list[StreamStats] = []
-    track = talker.track("cam", todo, lambda: f"(limited by {current[0].bottleneck})" if current else "")
-
-    def advance(count: int, stats: StreamStats) -> None:
-        current[:] = [stats]
-        track(count)
-
-    return advance
+    return run.finish(done, summary, _facts(done))
 
 
 def _start_tags(talker: Talker, todo: int) -> Any:
@@ -160,41 +160,10 @@ def _tell_tags(talker: Talker, tags: TagReport) -> None:
     )
 
 
-def _tell(talker: Talker, report: CamReport) -> None:
-    for note in report.notes:
-        talker.warn(note)
-    if report.tags is not None:
-        _tell_tags(talker, report.tags)
-    if report.stats.out_of_memory:
-        before, after = report.stats.out_of_memory
-        talker.warn(f"out of memory with {before} pictures at once; went on with {after} (--batch-size {after})")
-    if report.recomputed:
-        talker.warn(f"{report.recomputed} pictures gave NaN or infinity in half precision and were computed in fp32")
-    skipped = report.stats.skipped
-    if skipped:
-        talker.warn(f"{len(skipped)} pictures skipped: {some([f'{key} ({why})' for key, why in skipped], 3)}")
-        talker.warn(f"all of them are listed in {report.skipped_file}")
-    computed = report.stats.computed
-    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
-    model = report.model
-    talker.note(
-        f"{report.out}: {report.found + computed} of {report.total} pictures, {computed} computed now{rate} "
-        f"({model['model']} {model['weights']}, {report.device}, {model['precision']})"
-    )
-
-
-def _as_dict(report: CamReport) -> dict[str, Any]:
+def _facts(report: CamReport) -> dict[str, Any]:
     tags = report.tags
     return {
-        "out": str(report.out),
-        "images": report.total,
-        "found": report.found,
-        "computed": report.stats.computed,
-        "skipped": [{"id": key, "reason": why} for key, why in report.stats.skipped],
         **({"tags": {"file": str(tags.path), "tagged": tags.tagged, "empty": tags.empty}} if tags else {}),
-        "recomputed_in_fp32": report.recomputed,
-        "seconds": round(report.seconds, 3),
-        "waits": {stage: round(seconds, 3) for stage, seconds in report.stats.waits.items()},
         "model": report.model,
         "device": report.device,
     }

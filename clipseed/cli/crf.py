@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import Annotated, Any, Optional, cast
 
 import typer
 
 from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, print_json, some
-
-if TYPE_CHECKING:
-    from clipseed.jobs.crf import CrfReport
-    from clipseed.runtime.stream import StreamStats
+from clipseed.cli.running import RunOptions, prepare, rate
 
 KERNELS = "Kernels (default: the preset's)"
 
@@ -28,7 +24,9 @@ def crf(
         typer.Argument(help="Seeds (default: what the stage before left here).", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the masks.", rich_help_panel=shared.OUTPUT)] = Path("pseudo"),
-    engine: Annotated[str, typer.Option(help="torch, or pydensecrf in worker processes.")] = "torch",
+    engine: Annotated[
+        str, typer.Option(help="torch; pydensecrf in worker processes; ray: torch in the workers of a Ray cluster.")
+    ] = "torch",
     preset: Annotated[str, typer.Option(help="clip-es, irn or weclip: their published kernels.")] = "clip-es",
     confidence: Annotated[
         Optional[float], typer.Option(help="Less certain pixels become 255 (0.95 in the paper).", show_default=False)
@@ -66,7 +64,12 @@ def crf(
     ] = None,
     device: shared.Device = "auto",
     workers: shared.Workers = "auto",
+    shard: shared.Shard = None,
+    ray_address: shared.RayAddress = None,
+    ray_workers: shared.RayWorkers = "auto",
+    ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -79,61 +82,29 @@ def crf(
     from clipseed.jobs.stages import newest_output
     from clipseed.refine.crf import crf_parameters
 
-    talker = Talker(quiet)
+    chosen = RunOptions(
+        shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, engines=("torch", "pydensecrf")
+    )
+    run = prepare("crf", chosen)
     if source is None:
         source = newest_output(Path(), "crf")
-        talker.note(f"reading {source}")
+        run.talker.note(f"reading {source}")
     parameters = crf_parameters(
         preset, iterations=iterations, smooth_xy=smooth_xy, smooth_weight=smooth_weight, colour_xy=colour_xy,
         colour_rgb=colour_rgb, colour_weight=colour_weight,
     )  # fmt: skip
     options = CrfOptions(
-        source=source, out=out, engine=cast("Any", engine), parameters=parameters, alpha=alpha, confidence=confidence,
+        source=source, out=out, engine=cast("Any", "torch" if run.cluster else engine), parameters=parameters,
+        alpha=alpha, confidence=confidence,
         soft=soft, paper=paper, images=images, device=device,
         workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite,
+        share=run.launch.share, cluster=run.cluster,
     )  # fmt: skip
     try:
-        report = run_crf(options, lambda todo, done: _start(talker, todo, done))
+        done = run_crf(options, run.start)
     finally:
-        talker.close()
-    _tell(talker, report)
-    if json:
-        print_json(_as_dict(report))
-    return 3 if report.stats.skipped else 0
-
-
-def _start(talker: Talker, todo: int, done: int) -> Any:
-    talker.note(f"crf: {todo} pictures to do" + (f", {done} done already" if done else ""))
-    track = talker.track("crf", todo)
-
-    def advance(count: int, stats: StreamStats) -> None:
-        track(count)
-
-    return advance
-
-
-def _tell(talker: Talker, report: CrfReport) -> None:
-    for note in report.notes:
-        talker.warn(note)
-    skipped = report.stats.skipped
-    if skipped:
-        talker.warn(f"{len(skipped)} pictures skipped: {some([f'{key} ({why})' for key, why in skipped], 3)}")
-        talker.warn(f"all of them are listed in {report.skipped_file}")
-    computed = report.stats.computed
-    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
-    unsure = f", {100 * report.unsure:.1f} % of the pixels are 255" if report.unsure else ""
-    talker.note(f"{report.out}: {report.found + computed} of {report.total} masks, {computed} made now{rate}{unsure}")
-
-
-def _as_dict(report: CrfReport) -> dict[str, Any]:
-    return {
-        "source": str(report.source),
-        "out": str(report.out),
-        "images": report.total,
-        "found": report.found,
-        "computed": report.stats.computed,
-        "skipped": [{"id": key, "reason": why} for key, why in report.stats.skipped],
-        "ignored_share": report.unsure,
-        "seconds": round(report.seconds, 3),
-        "engine": report.engine,
-    }
+        run.talker.close()
+    computed = done.stats.computed
+    unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
+    summary = f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    return run.finish(done, summary, {"source": str(done.source), "ignored_share": done.unsure, "engine": done.engine})

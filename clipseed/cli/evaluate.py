@@ -80,7 +80,7 @@ def evaluate(
         talker.note(f"scoring {chosen}")
     options = EvaluateOptions(
         prediction=chosen, gt=gt, classes=classes, split=split, threshold=threshold,
-        alphas=shared.numbers(alpha, "--alpha") if alpha else (), pred_ignore=cast("Any", pred_ignore),
+        alphas=() if alpha is None else shared.numbers(alpha, "--alpha"), pred_ignore=cast("Any", pred_ignore),
         resize_pred=resize_pred,
     )  # fmt: skip
     try:

@@ -49,27 +49,33 @@ def inspect(
 
 def _print(found: Inspection) -> None:
     manifest = found.manifest
-    model, data, options = manifest["model"], manifest["dataset"], manifest["options"]
+    model, data, words = manifest.get("model") or {}, manifest["dataset"], manifest["vocabulary"]
     grids = "-"
     if found.grid_range:
         (h0, w0), (h1, w1) = found.grid_range
-        grids = f"{h0}x{w0} to {h1}x{w1} patches of {model['patch']} px, {found.cam_dtype}"
+        grids = f"{h0}x{w0} to {h1}x{w1} patches of {model.get('patch')} px, {found.cam_dtype}"
     rows = [
         ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
-        ("method", manifest["method"]),
-        ("options", ", ".join(f"{key} {value}" for key, value in options.items())),
-        ("model", f"{model['model']} {model['weights']} ({model['blocks']} blocks, {model['precision']})"),
-        ("weights SHA-256", model["sha256"]),
-        ("vocabulary", f"{manifest['vocabulary']['name']}, {len(manifest['vocabulary']['classes'])} classes, "
-                       f"{len(manifest['vocabulary']['background'])} background words"),
-        ("data set", f"{data['name']} {data['split']} {data.get('root') or ''}".rstrip()),
+        ("method", str(manifest.get("method"))),
+        ("options", _pairs(manifest["options"])),
+        ("model", f"{model.get('model')} {model.get('weights')} ({model.get('blocks')} blocks, "
+                  f"{model.get('precision')})"),
+        ("weights SHA-256", str(model.get("sha256"))),
+        ("vocabulary", f"{words.get('name')}, {len(words['classes'])} classes, "
+                       f"{len(words.get('background') or ())} background words"),
+        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
         ("pictures", f"{found.pictures} ({found.without_class} without a class)"),
         ("maps", f"{found.maps}, {found.empty_maps} empty among the first {found.checked} pictures"),
         ("grids", grids),
-        ("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())),
+        ("versions", _pairs(manifest.get("versions"))),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
     typer.echo("")
     print_table(("class", "pictures"), [(name, str(number)) for name, number in found.per_class.items() if number])
+
+
+def _pairs(part: object) -> str:
+    """A part of the manifest on one line."""
+    return ", ".join(f"{key} {value}" for key, value in part.items()) if isinstance(part, dict) else "-"

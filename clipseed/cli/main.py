@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import typer
 
 from clipseed import __version__
 from clipseed.errors import ClipseedError
 
-_COMMANDS = ("cam", "refine", "crf", "evaluate", "report", "inspect", "prompts", "demo", "doctor")
+_COMMANDS = ("cam", "refine", "crf", "merge", "evaluate", "report", "inspect", "prompts", "demo", "doctor")
 
 EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
 130 and 143 interrupted (the same command goes on)."""
@@ -51,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    _prepare_streams()
     try:
         result = build_app()(words, standalone_mode=False)
         sys.stdout.flush()
@@ -59,6 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code, debug)
     except BrokenPipeError:
         return _reader_left()
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            _reader_left()
+            return _fail("the disk that the output goes to is full; free some space", 1, debug)
+        if error.filename is None:
+            return _fault(error, debug)
+        # The system's own words about a file, for those that no command expects.
+        return _fail(f"{error.filename}: {error.strerror}", 1, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
     except SystemExit as error:
@@ -71,12 +83,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         if type(error).__name__ == "Abort":
             return _fail("interrupted", 130, debug)
-        return _fail(
-            f"{type(error).__name__}: {error}. This is a fault in clipseed; please report it with what "
-            "the same command prints with --debug",
-            1,
-            debug,
-        )
+        return _fault(error, debug)
+
+
+def _prepare_streams() -> None:
+    """Let every message be written, whatever the terminal's encoding, and somewhere, whatever the shell closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fault(error: Exception, debug: bool) -> int:
+    return _fail(
+        f"{type(error).__name__}: {error}. This is a fault in clipseed; please report it with what "
+        "the same command prints with --debug",
+        1,
+        debug,
+    )
 
 
 def _reader_left() -> int:
@@ -95,8 +121,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    sys.stderr.write(f"error: {message}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(
-        sys.stderr.encoding or "utf-8"))  # fmt: skip
+    sys.stderr.write(f"error: {message}\n")
     return code
 
 

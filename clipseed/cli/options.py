@@ -81,6 +81,32 @@ BatchSize = Annotated[str, typer.Option(help="auto, or pictures per batch.", ric
 Workers = Annotated[
     str, typer.Option(help="auto, or decoding processes (0: a thread of this one).", rich_help_panel=RUN)
 ]
+Shard = Annotated[
+    Optional[str],
+    typer.Option(
+        help="i/n: only the i-th of n shares, counted from 1 (default: what torchrun or Slurm say).",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+Engine = Annotated[str, typer.Option(help="local, or ray: the workers of a Ray cluster.", rich_help_panel=RUN)]
+RayAddress = Annotated[
+    Optional[str],
+    typer.Option(help="Of the cluster (default: $RAY_ADDRESS, or here).", rich_help_panel=RUN, show_default=False),
+]
+RayWorkers = Annotated[
+    str, typer.Option(help="auto (one per GPU, or as fit the CPUs), or a number.", rich_help_panel=RUN)
+]
+RayCpus = Annotated[str, typer.Option(help="CPUs of each worker without GPU: auto or a number.", rich_help_panel=RUN)]
+RunReport = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--report",
+        help="Write counts, timings and skipped inputs to this JSON file.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start again, deleting what is there.", rich_help_panel=OUTPUT)
 ]
@@ -99,8 +125,8 @@ def auto_or_number(text: str, option: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not text.isascii() or not text.isdigit():
-        raise UsageError(f"{option} {text}: give auto or a number")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UsageError(f"{option} {text[:40]}: give auto or a number")
     return int(text)
 
 
@@ -116,6 +142,21 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         UsageError: not numbers.
     """
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        found = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise UsageError(f"{option} {text}: give numbers separated by commas") from error
+        raise UsageError(f"{option} {text[:40]}: give numbers separated by commas") from error
+    if not found:
+        raise UsageError(f"{option}: give at least one number")
+    return found
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """``1,2`` to a tuple.
+
+    Raises:
+        UsageError: not whole numbers.
+    """
+    found = numbers(text, option)
+    if not all(value.is_integer() for value in found):
+        raise UsageError(f"{option} {text[:40]}: give whole numbers separated by commas")
+    return tuple(map(int, found))

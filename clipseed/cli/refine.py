@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import Annotated, Any, Optional, cast
 
 import typer
 
 from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, print_json, some
-
-if TYPE_CHECKING:
-    from clipseed.jobs.refine_options import RefineOptions, RefineReport
-    from clipseed.runtime.stream import StreamStats
+from clipseed.cli.running import RunOptions, prepare, rate
 
 METHOD = "Method"
 
@@ -75,7 +71,13 @@ def caa(
     precision: shared.Precision = "auto",
     batch_size: shared.BatchSize = "auto",
     workers: shared.Workers = "auto",
+    shard: shared.Shard = None,
+    engine: shared.Engine = "local",
+    ray_address: shared.RayAddress = None,
+    ray_workers: shared.RayWorkers = "auto",
+    ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -88,7 +90,8 @@ def caa(
 
     constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
     return _run(
-        "caa", source, quiet, json, out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images,
+        "caa", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
+        out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images,
         weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
     )  # fmt: skip
@@ -109,7 +112,13 @@ def js(
     precision: shared.Precision = "auto",
     batch_size: shared.BatchSize = "auto",
     workers: shared.Workers = "auto",
+    shard: shared.Shard = None,
+    engine: shared.Engine = "local",
+    ray_address: shared.RayAddress = None,
+    ray_workers: shared.RayWorkers = "auto",
+    ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -119,7 +128,8 @@ def js(
 
     constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
     return _run(
-        "js", source, quiet, json, out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
+        "js", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
+        out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
         images=images, weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
     )  # fmt: skip
@@ -140,7 +150,13 @@ def par(
     device: shared.Device = "auto",
     batch_size: shared.BatchSize = "auto",
     workers: shared.Workers = "auto",
+    shard: shared.Shard = None,
+    engine: shared.Engine = "local",
+    ray_address: shared.RayAddress = None,
+    ray_workers: shared.RayWorkers = "auto",
+    ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -151,77 +167,34 @@ def par(
     """
     from clipseed.jobs.refine_options import ParOptions
 
-    steps = tuple(int(step) for step in shared.numbers(dilations, "--dilations"))
+    steps = shared.whole_numbers(dilations, "--dilations")
     constants = ParOptions(iterations, steps, sharpness, position_weight)
     return _run(
-        "par", source, quiet, json, out=out, par=constants, images=images, device=device, batch_size=batch_size,
+        "par", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
+        out=out, par=constants, images=images, device=device, batch_size=batch_size,
         workers=workers, overwrite=overwrite,
     )  # fmt: skip
 
 
-def _run(method: str, source: Path | None, quiet: bool, json: bool, **given: Any) -> int:
+def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> int:
     from clipseed.jobs.refine import run_refine
     from clipseed.jobs.refine_options import RefineOptions
     from clipseed.jobs.stages import newest_output
 
-    talker = Talker(quiet)
+    run = prepare(f"refine {method}", chosen)
     if source is None:
         source = newest_output(Path(), method)
-        talker.note(f"refining {source}")
+        run.talker.note(f"refining {source}")
     given["batch_size"] = shared.auto_or_number(given["batch_size"], "--batch-size")
     given["workers"] = shared.auto_or_number(given["workers"], "--workers")
-    options = RefineOptions(cast("Any", method), source, **given)
+    options = RefineOptions(cast("Any", method), source, share=run.launch.share, cluster=run.cluster, **given)
     try:
-        report = run_refine(options, lambda todo, done: _start(talker, options, todo, done))
+        report = run_refine(options, run.start)
     finally:
-        talker.close()
-    _tell(talker, report)
-    if json:
-        print_json(_as_dict(report))
-    return 3 if report.stats.skipped else 0
-
-
-def _start(talker: Talker, options: RefineOptions, todo: int, done: int) -> Any:
-    talker.note(f"{options.method}: {todo} pictures to do" + (f", {done} done already" if done else ""))
-    current: list[StreamStats] = []
-    track = talker.track(options.method, todo, lambda: f"(limited by {current[0].bottleneck})" if current else "")
-
-    def advance(count: int, stats: StreamStats) -> None:
-        current[:] = [stats]
-        track(count)
-
-    return advance
-
-
-def _tell(talker: Talker, report: RefineReport) -> None:
-    for note in report.notes:
-        talker.warn(note)
-    if report.stats.out_of_memory:
-        before, after = report.stats.out_of_memory
-        talker.warn(f"out of memory with {before} pictures at once; went on with {after} (--batch-size {after})")
-    if report.recomputed:
-        talker.warn(f"{report.recomputed} pictures gave NaN or infinity in half precision and were computed in fp32")
-    skipped = report.stats.skipped
-    if skipped:
-        talker.warn(f"{len(skipped)} pictures skipped: {some([f'{key} ({why})' for key, why in skipped], 3)}")
-        talker.warn(f"all of them are listed in {report.skipped_file}")
+        run.talker.close()
     computed = report.stats.computed
-    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
-    talker.note(
-        f"{report.out}: {report.found + computed} of {report.total} pictures, {computed} computed now{rate} "
+    summary = (
+        f"{report.out}: {report.found + computed} of {report.total} pictures, {computed} computed now{rate(report)} "
         f"({report.device})"
     )
-
-
-def _as_dict(report: RefineReport) -> dict[str, Any]:
-    return {
-        "source": str(report.source),
-        "out": str(report.out),
-        "images": report.total,
-        "found": report.found,
-        "computed": report.stats.computed,
-        "skipped": [{"id": key, "reason": why} for key, why in report.stats.skipped],
-        "recomputed_in_fp32": report.recomputed,
-        "seconds": round(report.seconds, 3),
-        "device": report.device,
-    }
+    return run.finish(report, summary, {"source": str(report.source), "device": report.device})

@@ -91,7 +91,7 @@ def report(
     chosen = tuple(inputs) if inputs else (newest_output(Path()),)
     scoring = EvaluateOptions(
         prediction=chosen[0], gt=gt, classes=classes, split=split, threshold=threshold,
-        alphas=shared.numbers(alpha, "--alpha") if alpha else (), pred_ignore=cast("Any", pred_ignore),
+        alphas=() if alpha is None else shared.numbers(alpha, "--alpha"), pred_ignore=cast("Any", pred_ignore),
         resize_pred=resize_pred,
     )  # fmt: skip
     options = ReportOptions(chosen, scoring, out, images, worst, best, title)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,29 +16,32 @@ import torch
 from clipseed.cam.methods import METHODS, Method, compute_cams
 from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
 from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
-from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
-from clipseed.data.types import ImageSet
-from clipseed.errors import InputError, UsageError
+from clipseed.data.types import ImageReader, ImageSet, Sample
+from clipseed.data.vocabulary import Vocabulary
+from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,
     ViewLoader,
     default_workers,
+    open_engine,
+    refuse_if_nothing,
     token_budget,
     unit_size_for,
-    write_skipped,
 )
 from clipseed.jobs.refine_options import caa_manifest, caa_options, refine_manifest
 from clipseed.refine.caa import CaaOptions, caa
-from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
+from clipseed.runtime.work import Engine, Here, Work
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from clipseed.jobs.tags import TagReport
+    from clipseed.runtime.cluster import ClusterOptions
 
 DEFAULT_MAX_SIDE = 640
 
@@ -70,6 +75,8 @@ class CamOptions:
     box_threshold: float | None = None
     tag_threshold: float = DEFAULT_TAG_THRESHOLD
     tag_top_k: int | None = None
+    share: Share = WHOLE
+    cluster: ClusterOptions | None = None
 
 
 @dataclass
@@ -83,13 +90,17 @@ class CamReport:
     seconds: float
     model: dict[str, Any]
     device: str
-    recomputed: int = 0
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
+    open_shares: int = 0
     tags: TagReport | None = None
 
+    @property
+    def recomputed(self) -> int:
+        """Pictures that gave NaN or infinity in half precision."""
+        return self.stats.counters["recomputed"]
 
-Advance = Callable[[int, StreamStats], None]
+
 Start = Callable[[ImageSet, int, int], Advance]
 
 
@@ -107,48 +118,74 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
     """
     _check(options)
     image_set = open_dataset(options.data)
-    weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
-    clip = FrozenClip.load(options.model, weights, options.device, options.precision, released_rounding=options.paper)
-    text = clip.encode_text(image_set.vocabulary)
-    manifest = cam_manifest(options, image_set, clip)
-    refinement = None
-    if options.refine:
-        refinement = caa_options(options.caa, options.box_threshold, image_set.vocabulary.name, options.paper)
-        manifest = refine_manifest("caa", caa_manifest(refinement), manifest, clip.manifest(), clip.location)
-    unit_size = unit_size_for(clip.tower.device)
+    recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
+    with contextlib.closing(open_engine(recipe, options.cluster)) as engine:
+        return _run(options, image_set, recipe, engine, start, start_tags)
+
+
+def _run(
+    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Engine[SeedMap], start: Start | None,
+    start_tags: Start | None,
+) -> CamReport:  # fmt: skip
+    about = engine.about
+    manifest = cam_manifest(options, image_set, about["model"], about["weights"])
+    if recipe.refinement:
+        manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
-    with SeedWriter(options.out, manifest, dtype, unit_size, overwrite=options.overwrite) as writer:
+    with SeedWriter(
+        options.out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
+    ) as writer:
         tags = None
         if options.data.auto_labels:
             from clipseed.jobs.tags import tag_unlabelled
 
-            image_set, tags = tag_unlabelled(options, image_set, clip, text, writer, start_tags)
+            work = engine.work if isinstance(engine, Here) else recipe()
+            assert isinstance(work, CamWork)
+            image_set, tags = tag_unlabelled(options, image_set, work.clip, work.text, writer, start_tags)
+        samples = {sample.id: sample for sample in image_set.samples}
         writer.forget_unlike({sample.id: sample.labels for sample in image_set.samples})
-        job = _CamJob(options, image_set, clip, text, writer, refinement)
-        stats = job.run(start)
+        ids = list(samples)
+        mine = writer.share_of(ids)
+        found = len(writer.done.intersection(mine))
+        tasks, unlabelled = _tasks(writer, samples)
+        todo = sum(len(task.samples) for task in tasks)
+        advance = start(image_set, todo, found) if start else None
+        with interruptible(lambda: _hint(writer, mine)):
+            stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
+        stats.skipped.extend((sample.id, "no labels are given for it") for sample in unlabelled)
         if tags is not None:
             stats.skipped = [(key, tags.skipped.get(key, reason)) for key, reason in stats.skipped]
-        if stats.skipped and not writer.done:
-            key, reason = stats.skipped[0]
-            raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
-        ids = [sample.id for sample in image_set.samples]
+        refuse_if_nothing(stats, writer.done)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-            writer.finish(ids)
-            skipped = write_skipped(options.out, writer.portable, stats.skipped)
-            writer.discard_parts()
+            finished = writer.finish(ids, stats.skipped)
     return CamReport(
         out=options.out,
-        total=len(ids),
-        found=job.found,
+        total=len(mine),
+        found=found,
         stats=stats,
         seconds=time.perf_counter() - began,
-        model=clip.manifest(),
-        device=str(clip.tower.device),
-        recomputed=job.recomputed,
+        model=about["model"],
+        device=about["device"],
         notes=writer.notes,
-        skipped_file=skipped,
+        skipped_file=finished.skipped_file,
+        open_shares=finished.open_shares,
         tags=tags,
+    )
+
+
+def _tasks(writer: SeedWriter, samples: Mapping[str, Sample]) -> tuple[list[Task], list[Sample]]:
+    """What is missing, unit by unit, and apart from it the pictures without labels."""
+    missing = [(unit.index, [samples[key] for key in unit.ids]) for unit in writer.units(list(samples))]
+    unlabelled = [sample for _, unit in missing for sample in unit if sample.labels is None]
+    labelled = ((index, tuple(s for s in unit if s.labels is not None)) for index, unit in missing)
+    return [Task(index, unit) for index, unit in labelled if unit], unlabelled
+
+
+def _hint(writer: SeedWriter, ids: Sequence[str]) -> str:
+    return (
+        f"interrupted; {len(writer.done.intersection(ids))} of {len(ids)} pictures are safe in {writer.folder}. "
+        "Run the same command again to go on."
     )
 
 
@@ -178,7 +215,7 @@ def tag_settings(options: CamOptions) -> dict[str, Any]:
     return {"labels": "auto", "tag_threshold": options.tag_threshold, "tag_top_k": options.tag_top_k}
 
 
-def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> Manifest:
+def cam_manifest(options: CamOptions, image_set: ImageSet, model: dict[str, Any], weights: str) -> Manifest:
     """Everything that decides the maps, and where the pictures are."""
     return {
         "kind": "cam",
@@ -191,8 +228,8 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> 
             "paper": options.paper,
             "exif": options.data.exif,
         },
-        "model": clip.manifest(),
-        "weights": clip.location,
+        "model": model,
+        "weights": weights,
         "max_pixels": options.data.max_pixels,
         "vocabulary": image_set.vocabulary.as_dict(),
         "dataset": {
@@ -207,59 +244,66 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, clip: FrozenClip) -> 
     }
 
 
-class _CamJob:
-    """One run: the loader, the batch function and the sink that the engine needs."""
+@dataclass(frozen=True)
+class CamRecipe:
+    """Loads the model that a run needs."""
 
-    def __init__(
-        self,
-        options: CamOptions,
-        image_set: ImageSet,
-        clip: FrozenClip,
-        text: TextBank,
-        writer: SeedWriter,
-        refinement: CaaOptions | None,
-    ) -> None:
-        self._options, self._set, self._clip, self._text, self._writer = options, image_set, clip, text, writer
-        self._refinement = refinement
-        self.found = len(writer.done & {sample.id for sample in image_set.samples})
-        self.recomputed = 0
+    options: CamOptions
+    vocabulary: Vocabulary
+    reader: ImageReader
 
-    def run(self, start: Start | None) -> StreamStats:
-        """Do what is missing."""
-        options, device = self._options, self._clip.tower.device
-        samples = {sample.id: sample for sample in self._set.samples}
-        units = self._writer.units(list(samples))
-        unlabelled = [samples[key] for unit in units for key in unit.ids if samples[key].labels is None]
-        tasks = [
-            Task(unit.index, tuple(samples[key] for key in unit.ids if samples[key].labels is not None))
-            for unit in units
-        ]
-        tasks = [task for task in tasks if task.samples]
-        todo = sum(len(task.samples) for task in tasks)
-        advance = start(self._set, todo, self.found) if start else (lambda count, stats: None)
-        patch = self._clip.tower.patch
-        loader = ViewLoader(self._set.reader, patch, options.scales, options.max_side, options.min_side)
-        workers = options.workers if options.workers is not None else default_workers(device)
-        batch = BatchSize(options.batch_size, token_budget(device))
-        ahead = max(8, 2 * (options.batch_size or 8)) + 2 * workers
-        with interruptible(self._hint), DecodePool(loader, workers, ahead) as pool:
-            stats = run_stream(tasks, pool, self._compute, self._write, batch, advance)
-        stats.skipped.extend((sample.id, "no labels are given for it") for sample in unlabelled)
-        return stats
+    @property
+    def refinement(self) -> CaaOptions | None:
+        """Constants of refining in the same pass."""
+        if not self.options.refine:
+            return None
+        return caa_options(self.options.caa, self.options.box_threshold, self.vocabulary.name, self.options.paper)
 
-    def _hint(self) -> str:
-        done = len(self._writer.done & {sample.id for sample in self._set.samples})
-        return (
-            f"interrupted; {done} of {len(self._set.samples)} pictures are safe in {self._writer.folder}. "
-            "Run the same command again to go on."
+    def __call__(self) -> CamWork:
+        """Load it."""
+        return CamWork(self)
+
+
+class CamWork(Work[LoadedViews, SeedMap]):
+    """Pictures to maps."""
+
+    def __init__(self, recipe: CamRecipe) -> None:
+        options = self._options = recipe.options
+        weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
+        self.clip = FrozenClip.load(
+            options.model, weights, options.device, options.precision, released_rounding=options.paper
         )
+        self.text = self.clip.encode_text(recipe.vocabulary)
+        self._refinement, self._reader = recipe.refinement, recipe.reader
+        device = self.clip.tower.device
+        self.workers = options.workers if options.workers is not None else default_workers(device)
+        self.batch = BatchSize(options.batch_size, token_budget(device))
+        self.ahead = max(8, 2 * (options.batch_size or 8)) + 2 * self.workers
+        self.counters = Counter()
 
-    def _compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
+    def about(self) -> dict[str, Any]:
+        """Model, where its weights are, device, and pictures per shard."""
+        device = self.clip.tower.device
+        return {
+            "model": self.clip.manifest(),
+            "weights": self.clip.location,
+            "device": str(device),
+            "unit": unit_size_for(device),
+        }
+
+    @property
+    def loader(self) -> ViewLoader:
+        """Decodes pictures at the scales of the run."""
+        options = self._options
+        return ViewLoader(self._reader, self.clip.tower.patch, options.scales, options.max_side, options.min_side)
+
+    def compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
+        """Maps of a batch."""
         labels = [item.sample.labels or () for item in items]
         if not labels[0]:  # pictures that show no class need no model
             maps = [torch.zeros(0, *items[0].grid) for _ in items]
         else:
-            device = self._clip.tower.device
+            device = self.clip.tower.device
             views = [
                 torch.from_numpy(np.stack([item.views[k] for item in items])).to(device).permute(0, 3, 1, 2)
                 for k in range(len(self._options.scales))
@@ -267,18 +311,15 @@ class _CamJob:
             options, grid = self._options, items[0].grid
             layers = self._refinement.layers if self._refinement else 0
             batch = compute_cams(
-                self._clip, self._text, views, labels, grid, options.method, options.flip, options.paper, layers
+                self.clip, self.text, views, labels, grid, options.method, options.flip, options.paper, layers
             )
             maps = batch.maps
             if self._refinement and batch.attention is not None:
                 # Rounded as `clipseed cam` would have stored them, so that one pass gives what two commands give.
                 stored = maps if options.paper else [cam.half().float() for cam in maps]
                 maps = caa(stored, batch.attention, self._refinement)
-            self.recomputed += batch.recomputed
+            self.counters["recomputed"] += batch.recomputed
         return [
             SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size)
             for item, row, cam in zip(items, labels, maps, strict=True)
         ]
-
-    def _write(self, task: Task, records: Sequence[SeedMap]) -> None:
-        self._writer.write(task.index, records)

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from clipseed.clip.model import pick_device
-from clipseed.data.types import Sample
-from clipseed.errors import ImageError, InputError, UsageError
+from clipseed.errors import ImageError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
-from clipseed.jobs.engine import LoadedPicture, PictureLoader, default_workers, misfit, recorded_reader, write_skipped
+from clipseed.jobs.engine import (
+    LoadedPicture,
+    PictureLoader,
+    default_workers,
+    misfit,
+    open_engine,
+    recorded_reader,
+    refuse_if_nothing,
+    seed_sample,
+    usable_cores,
+)
 from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
-from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
+from clipseed.runtime.work import Work
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.masks import IGNORE, Labels
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.share import WHOLE, Share
+from clipseed.store.writer import Finished
+
+if TYPE_CHECKING:
+    from clipseed.runtime.cluster import ClusterOptions
 
 Engine = Literal["torch", "pydensecrf"]
 ENGINES: tuple[Engine, ...] = ("torch", "pydensecrf")
@@ -61,11 +77,13 @@ class CrfOptions:
     device: str = "auto"
     workers: int | None = None
     overwrite: bool = False
+    share: Share = WHOLE
+    cluster: ClusterOptions | None = None
 
 
 @dataclass
 class CrfReport:
-    """What a run did. ``unsure`` is the share of pixels that became 255 in this run."""
+    """What a run did."""
 
     source: Path
     out: Path
@@ -74,12 +92,16 @@ class CrfReport:
     stats: StreamStats
     seconds: float
     engine: str
-    unsure: float = 0.0
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
+    open_shares: int = 0
+
+    @property
+    def unsure(self) -> float:
+        """Share of pixels that became 255 in this run."""
+        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
 
 
-Advance = Callable[[int, StreamStats], None]
 Start = Callable[[int, int], Advance]
 
 
@@ -92,25 +114,35 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
     _check(options)
     began = time.perf_counter()
     with Seeds(options.source) as seeds:
-        recorded = seeds.manifest["options"]
-        paper = bool(recorded.get("paper")) if options.paper is None else options.paper
-        reader = recorded_reader(seeds.manifest, options.images)
-        manifest = _manifest(options, seeds.manifest, paper)
-        problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
-        with _Sinks(options, manifest) as sinks:
+        manifest = _manifest(options, seeds.manifest)
+        with (
+            contextlib.closing(open_engine(partial(_CrfWork, options), options.cluster)) as engine,
+            _Sinks(options, manifest) as sinks,
+        ):
             sinks.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
-            job = _CrfJob(options, problem, seeds, sinks)
-            stats = job.run(start)
-            if stats.skipped and not sinks.done:
-                key, reason = stats.skipped[0]
-                raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
-            sinks.finish(list(seeds))
-            skipped = write_skipped(options.out, False, stats.skipped)
-        pixels = max(1, job.pixels)
+            tasks, mine = _tasks(seeds, sinks, options.share)
+            found = len(sinks.done.intersection(mine))
+            hint = f"interrupted; run the same command again to go on ({options.out} has what is done)"
+            with interruptible(lambda: hint):
+                advance = start(sum(len(task.samples) for task in tasks), found) if start else None
+                stats = engine.run(tasks, lambda task, masks: sinks.write(task.index, masks), advance)
+            refuse_if_nothing(stats, sinks.done)
+            with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
+                finished = sinks.finish(list(seeds), stats.skipped)
         return CrfReport(
-            options.source, options.out, len(seeds), job.found, stats, time.perf_counter() - began, options.engine,
-            job.unsure / pixels, sinks.notes, skipped,
+            options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.engine,
+            sinks.notes, finished.skipped_file, finished.open_shares,
         )  # fmt: skip
+
+
+def _tasks(seeds: Seeds, sinks: _Sinks, share: Share) -> tuple[list[Task], list[str]]:
+    """Units of the share with what is missing of them, and all ids of the share."""
+    ids = list(seeds)
+    units = [(k, ids[start : start + _UNIT_SIZE]) for k, start in enumerate(range(0, len(ids), _UNIT_SIZE))]
+    mine = [(k, keys) for k, keys in units if share.takes(k)]
+    missing = ((k, [key for key in keys if key not in sinks.done]) for k, keys in mine)
+    tasks = [Task(k, tuple(seed_sample(seeds, key) for key in keys)) for k, keys in missing if keys]
+    return tasks, [key for _, keys in mine for key in keys]
 
 
 def _check(options: CrfOptions) -> None:
@@ -135,7 +167,12 @@ def _check(options: CrfOptions) -> None:
         raise UsageError("--workers: give auto or a number from 0")
 
 
-def _manifest(options: CrfOptions, source: Manifest, paper: bool) -> Manifest:
+def _paper(options: CrfOptions, source: Manifest) -> bool:
+    return bool(source["options"].get("paper")) if options.paper is None else options.paper
+
+
+def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
+    paper = _paper(options, source)
     kept = {key: source["options"].get(key) for key in ("exif", "max_side", "min_side")}
     made = {"alpha": options.alpha, "confidence": options.confidence, "paper": paper, "engine": options.engine}
     return {
@@ -165,9 +202,9 @@ class _Sinks:
     """Where results go: masks always, posteriors on request; a picture is done when both have it."""
 
     def __init__(self, options: CrfOptions, manifest: Manifest) -> None:
-        self._masks = MaskWriter(options.out, manifest, overwrite=options.overwrite)
+        self._masks = MaskWriter(options.out, manifest, overwrite=options.overwrite, share=options.share)
         self._soft = (
-            SeedWriter(options.soft, manifest, "float16", _UNIT_SIZE, overwrite=options.overwrite)
+            SeedWriter(options.soft, manifest, "float16", _UNIT_SIZE, overwrite=options.overwrite, share=options.share)
             if options.soft
             else None
         )
@@ -207,47 +244,45 @@ class _Sinks:
             soft = [mask.soft for mask in results if mask.soft is not None and mask.id not in self._soft.done]
             self._soft.write(index, soft)
 
-    def finish(self, ids: Sequence[str]) -> None:
+    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
         if self._soft:
-            self._soft.finish(ids)
-            self._soft.discard_parts()
+            self._soft.finish(ids, skipped)
+        return self._masks.finish(skipped)
 
 
-class _CrfJob:
-    def __init__(self, options: CrfOptions, problem: Problem, seeds: Seeds, sinks: _Sinks) -> None:
-        self.options, self.problem, self.seeds, self.sinks = options, problem, seeds, sinks
-        self.device = pick_device(options.device if options.engine == "torch" else "cpu")
-        self.found = len(sinks.done & set(seeds))
-        self.unsure = self.pixels = 0
+class _CrfWork(Work[Any, Mask]):
+    """Seeds to masks."""
 
-    def run(self, start: Start | None) -> StreamStats:
-        """Do what is missing."""
-        ids = list(self.seeds)
-        size = _UNIT_SIZE
-        cut = [[key for key in ids[k : k + size] if key not in self.sinks.done] for k in range(0, len(ids), size)]
-        tasks = [
-            Task(index, tuple(Sample(key, Path(key), tuple(self.seeds.classes(key).tolist())) for key in keys))
-            for index, keys in enumerate(cut)
-            if keys
-        ]
-        todo = sum(len(task.samples) for task in tasks)
-        advance = start(todo, self.found) if start else (lambda count, stats: None)
-        native = self.options.engine == "pydensecrf"
-        workers = self.options.workers
+    def __init__(self, options: CrfOptions) -> None:
+        self.options = options
+        self.seeds = Seeds(options.source, verify=False)
+        reader = recorded_reader(self.seeds.manifest, options.images)
+        paper = _paper(options, self.seeds.manifest)
+        self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
+        self.native = options.engine == "pydensecrf"
+        self.device = pick_device("cpu" if self.native else options.device)
+        workers = options.workers
         if workers is None:
-            workers = (os.cpu_count() or 1) if native else default_workers(self.device)
-        loader: Any = NativeSolver(self.problem) if native else PictureLoader(self.problem.reader)
-        compute: Any = self._label_solved if native else self._solve
-        budget = _PIXEL_BUDGET.get(self.device.type, _GPU_PIXEL_BUDGET) // 64
-        hint = f"interrupted; run the same command again to go on ({self.options.out} has what is done)"
-
-        def write(task: Task, results: Sequence[Mask]) -> None:
-            self.sinks.write(task.index, results)
-
+            workers = usable_cores() if self.native else default_workers(self.device)
         # The C++ engine never runs in this process, where its crash would be ours.
-        pool = DecodePool(loader, max(1, workers) if native else workers, 8 + 2 * workers)
-        with interruptible(lambda: hint), pool:
-            return run_stream(tasks, pool, compute, write, BatchSize(1 if native else None, budget), advance)
+        self.workers = max(1, workers) if self.native else workers
+        self.ahead = 8 + 2 * workers
+        budget = _PIXEL_BUDGET.get(self.device.type, _GPU_PIXEL_BUDGET) // 64
+        self.batch = BatchSize(1 if self.native else None, budget)
+        self.counters = Counter()
+
+    def about(self) -> dict[str, Any]:
+        """Any worker gives the same masks."""
+        return {}
+
+    @property
+    def loader(self) -> Any:
+        """Decodes a picture; with the C++ engine it solves its problem as well."""
+        return NativeSolver(self.problem) if self.native else PictureLoader(self.problem.reader)
+
+    def compute(self, items: Sequence[Any]) -> Sequence[Mask | ImageError]:
+        """Masks of a batch."""
+        return self._label_solved(items) if self.native else self._solve(items)
 
     def _solve(self, items: Sequence[LoadedPicture]) -> list[Mask | ImageError]:
         seeds = [self.seeds[item.sample.id] for item in items]
@@ -283,7 +318,7 @@ class _CrfJob:
         if self.options.confidence is not None:
             unsure = posterior.max(axis=0) < self.options.confidence
             labels[unsure] = IGNORE
-            self.unsure += int(unsure.sum())
-        self.pixels += labels.size
+            self.counters["unsure"] += int(unsure.sum())
+        self.counters["pixels"] += labels.size
         soft = SeedMap(seed.id, seed.classes, posterior[1:], seed.size) if self.options.soft else None
         return Mask(seed.id, tuple(seed.classes.tolist()), labels, soft)

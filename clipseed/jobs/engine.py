@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +15,19 @@ import torch
 from clipseed.data.dataset import PictureFinder, picture_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ImageError
-from clipseed.store.files import write_text
+from clipseed.errors import ImageError, InputError
+from clipseed.runtime.stream import StreamStats
+from clipseed.runtime.work import Engine, Here, Recipe
 from clipseed.store.manifest import Manifest
+from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from clipseed.runtime.cluster import ClusterOptions
+
+R = TypeVar("R")
 _UNIT_SIZE = {"cpu": 64}
 _GPU_UNIT_SIZE = 2048
 _TOKEN_BUDGET = {"cpu": 1_600}
@@ -42,22 +45,31 @@ def token_budget(device: torch.device) -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """On a CPU the network needs the cores; a GPU needs all of them to be fed."""
-    return 0 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 2) - 1))
+    """On a CPU the network needs the cores; a GPU needs all of them to be fed, or its part of them."""
+    return 0 if device.type == "cpu" else max(1, min(16, usable_cores() - 1))
 
 
-def write_skipped(out: Path, portable: bool, skipped: Sequence[tuple[str, str]]) -> Path | None:
-    """List skipped pictures beside the output, or remove an older list when there are none."""
-    path = out.with_name(f"{out.stem}.skipped.csv") if portable else out / "skipped.csv"
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return None
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["id", "reason"])
-    table.writerows(skipped)
-    write_text(path, buffer.getvalue())
-    return path
+def usable_cores() -> int:
+    """Cores that this process may use, as one of those that a launcher started on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, cores // max(1, int(beside))) if beside.isdigit() else cores
+
+
+def open_engine(recipe: Recipe[R], cluster: ClusterOptions | None) -> Engine[R]:
+    """Load the work here, or in the workers of a Ray cluster."""
+    if cluster is None:
+        return Here(recipe)
+    from clipseed.runtime.cluster import OnRay
+
+    return OnRay(recipe, cluster)
+
+
+def refuse_if_nothing(stats: StreamStats, done: Collection[str]) -> None:
+    """Raise :class:`~clipseed.errors.InputError` when a run had to skip everything."""
+    if stats.skipped and not done:
+        key, reason = stats.skipped[0]
+        raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,11 @@ def recorded_reader(manifest: Manifest, images: Path | None) -> FoundReader:
         dataset |= {"images": str(images), "name": "folder"}
     exif = bool(manifest["options"].get("exif"))
     return FoundReader(picture_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
+
+
+def seed_sample(seeds: Seeds, key: str) -> Sample:
+    """A picture of stored seeds, as the stream takes it; readers find its file by id."""
+    return Sample(key, Path(key), tuple(int(k) for k in seeds.classes(key)))
 
 
 def misfit(seed: SeedMap, size: tuple[int, int]) -> ImageError | None:

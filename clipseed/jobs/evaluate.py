@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from clipseed.data.paths import is_file, is_folder, never_ends
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import IGNORE, Counts, Labels, check_labels, confusion, score
@@ -35,7 +36,7 @@ Each = Callable[[str, Counts, Labels, Labels], None]
 
 def holds_masks(path: Path) -> bool:
     """Whether a prediction is a folder of masks, not seeds."""
-    return path.is_dir() and not any(path.glob(SHARD_PATTERN))
+    return is_folder(path) and not any(path.glob(SHARD_PATTERN))
 
 
 def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | None = None) -> EvaluateReport:
@@ -52,7 +53,7 @@ def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | 
         InputError, StoreError: files are missing, damaged or do not fit each other.
     """
     _check(options)
-    if not options.prediction.exists():
+    if not is_folder(options.prediction) and not is_file(options.prediction) and not never_ends(options.prediction):
         raise InputError(f"{options.prediction}: no such seeds file or mask folder")
     if holds_masks(options.prediction):
         return _evaluate_masks(options, start, each)
@@ -196,6 +197,8 @@ def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | 
     else:
         raise UsageError(f"{options.prediction}: say which classes the masks hold, --classes voc, coco, toy or FILE")
     dataset = manifest.get("dataset")
+    if not isinstance(dataset, dict | None):
+        raise InputError(f"{options.prediction}: its manifest is damaged ('dataset' is no mapping)")
     if options.gt is None and dataset is None:
         raise UsageError("--gt: name the folder with the ground-truth masks")
     predictions = MaskFolder(options.prediction)

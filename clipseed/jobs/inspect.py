@@ -65,7 +65,8 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
             counts[: len(found)] += found
         grids = np.concatenate([file.grids for file in seeds.files])
         ids = list(seeds)[:look_at]
-        looked = [seeds[key] for key in ids]
+        empty = sum(int((maps.reshape(len(maps), -1).max(axis=1) <= 0).sum())
+                    for maps in (seeds[key].cam for key in ids) if len(maps))  # fmt: skip
         order = np.argsort(grids.prod(axis=1), kind="stable")
         ends = tuple((int(grids[k][0]), int(grids[k][1])) for k in (order[0], order[-1])) if len(grids) else None
         without = int(sum((np.diff(file.class_offsets) == 0).sum() for file in seeds.files))
@@ -80,10 +81,9 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
             per_class={name: int(count) for name, count in zip(names, counts, strict=True)},
             grid_range=ends if ends is None else (ends[0], ends[1]),
             cam_dtype=seeds.files[0].cam_dtype,
-            empty_maps=sum(int((seed.cam.reshape(len(seed.cam), -1).max(axis=1) <= 0).sum())
-                           for seed in looked if len(seed.cam)),
-            checked=len(looked),
-        )  # fmt: skip
+            empty_maps=empty,
+            checked=len(ids),
+        )
 
 
 def write_preview(path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = ()) -> list[str]:

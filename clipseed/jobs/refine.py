@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,6 @@ from torch import Tensor
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
 from clipseed.clip.model import FrozenClip, pick_device
-from clipseed.data.types import Sample
 from clipseed.data.vocabulary import parse_vocabulary
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
@@ -25,10 +26,12 @@ from clipseed.jobs.engine import (
     ViewLoader,
     default_workers,
     misfit,
+    open_engine,
     recorded_reader,
+    refuse_if_nothing,
+    seed_sample,
     token_budget,
     unit_size_for,
-    write_skipped,
 )
 from clipseed.jobs.refine_options import (
     RefineOptions,
@@ -44,13 +47,15 @@ from clipseed.refine.affinity import balance
 from clipseed.refine.caa import caa, spread_within_boxes
 from clipseed.refine.distribution import distribution_affinity
 from clipseed.refine.par import refine_par
-from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
-from clipseed.store.manifest import Manifest
+from clipseed.runtime.stream import BatchSize, Task
+from clipseed.runtime.work import Engine, Work
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
+
+_PIXEL_UNIT = 64
+"""Maps of pixels are large: no more of them are held at once, whatever the device."""
 
 
 def run_refine(options: RefineOptions, start: Start | None = None) -> RefineReport:
@@ -65,77 +70,75 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
     """
     check(options)
     out = options.out or default_out(options.source, options.method)
-    with Seeds(options.source) as seeds:
-        if out.resolve() == options.source.resolve():
-            raise UsageError(f"--out {out}: is the file that is being refined")
-        job: _Refinement = _Par(options, seeds) if options.method == "par" else _Spreading(options, seeds)
+    if out.resolve() == options.source.resolve():
+        raise UsageError(f"--out {out}: is the file that is being refined")
+    with Seeds(options.source) as seeds, contextlib.closing(_open(options, seeds)) as engine:
         began = time.perf_counter()
+        about = engine.about
+        manifest = refine_manifest(options.method, about["constants"], seeds.manifest, about["model"], about["weights"])
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
-        unit = unit_size_for(job.device)
-        with SeedWriter(out, job.manifest, dtype, unit, overwrite=options.overwrite) as writer:
+        with SeedWriter(
+            out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
+        ) as writer:
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
-            found = len(writer.done & set(seeds))
-            stats = job.run(writer, found, start)
-            if stats.skipped and not writer.done:
-                key, reason = stats.skipped[0]
-                raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
+            mine = writer.share_of(list(seeds))
+            found = len(writer.done.intersection(mine))
+            tasks = [
+                Task(unit.index, tuple(seed_sample(seeds, key) for key in unit.ids))
+                for unit in writer.units(list(seeds))
+            ]
+            todo = sum(len(task.samples) for task in tasks)
+            hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
+            with interruptible(lambda: hint):
+                advance = start(todo, found) if start else None
+                stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
+            refuse_if_nothing(stats, writer.done)
             with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
-                writer.finish(list(seeds))
-                skipped = write_skipped(out, writer.portable, stats.skipped)
-                writer.discard_parts()
+                finished = writer.finish(list(seeds), stats.skipped)
         return RefineReport(
             source=options.source,
             out=out,
-            total=len(seeds),
+            total=len(mine),
             found=found,
             stats=stats,
             seconds=time.perf_counter() - began,
-            device=str(job.device),
-            recomputed=job.recomputed,
+            device=about["device"],
             notes=writer.notes,
-            skipped_file=skipped,
+            skipped_file=finished.skipped_file,
+            open_shares=finished.open_shares,
         )
 
 
-class _Refinement:
-    """What the refinements share: streaming the pictures of stored seeds."""
+def _open(options: RefineOptions, seeds: Seeds) -> Engine[SeedMap]:
+    """What can be refused is refused here, before workers start."""
+    if options.method != "par" and seeds.manifest["method"] in ("par", "dense-crf"):
+        raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
+    recipe = partial(_Par, options) if options.method == "par" else partial(_Spreading, options)
+    return open_engine(recipe, options.cluster)
 
-    manifest: Manifest
+
+class _Refinement(Work[Any, SeedMap]):
+    """What the refinements share: streaming the pictures of stored seeds.
+
+    Seeds are opened again by whoever works on them, because workers of a cluster are other processes.
+    """
+
     device: torch.device
 
-    def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
-        self.options, self.seeds = options, seeds
-        self.recomputed = 0
-        self.reader = recorded_reader(seeds.manifest, options.images)
+    def __init__(self, options: RefineOptions, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.seeds = Seeds(options.source, verify=False)
+        self.reader = recorded_reader(self.seeds.manifest, options.images)
+        self.workers = options.workers if options.workers is not None else default_workers(device)
+        self.ahead = 16 + 2 * self.workers
+        self.batch = BatchSize(options.batch_size, token_budget(device))
+        self.counters = Counter()
 
-    def run(self, writer: SeedWriter, found: int, start: Start | None) -> StreamStats:
-        """Refine what is missing."""
-        tasks = [
-            Task(unit.index, tuple(Sample(key, Path(key), self._labels(key)) for key in unit.ids))
-            for unit in writer.units(list(self.seeds))
-        ]
-        todo = sum(len(task.samples) for task in tasks)
-        advance = start(todo, found) if start else (lambda count, stats: None)
-        workers = self.options.workers if self.options.workers is not None else default_workers(self.device)
-        batch = BatchSize(self.options.batch_size, token_budget(self.device))
-        hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
-
-        def write(task: Task, records: Sequence[SeedMap]) -> None:
-            writer.write(task.index, records)
-
-        with interruptible(lambda: hint), DecodePool(self.loader(), workers, 16 + 2 * workers) as pool:
-            return run_stream(tasks, pool, self.each, write, batch, advance)
-
-    def _labels(self, key: str) -> tuple[int, ...]:
-        return tuple(int(k) for k in self.seeds.classes(key))
-
-    def loader(self) -> Callable[[Sample], Any]:
+    def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
+        """Refine pictures that fit their seeds."""
         raise NotImplementedError
 
-    def compute(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
-        raise NotImplementedError
-
-    def each(self, items: Sequence[Any]) -> list[SeedMap | ImageError]:
+    def compute(self, items: Sequence[Any]) -> list[SeedMap | ImageError]:
         """Refine a batch, leaving out pictures that do not fit their seeds."""
         seeds = [self.seeds[item.sample.id] for item in items]
         found: list[SeedMap | ImageError | None] = [
@@ -143,8 +146,8 @@ class _Refinement:
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
         if fit:
-            refined = self.compute([items[k] for k in fit], [seeds[k] for k in fit])
-            for k, result in zip(fit, refined, strict=True):
+            results = self.refined([items[k] for k in fit], [seeds[k] for k in fit])
+            for k, result in zip(fit, results, strict=True):
                 found[k] = result
         return [result for result in found if result is not None]
 
@@ -152,13 +155,10 @@ class _Refinement:
 class _Spreading(_Refinement):
     """CAA and the class-distribution affinity: maps spread between patches."""
 
-    def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
-        super().__init__(options, seeds)
-        source = seeds.manifest
-        recorded = source["options"]
-        if source["method"] in ("par", "dense-crf"):
-            raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
-        paper = bool(recorded.get("paper")) if options.paper is None else options.paper
+    def __init__(self, options: RefineOptions) -> None:
+        with Seeds(options.source, verify=False) as seeds:
+            source = seeds.manifest
+        paper = bool(source["options"].get("paper")) if options.paper is None else options.paper
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
         model = source["model"]
         name = None if model["model"] == "inferred" else model["model"]
@@ -166,19 +166,32 @@ class _Spreading(_Refinement):
         self.clip = FrozenClip.load(name, weights, options.device, options.precision, released_rounding=paper)
         if self.clip.info.sha256 != model["sha256"]:
             raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
-        self.device = self.clip.tower.device
-        constants = caa_manifest(self.caa)
+        super().__init__(options, self.clip.tower.device)
         if options.method == "js":
             self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
-            constants["temperature"] = options.temperature
-        self.manifest = refine_manifest(options.method, constants, source, self.clip.manifest(), self.clip.location)
 
+    def about(self) -> dict[str, Any]:
+        """Constants, model and where its weights are, device, and pictures per shard."""
+        constants = caa_manifest(self.caa)
+        if self.options.method == "js":
+            constants["temperature"] = self.options.temperature
+        return {
+            "constants": constants,
+            "model": self.clip.manifest(),
+            "weights": self.clip.location,
+            "device": str(self.device),
+            "unit": unit_size_for(self.device),
+        }
+
+    @property
     def loader(self) -> ViewLoader:
+        """Decodes pictures as the maps were made from them."""
         recorded = self.seeds.manifest["options"]
         limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
         return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
 
-    def compute(self, items: Sequence[LoadedViews], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedViews], seeds: list[SeedMap]) -> list[SeedMap]:
+        """Spread maps along attention."""
         if not len(seeds[0].classes):
             return seeds
         for item, seed in zip(items, seeds, strict=True):
@@ -189,7 +202,7 @@ class _Spreading(_Refinement):
         maps = self._maps(self.clip, pixels, cams)
         broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
         if broken and self.clip.exact is not self.clip:
-            self.recomputed += len(broken)
+            self.counters["recomputed"] += len(broken)
             again = self._maps(self.clip.exact, pixels[broken], [cams[k] for k in broken])
             for k, found in zip(broken, again, strict=True):
                 maps[k] = found
@@ -211,18 +224,28 @@ class _Spreading(_Refinement):
 class _Par(_Refinement):
     """Pixel-adaptive refinement: maps follow the colours of the picture, at its full size."""
 
-    def __init__(self, options: RefineOptions, seeds: Seeds) -> None:
-        super().__init__(options, seeds)
-        self.device = pick_device(options.device)
-        source = seeds.manifest
-        constants = {**asdict(options.par), "dilations": list(options.par.dilations)}
-        self.manifest = refine_manifest("par", constants, source, source["model"], str(source.get("weights")))
+    def __init__(self, options: RefineOptions) -> None:
+        super().__init__(options, pick_device(options.device))
 
+    def about(self) -> dict[str, Any]:
+        """Constants, the model that the maps come from, device, and pictures per shard."""
+        source, par = self.seeds.manifest, self.options.par
+        return {
+            "constants": {**asdict(par), "dilations": list(par.dilations)},
+            "model": source["model"],
+            "weights": str(source.get("weights")),
+            "device": str(self.device),
+            "unit": _PIXEL_UNIT,
+        }
+
+    @property
     def loader(self) -> PictureLoader:
+        """Decodes pictures at their own size."""
         return PictureLoader(self.reader)
 
     @torch.inference_mode()
-    def compute(self, items: Sequence[LoadedPicture], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedPicture], seeds: list[SeedMap]) -> list[SeedMap]:
+        """Let maps follow colours."""
         if not len(seeds[0].classes):
             return seeds
         maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(seed.upsampled()) for seed in seeds], batch_first=True)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipseed.clip.model import Precision
 from clipseed.errors import UsageError
 from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions
 from clipseed.refine.distribution import PATCH_TEMPERATURE
 from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNESS
-from clipseed.runtime.stream import StreamStats
+from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.share import WHOLE, Share
+
+if TYPE_CHECKING:
+    from clipseed.runtime.cluster import ClusterOptions
 
 Method = Literal["caa", "js", "par"]
 METHODS: tuple[Method, ...] = ("caa", "js", "par")
@@ -55,6 +59,8 @@ class RefineOptions:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
+    share: Share = WHOLE
+    cluster: ClusterOptions | None = None
 
 
 @dataclass
@@ -68,12 +74,16 @@ class RefineReport:
     stats: StreamStats
     seconds: float
     device: str
-    recomputed: int = 0
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
+    open_shares: int = 0
+
+    @property
+    def recomputed(self) -> int:
+        """Pictures that gave NaN or infinity in half precision."""
+        return self.stats.counters["recomputed"]
 
 
-Advance = Callable[[int, StreamStats], None]
 Start = Callable[[int, int], Advance]
 
 

@@ -32,7 +32,7 @@ from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_fe
 from clipseed.runtime.interrupt import interruptible
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest, differences
-from clipseed.store.writer import SeedWriter
+from clipseed.store.seed_writer import SeedWriter
 
 _SAVE_EVERY = 20.0
 """Seconds of work that a kill may cost."""
@@ -169,10 +169,12 @@ class _TagStore:
     def _remembered(self) -> dict[str, Any] | None:
         try:
             memory = json.loads(self._memory.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         known = {"settings": dict, "sha256": list, "tags": dict}
         if not isinstance(memory, dict) or not all(isinstance(memory.get(key), kind) for key, kind in known.items()):
+            return None
+        if not all(isinstance(found, dict) for found in memory["tags"].values()):
             return None
         return memory
 

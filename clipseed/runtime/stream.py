@@ -8,6 +8,7 @@ set's order, so an interrupted run repeats exactly the batches that an uninterru
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,11 +49,26 @@ class StreamStats:
     out_of_memory: tuple[int, int] | None = None
     """Batch size that did not fit, and the one it was lowered to."""
     waits: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "device": 0.0, "write": 0.0})
+    counters: Counter[str] = field(default_factory=Counter)
+    """What else the work counted."""
 
     @property
     def bottleneck(self) -> str:
         """The stage that the run waited for most."""
         return max(self.waits, key=lambda stage: self.waits[stage])
+
+    def add(self, other: StreamStats) -> None:
+        """Take over what another worker of the same run did."""
+        self.computed += other.computed
+        self.skipped += other.skipped
+        self.out_of_memory = self.out_of_memory or other.out_of_memory
+        for stage, seconds in other.waits.items():
+            self.waits[stage] += seconds
+        self.counters += other.counters
+
+
+Advance = Callable[[int, StreamStats], None]
+"""Called with the number of samples finished, for progress."""
 
 
 class BatchSize:
@@ -79,7 +95,7 @@ def run_stream(
     compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
     write: Callable[[Task, Sequence[R]], None],
     batch: BatchSize,
-    advance: Callable[[int, StreamStats], None] = lambda count, stats: None,
+    advance: Advance = lambda count, stats: None,
 ) -> StreamStats:
     """Run all tasks.
 
@@ -112,7 +128,7 @@ def _run_task(
     compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
     batch: BatchSize,
     stats: StreamStats,
-    advance: Callable[[int, StreamStats], None],
+    advance: Advance,
 ) -> list[R]:
     buckets: dict[Hashable, _Bucket[T]] = {}
     results: dict[int, R] = {}

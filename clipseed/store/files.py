@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from clipseed.errors import StoreError
@@ -16,11 +19,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; on leaving without error it is synced and renamed to ``path``.
 
     Raises:
-        StoreError: the folder is read-only, the disk full, or the like.
+        StoreError: the folder is read-only, the disk full, ``path`` no file, or the like.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{_short(path.name)}")
     try:
         with storage_errors(path):
+            if path.exists() and not path.is_file():  # renaming onto a device or a pipe would do away with it
+                raise StoreError(f"{path}: is a folder, a device or a pipe; give the name of a file")
             yield temporary
             _sync(temporary)
             temporary.replace(path)
@@ -28,6 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _short(name: str) -> str:
+    """Names may have 255 bytes: one that leaves no room for a prefix is replaced by its digest."""
+    if len(os.fsencode(name)) < 200:
+        return name
+    return hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -69,8 +81,41 @@ def write_text(path: Path, content: str) -> None:
         temporary.write_text(content, encoding="utf-8")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed run left in a folder."""
+def write_text_once(path: Path, content: str) -> None:
+    """Write a small text file atomically unless it is there: of several runs, the first one's stays."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-once-{_short(path.name)}")
+    with storage_errors(path):
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            _sync(temporary)
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EINVAL, errno.EMLINK}:
+                raise
+            temporary.replace(path)  # a file system without links
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> Path | None:
+    """List skipped pictures, or remove an older list when there are none."""
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return None
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["id", "reason"])
+    table.writerows(skipped)
+    write_text(path, buffer.getvalue())
+    return path
+
+
+def remove_leftovers(folder: Path, ours: Callable[[Path], bool] = lambda path: True) -> None:
+    """Delete temporary files that a killed run left in a folder, where they are ``ours``."""
     for leftover in folder.glob(".tmp-*"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+        if ours(leftover):
+            with contextlib.suppress(OSError):
+                leftover.unlink()

@@ -1,26 +1,18 @@
-"""The seeds file: names, types and checksum of its datasets.
+"""Record files: what all of clipseed's HDF5 files have in common.
 
-One file is flat and ragged; with n pictures and C maps in all it holds
-
-===============  ===========  ==========================================================
-``id``           (n,) S       UTF-8 sample ids
-``size``         (n, 2) i4    height and width of the picture in pixels
-``grid``         (n, 2) i4    height and width of its maps
-``class_offset`` (n+1,) i8    where each picture's classes begin in ``class_id``
-``class_id``     (C,) i4      class indices (mask value = index + 1)
-``cam_offset``   (n+1,) i8    where each picture's maps begin in ``cam``
-``cam``          (sum K h w)  f2 or f4, values in [0, 1], maps row by row, class by class
-===============  ===========  ==========================================================
-
-and the attributes ``format``, ``version``, ``manifest`` (JSON) and ``checksum``.
+A file is flat and ragged. ``id (n,)``, ``size (n, 2)`` and ``grid (n, 2)`` have one row per picture; the other datasets
+lie one picture behind the other, cut by offsets ``(n + 1,)``. Which they are is a :class:`RecordFormat`'s matter. The
+attributes ``format``, ``version``, ``manifest`` (JSON) and ``checksum`` make it one of ours.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import h5py
 import numpy as np
@@ -28,18 +20,58 @@ import numpy.typing as npt
 
 from clipseed.errors import StoreError
 
-FORMAT = "clipseed-seeds"
-VERSION = 1
-DATASETS = ("id", "size", "grid", "class_offset", "class_id", "cam_offset", "cam")
 Arrays = dict[str, npt.NDArray[Any]]
 _CHUNK_BYTES = 1 << 18
+_LONGEST_SIDE = 1 << 20
+"""Products of sides stay within 64 bits."""
+
+
+class Record(Protocol):
+    """Anything that is stored by sample id."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class RecordFormat(Generic[R]):
+    """How records of one kind are laid out.
+
+    Attributes:
+        name: The ``format`` attribute.
+        version: Its version.
+        noun: For messages.
+        ragged: Offsets dataset to the datasets that it cuts.
+        heavy: Datasets that are read record by record instead of on opening.
+        pack: Flattens records into arrays by dataset name, offsets beginning at 0.
+        unpack: The record in a row of an opened :class:`~clipseed.store.shard.RecordFile`.
+        fits: Whether the index agrees with itself; gets the datasets read on opening.
+    """
+
+    name: str
+    version: int
+    noun: str
+    ragged: Mapping[str, tuple[str, ...]]
+    heavy: tuple[str, ...]
+    pack: Callable[[Sequence[R]], Arrays]
+    unpack: Callable[[Any, int], R]
+    fits: Callable[[Arrays], bool]
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All datasets, in the order of the checksum."""
+        cut = (name for offset, names in self.ragged.items() for name in (offset, *names))
+        return ("id", "size", "grid", *cut)
 
 
 class Checksum:
     """SHA-256 over the datasets' bytes and the manifest, fed piece by piece."""
 
-    def __init__(self) -> None:
-        self._digests = {name: hashlib.sha256() for name in DATASETS}
+    def __init__(self, datasets: Iterable[str]) -> None:
+        self._digests = {name: hashlib.sha256() for name in datasets}
 
     def add(self, name: str, values: npt.NDArray[Any]) -> None:
         """Feed the next piece of a dataset."""
@@ -50,16 +82,16 @@ class Checksum:
 
     def hexdigest(self, manifest: str) -> str:
         """Digest of everything fed so far."""
-        parts = [manifest] + [self._digests[name].hexdigest() for name in DATASETS]
+        parts = [manifest] + [digest.hexdigest() for digest in self._digests.values()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def create_datasets(file: h5py.File, first: Arrays, id_bytes: int) -> None:
-    """Make the empty, growable datasets of a seeds file, with the types of its first block.
+def create_datasets(file: h5py.File, form: RecordFormat[Any], first: Arrays, id_bytes: int) -> None:
+    """Make the empty, growable datasets of a file, with the types of its first block.
 
     Chunks are no larger than that block, so that small files stay small; each carries HDF5's own checksum too.
     """
-    for name in DATASETS:
+    for name in form.datasets:
         values = first[name]
         dtype = np.dtype(f"S{max(1, id_bytes)}") if name == "id" else values.dtype
         tail = values.shape[1:]
@@ -80,26 +112,27 @@ def append(file: h5py.File, name: str, values: npt.NDArray[Any], checksum: Check
     checksum.add(name, values)
 
 
-def seal(file: h5py.File, manifest: str, checksum: Checksum) -> None:
-    """Write the attributes that make the file a seeds file."""
-    file.attrs["format"] = FORMAT
-    file.attrs["version"] = VERSION
+def seal(file: h5py.File, form: RecordFormat[Any], manifest: str, checksum: Checksum) -> None:
+    """Write the attributes that make the file one of ours."""
+    file.attrs["format"] = form.name
+    file.attrs["version"] = form.version
     file.attrs["manifest"] = manifest
     file.attrs["checksum"] = checksum.hexdigest(manifest)
 
 
-def read_manifest(file: h5py.File, where: str) -> tuple[str, dict[str, Any]]:
+def read_manifest(file: h5py.File, form: RecordFormat[Any], where: str) -> tuple[str, dict[str, Any]]:
     """The manifest as stored and parsed.
 
     Raises:
-        StoreError: not a seeds file, or one of a newer version.
+        StoreError: not a file of this format, or one of a newer version.
     """
     kind = file.attrs.get("format")
-    if kind != FORMAT:
-        raise StoreError(f"{where}: an HDF5 file, but not a clipseed seeds file")
+    if kind != form.name:
+        what = f"a {kind} file" if str(kind).startswith("clipseed-") else "an HDF5 file"
+        raise StoreError(f"{where}: {what}, but not a clipseed {form.noun} file")
     version = int(file.attrs.get("version", 0))
-    if version != VERSION:
-        raise StoreError(f"{where}: seeds format version {version}; this clipseed reads version {VERSION}")
+    if version != form.version:
+        raise StoreError(f"{where}: {form.noun} format version {version}; this clipseed reads version {form.version}")
     text = str(file.attrs.get("manifest", ""))
     try:
         manifest = json.loads(text)
@@ -110,52 +143,94 @@ def read_manifest(file: h5py.File, where: str) -> tuple[str, dict[str, Any]]:
     return text, manifest
 
 
-def check_datasets(file: h5py.File, where: str) -> None:
-    """Raise :class:`StoreError` unless all datasets are there with fitting shapes."""
-    missing = [name for name in DATASETS if not isinstance(file.get(name), h5py.Dataset)]
+def _is_own_dataset(file: h5py.File, name: str) -> bool:
+    """Whether a dataset is stored in this file itself, not linked from another one."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file.get(name), h5py.Dataset):
+        return False
+    return not file[name].is_virtual and not file[name].external
+
+
+def _check_dataset(dataset: h5py.Dataset, name: str, form: RecordFormat[Any], file_bytes: int, where: str) -> None:
+    """Raise :class:`StoreError` unless one dataset has a type of ours and the file holds what it promises.
+
+    Packed data, missing chunks and large ones could make a small file take any amount of memory.
+    """
+    kinds = {"id": "S", "size": "i", "grid": "i"} | dict.fromkeys(form.ragged, "i")
+    if dataset.dtype.kind not in kinds.get(name, "iufb"):
+        raise StoreError(f"{where}: damaged, {name!r} has the type {dataset.dtype}")
+    if dataset.ndim < 1 or (name == "id" and dataset.ndim > 1):
+        raise StoreError(f"{where}: damaged, {name!r} has the shape {dataset.shape}")
+    row = dataset.dtype.itemsize * math.prod(dataset.shape[1:])
+    chunk = dataset.dtype.itemsize * math.prod(dataset.chunks or (0,))
+    if dataset.nbytes > file_bytes or chunk > max(_CHUNK_BYTES, row):
+        raise StoreError(f"{where}: damaged, {name!r} promises more data than the file holds")
+
+
+def check_datasets(file: h5py.File, form: RecordFormat[Any], where: str) -> None:
+    """Raise :class:`StoreError` unless all datasets are there with fitting types, shapes and amounts of data."""
+    missing = [name for name in form.datasets if not _is_own_dataset(file, name)]
     if missing:
         raise StoreError(f"{where}: damaged, dataset {missing[0]!r} is missing")
+    file_bytes = file.id.get_filesize()
+    for name in form.datasets:
+        _check_dataset(file[name], name, form, file_bytes, where)
     count = file["id"].shape[0]
-    shapes = dict.fromkeys(("size", "grid"), (count, 2)) | dict.fromkeys(_OFFSETS, (count + 1,))
+    shapes = dict.fromkeys(("size", "grid"), (count, 2)) | dict.fromkeys(form.ragged, (count + 1,))
     for name, shape in shapes.items():
         if file[name].shape != shape:
             raise StoreError(f"{where}: damaged, {name!r} has shape {file[name].shape} instead of {shape}")
 
 
-_OFFSETS = ("class_offset", "cam_offset")
+def read_index(file: h5py.File, form: RecordFormat[Any], where: str) -> Arrays:
+    """Everything but the heavy datasets, checked.
 
-
-def check_offsets(arrays: Mapping[str, npt.NDArray[Any]], classes: int, values: int, where: str) -> None:
-    """Raise :class:`StoreError` unless offsets, sizes and grids agree with each other and with the data's length."""
-    class_offset, cam_offset = arrays["class_offset"], arrays["cam_offset"]
-    grid, size = arrays["grid"].astype(np.int64), arrays["size"]
-    counts = np.diff(class_offset)
-    fits = (
-        class_offset[0] == 0
-        and cam_offset[0] == 0
-        and class_offset[-1] == classes
-        and cam_offset[-1] == values
-        and (counts >= 0).all()
-        and (np.diff(cam_offset) == counts * grid.prod(axis=1)).all()
-        and (grid > 0).all()
-        and (size > 0).all()
-    )
-    if not fits:
+    Raises:
+        StoreError: offsets, sizes and grids do not agree with each other or with the data's length.
+    """
+    arrays: Arrays = {name: file[name][...] for name in form.datasets if name not in form.heavy}
+    for offset, names in form.ragged.items():
+        cuts = arrays[offset]
+        sound = cuts[0] == 0 and (np.diff(cuts) >= 0).all()
+        if not sound or any(file[name].shape[:1] != (cuts[-1],) for name in names):
+            raise StoreError(f"{where}: damaged, its offsets do not fit its data")
+    sides = np.concatenate([arrays["size"], arrays["grid"]])
+    if not ((sides > 0).all() and (sides <= _LONGEST_SIDE).all() and form.fits(arrays)):
         raise StoreError(f"{where}: damaged, its offsets do not fit its data")
+    return arrays
 
 
-def verify(file: h5py.File, where: str, block: int = 1 << 22) -> None:
+def verify(file: h5py.File, form: RecordFormat[Any], where: str, block: int = 1 << 22) -> None:
     """Read everything and compare with the stored checksum.
 
     Raises:
         StoreError: something was changed.
         OSError: something cannot be read, as HDF5's own checksums do not match.
     """
-    text, _ = read_manifest(file, where)
-    checksum = Checksum()
-    for name in DATASETS:
+    text, _ = read_manifest(file, form, where)
+    checksum = Checksum(form.datasets)
+    for name in form.datasets:
         dataset = file[name]
         for start in range(0, dataset.shape[0], block):
             checksum.add(name, dataset[start : start + block])
     if checksum.hexdigest(text) != file.attrs.get("checksum"):
         raise StoreError(f"{where}: damaged, its checksum does not match its content")
+
+
+def pack_index(records: Sequence[Any], grids: Sequence[tuple[int, ...]]) -> Arrays:
+    """The datasets that every format has: ids, sizes and grids."""
+    ids = [record.id.encode("utf-8", "surrogateescape") for record in records]
+    return {
+        "id": np.array(ids, dtype=f"S{max([1, *map(len, ids)])}"),
+        "size": np.array([record.size for record in records], np.int32).reshape(-1, 2),
+        "grid": np.array(grids, np.int32).reshape(-1, 2),
+    }
+
+
+def offsets(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Where pieces of these lengths begin and the last one ends."""
+    return np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
+
+
+def joined(parts: Sequence[npt.NDArray[Any]], dtype: str) -> npt.NDArray[Any]:
+    """Arrays one behind the other; of this type even if there is none."""
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)

@@ -7,6 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from clipseed.errors import StoreError
+
 Manifest = dict[str, Any]
 
 _COMPARED = ("kind", "method", "options", "source", "model", "vocabulary", "dataset")
@@ -38,6 +40,26 @@ def differences(stored: Manifest, wanted: Manifest) -> list[str]:
     for part in _COMPARED:
         _compare(part, stored.get(part), wanted.get(part), found)
     return found
+
+
+class OtherSettings(StoreError):
+    """An output exists with another manifest."""
+
+
+def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
+    """Refuse to add to an output that was made with other settings.
+
+    Raises:
+        OtherSettings: naming what differs.
+    """
+    changed = differences(stored, wanted)
+    if changed:
+        shown = "\n  ".join(changed[:12])
+        more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
+        raise OtherSettings(
+            f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
+            f"\n  {shown}{more}"
+        )
 
 
 def _compare(path: str, there: Any, now: Any, found: list[str]) -> None:

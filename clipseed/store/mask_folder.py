@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock
 
+from clipseed.data.types import check_id
 from clipseed.errors import StoreError, UsageError
-from clipseed.store.files import remove_leftovers, storage_errors, write_text
-from clipseed.store.locks import acquire
-from clipseed.store.manifest import Manifest, differences, dumps
+from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
+from clipseed.store.manifest import Manifest, dumps, refuse_differences
 from clipseed.store.masks import Labels, mask_classes, write_mask
+from clipseed.store.share import WHOLE, RollCall, Share, lock_output
+from clipseed.store.writer import Finished
 
 MANIFEST = "manifest.json"
 
@@ -27,15 +29,17 @@ class MaskWriter:
         folder: Made when missing.
         manifest: What decides the content, kept as ``manifest.json``.
         overwrite: Delete the masks of an earlier run first.
+        share: Which pictures are this run's to do; the folder is shared with the others.
 
     Raises:
         StoreError: made with other settings, in use by another process, or not writable.
         UsageError: ``folder`` is a file, or holds other things.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, overwrite: bool = False) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, overwrite: bool = False, share: Share = WHOLE) -> None:
         self.folder = folder
-        self._manifest, self._overwrite = manifest, overwrite
+        self._manifest, self._overwrite, self._share = manifest, overwrite, share
+        self._roll = RollCall(folder, share)
         self._lock: FileLock | None = None
         self.done: set[str] = set()
         self.notes: list[str] = []
@@ -43,11 +47,13 @@ class MaskWriter:
     def __enter__(self) -> MaskWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder}: is a file; masks go to a folder")
+        if self._overwrite and not self._share.whole:
+            raise UsageError(f"--overwrite cannot be used by one of several runs; delete {self.folder} first")
         with storage_errors(self.folder):
             if not self.folder.parent.is_dir():
                 raise StoreError(f"{self.folder}: the folder {self.folder.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
-            self._lock = acquire(self.folder / "lock", self.folder)
+            self._lock = lock_output(self.folder, self.folder, self._share)
         try:
             self._prepare()
         except BaseException:
@@ -56,7 +62,8 @@ class MaskWriter:
         return self
 
     def _prepare(self) -> None:
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, lambda _: self._share.whole)
+        self._roll.withdraw()
         plan = self.folder / MANIFEST
         there = read_mask_manifest(self.folder)
         found = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in self.folder.rglob("*.png")}
@@ -86,23 +93,36 @@ class MaskWriter:
 
     def _refuse_other(self, plan: Path) -> None:
         try:
-            changed = differences(json.loads(plan.read_text(encoding="utf-8")), self._manifest)
-        except (ValueError, AttributeError) as error:
+            stored = json.loads(plan.read_text(encoding="utf-8"))
+            if not isinstance(stored, dict):
+                raise ValueError("not a manifest")
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
-        if changed:
-            shown = "\n  ".join(changed[:12])
-            raise StoreError(
-                f"{self.folder} was made with other settings; choose another --out, or start again with --overwrite:"
-                f"\n  {shown}"
-            )
+        refuse_differences(stored, self._manifest, str(self.folder))
 
     def write(self, identifier: str, labels: Labels, classes: tuple[int, ...]) -> None:
         """Store one mask ``(H, W)``, and inside it the classes that it was made for."""
-        path = self._path(identifier)
+        path = self._path(check_id(identifier, str(self.folder)))
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_mask(path, labels, classes)
         self.done.add(identifier)
+
+    def finish(self, skipped: Sequence[tuple[str, str]]) -> Finished:
+        """End the run and list what was skipped; of several runs the last one lists it for all."""
+        listed: Sequence[tuple[str, str]] = skipped
+        if not self._share.whole:
+            report = self._roll.report(skipped)
+            reported = self._roll.reported()
+            if not reported:  # two were last at once, and the other one is through with it
+                return Finished(None)
+            missing = self._share.count - reported
+            if missing:
+                return Finished(report if skipped else None, missing)
+            listed = self._roll.skipped()
+        path = write_skipped(self.folder / "skipped.csv", listed)
+        self._roll.dismiss()
+        return Finished(path)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -119,6 +139,6 @@ def read_mask_manifest(folder: Path) -> Manifest | None:
     """What is recorded beside masks; ``None`` where nothing can be read. Without ``vocabulary`` it is not ours."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -11,11 +11,15 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from clipseed.data.paths import never_ends
 from clipseed.errors import InputError
 from clipseed.store.files import replacing
 
 IGNORE = 255
 _CLASSES = "clipseed-classes"
+_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
+_ROWS = 1 << 22
+"""Pixels whose colours are looked up at once."""
 Labels = npt.NDArray[np.uint8]
 
 
@@ -50,11 +54,18 @@ def write_mask(path: Path, labels: Labels, classes: Sequence[int] | None = None)
 def mask_classes(path: Path) -> tuple[int, ...] | None:
     """Classes that a mask was made for, read from its header; ``None`` where it does not say (not ours)."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             text = image.info.get(_CLASSES)
             return None if text is None else tuple(int(word) for word in str(text).split())
-    except (OSError, ValueError):
+    except Exception:  # decoders raise nearly anything on damaged files
         return None
+
+
+def _opened(path: Path) -> Image.Image:
+    """Open a mask, whatever its name: pictures without loss only, as Pillow's other formats may run interpreters."""
+    if never_ends(path):
+        raise InputError(f"{path}: a pipe or a device, not a mask")
+    return Image.open(path, formats=_FORMATS)
 
 
 def read_mask(path: Path) -> Labels:
@@ -66,10 +77,10 @@ def read_mask(path: Path) -> Labels:
         InputError: missing, damaged, values beyond 255, or colours that are not VOC's.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
             if image.mode in {"P", "L"}:
-                return np.asarray(image).copy()
+                return np.array(image)
             if image.mode == "1":
                 return np.asarray(image).astype(np.uint8)
             if image.mode.startswith("I"):
@@ -79,20 +90,22 @@ def read_mask(path: Path) -> Labels:
             mode = image.mode
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such mask") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: refused, its header promises an enormous mask ({error})") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not a picture") from error
     except InputError:
         raise
-    except Exception as error:  # decoders raise nearly anything on damaged files
+    except Exception as error:  # as above
         raise InputError(f"{path}: damaged mask ({type(error).__name__}: {error})") from error
     raise InputError(f"{path}: masks are palette or grey PNG, not mode {mode}")
 
 
 def _narrow(values: npt.NDArray[np.generic], path: Path) -> Labels:
-    wide = values.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 255:
-        raise InputError(f"{path}: label {int(wide.max())} does not fit into 8 bits")
-    return wide.astype(np.uint8)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 255:
+        raise InputError(f"{path}: label {low if low < 0 else high} does not fit into 8 bits")
+    return values.astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -104,14 +117,17 @@ def _colour_table() -> npt.NDArray[np.int32]:
 
 
 def _from_colours(pixels: npt.NDArray[np.uint8], path: Path) -> Labels:
-    wide = pixels.astype(np.int64)
-    labels = _colour_table()[(wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]]
-    if labels.min() < 0:
-        row, column = (int(k[0]) for k in np.nonzero(labels < 0))
-        colour = tuple(int(value) for value in pixels[row, column])
-        raise InputError(
-            f"{path}: colour {colour} at row {row}, column {column} is not in the VOC colour map; "
-            "masks must be palette or grey PNG with label values"
-        )
-    narrow: Labels = labels.astype(np.uint8)
-    return narrow
+    found = np.empty(pixels.shape[:2], np.uint8)
+    rows = max(1, _ROWS // max(1, pixels.shape[1]))
+    for first in range(0, len(pixels), rows):
+        wide = pixels[first : first + rows].astype(np.int32)
+        labels = _colour_table()[(wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]]
+        if labels.min() < 0:
+            row, column = (int(k[0]) for k in np.nonzero(labels < 0))
+            colour = tuple(int(value) for value in wide[row, column])
+            raise InputError(
+                f"{path}: colour {colour} at row {first + row}, column {column} is not in the VOC colour map; "
+                "masks must be palette or grey PNG with label values"
+            )
+        found[first : first + rows] = labels
+    return found

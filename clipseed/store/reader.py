@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.data.paths import is_file, is_folder, never_ends
 from clipseed.errors import StoreError
 from clipseed.store.manifest import Manifest
 from clipseed.store.records import SeedMap
@@ -17,6 +18,7 @@ from clipseed.store.shard import SeedFile
 
 SHARD_PATTERN = "unit-*.h5"
 _VERIFY_BELOW = 256 << 20
+_PARTS = ("options", "vocabulary", "dataset")
 
 
 class Seeds(Mapping[str, SeedMap]):
@@ -29,15 +31,27 @@ class Seeds(Mapping[str, SeedMap]):
         self.path = path
         self._paths = _seed_files(path)
         if verify is None:
-            verify = sum(file.stat().st_size for file in self._paths) < _VERIFY_BELOW
+            verify = sum(map(_bytes, self._paths)) < _VERIFY_BELOW
         self._files = [SeedFile(file, verify=verify) for file in self._paths]
         self._process = os.getpid()
         self.manifest: Manifest = self._files[0].manifest
+        try:
+            self._check()
+        except StoreError:
+            self.close()
+            raise
         self._rows: dict[str, tuple[int, int]] = {}
         for number, file in enumerate(self._files):
             for row, identifier in enumerate(file.ids):
                 if self._rows.setdefault(identifier, (number, row)) != (number, row):
+                    self.close()
                     raise StoreError(f"{path}: the id {identifier!r} is stored twice")
+
+    def _check(self) -> None:
+        names = class_names(self.manifest, self.path)
+        for file in self._files:
+            if len(file.class_counts) > len(names):
+                raise StoreError(f"{file.path}: damaged, it has class {len(file.class_counts) - 1} of {len(names)}")
 
     def __getitem__(self, identifier: str) -> SeedMap:
         number, row = self._rows[identifier]
@@ -63,7 +77,7 @@ class Seeds(Mapping[str, SeedMap]):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes that ``SeedMap.classes`` indexes."""
-        return tuple(item["name"] for item in self.manifest["vocabulary"]["classes"])
+        return class_names(self.manifest, self.path)
 
     @property
     def files(self) -> list[SeedFile]:
@@ -84,12 +98,37 @@ class Seeds(Mapping[str, SeedMap]):
         self.close()
 
 
+def class_names(manifest: Manifest, path: Path) -> tuple[str, ...]:
+    """Class names of a seeds file's manifest.
+
+    Raises:
+        StoreError: the manifest has another form than every manifest of ours.
+    """
+    parts = {"model": manifest.get("model", {}), **{part: manifest.get(part) for part in _PARTS}}
+    odd = next((part for part, value in parts.items() if not isinstance(value, dict)), None)
+    classes = manifest["vocabulary"].get("classes") if odd is None else None
+    if not isinstance(classes, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) for item in classes
+    ):
+        raise StoreError(f"{path}: damaged, its manifest has no {odd or 'list of classes'!r}")
+    return tuple(item["name"] for item in classes)
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _seed_files(path: Path) -> list[Path]:
-    if not path.exists():
-        if path.with_name(path.name + ".parts").is_dir():
+    if never_ends(path):
+        raise StoreError(f"{path}: a pipe or a device, not a seeds file")
+    if not is_folder(path) and not is_file(path):
+        if is_folder(path.with_name(path.name + ".parts")):
             raise StoreError(f"{path}: not finished yet; run the command that writes it again, it resumes")
         raise StoreError(f"{path}: no such file")
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     shards = sorted(path.glob(SHARD_PATTERN))
     if not shards:

@@ -1,15 +1,33 @@
-"""What one picture's seeds are in memory."""
+"""Seeds: what one picture's class activation maps are in memory, and their place in a file.
+
+With n pictures and C maps in all a seeds file holds, beside what :mod:`clipseed.store.layout` describes,
+
+===============  ===========  ==========================================================
+``size``         (n, 2) i4    height and width of the picture in pixels
+``grid``         (n, 2) i4    height and width of its maps
+``class_offset`` (n+1,) i8    where each picture's classes begin in ``class_id``
+``class_id``     (C,) i4      class indices (mask value = index + 1)
+``cam_offset``   (n+1,) i8    where each picture's maps begin in ``cam``
+``cam``          (sum K h w)  f2 or f4, values in [0, 1], maps row by row, class by class
+===============  ===========  ==========================================================
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.store.layout import Arrays
+from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
+
+if TYPE_CHECKING:
+    from clipseed.store.shard import RecordFile
+
+_MOST_CLASSES = 254
 
 
 @dataclass(frozen=True)
@@ -39,22 +57,45 @@ class SeedMap:
         return out
 
 
-def pack(records: Iterable[SeedMap], cam_dtype: str) -> Arrays:
-    """Flatten records into the arrays of one file (offsets start at 0)."""
-    items = list(records)
-    counts = np.array([len(item.classes) for item in items], np.int64)
-    lengths = np.array([item.cam.size for item in items], np.int64)
-    ids = [item.id.encode("utf-8", "surrogateescape") for item in items]
+def seed_format(cam_dtype: str = "float16") -> RecordFormat[SeedMap]:
+    """The seeds file; ``cam_dtype`` (``float16`` or ``float32``) matters for writing only."""
+    return RecordFormat(
+        name="clipseed-seeds",
+        version=1,
+        noun="seeds",
+        ragged={"class_offset": ("class_id",), "cam_offset": ("cam",)},
+        heavy=("cam",),
+        pack=partial(_pack, cam_dtype=cam_dtype),
+        unpack=_unpack,
+        fits=_fits,
+    )
+
+
+def _pack(records: Sequence[SeedMap], cam_dtype: str) -> Arrays:
     return {
-        "id": np.array(ids, dtype=f"S{max([1, *map(len, ids)])}"),
-        "size": np.array([item.size for item in items], np.int32).reshape(-1, 2),
-        "grid": np.array([item.cam.shape[1:] for item in items], np.int32).reshape(-1, 2),
-        "class_offset": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "class_id": _joined([item.classes for item in items], "i4"),
-        "cam_offset": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "cam": _joined([item.cam.ravel() for item in items], cam_dtype),
+        **pack_index(records, [record.cam.shape[1:] for record in records]),
+        "class_offset": offsets([len(record.classes) for record in records]),
+        "class_id": joined([record.classes for record in records], "i4"),
+        "cam_offset": offsets([record.cam.size for record in records]),
+        "cam": joined([record.cam.ravel() for record in records], cam_dtype),
     }
 
 
-def _joined(parts: list[npt.NDArray[Any]], dtype: str) -> npt.NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
+def _unpack(file: RecordFile[SeedMap], row: int) -> SeedMap:
+    height, width = (int(side) for side in file.grids[row])
+    maps = file.heavy("cam", "cam_offset", row).astype(np.float32).reshape(-1, height, width)
+    return SeedMap(file.ids[row], classes_of(file, row), maps, file.size(row))
+
+
+def classes_of(file: RecordFile[SeedMap], row: int) -> npt.NDArray[np.int32]:
+    """Classes ``(K,)`` of the picture in a row, without reading its maps."""
+    found: npt.NDArray[np.int32] = file.index["class_id"][file.span("class_offset", row)].copy()
+    return found
+
+
+def _fits(arrays: Arrays) -> bool:
+    """Every map covers its grid, and classes are such as masks can hold."""
+    counts = np.diff(arrays["class_offset"])
+    cells = arrays["grid"].astype(np.int64).prod(axis=1)
+    known = (arrays["class_id"] >= 0) & (arrays["class_id"] < _MOST_CLASSES)
+    return bool(known.all() and (np.diff(arrays["cam_offset"]) == counts * cells).all())

@@ -1,4 +1,4 @@
-"""Writing seeds so that nothing is lost: small immutable shards first, one portable file at the end.
+"""Writing records so that nothing is lost: small immutable shards first, one portable file at the end.
 
 ``--out cams.h5`` collects shards in ``cams.h5.parts/`` and ends as one file; ``--out DIR`` keeps the shards. A shard
 holds one *unit*, a fixed run of the data set's order, and appears under its name only when it is complete and on the
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 from filelock import FileLock
 
 from clipseed.errors import StoreError, UsageError
-from clipseed.store.files import remove_leftovers, storage_errors, write_text
-from clipseed.store.locks import acquire
-from clipseed.store.manifest import Manifest, differences, dumps
+from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text_once
+from clipseed.store.gather import gathered
+from clipseed.store.layout import R, RecordFormat
+from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
 from clipseed.store.reader import SHARD_PATTERN
-from clipseed.store.records import SeedMap
-from clipseed.store.shard import SeedFile, write_portable, write_shard
+from clipseed.store.shard import RecordFile, write_portable, write_shard
+from clipseed.store.share import WHOLE, RollCall, Share, Skipped, lock_output, unit_number
 
 _H5_SUFFIXES = {".h5", ".hdf5"}
 
@@ -35,15 +37,32 @@ class Unit:
     ids: tuple[str, ...]
 
 
-class SeedWriter:
+@dataclass(frozen=True)
+class Finished:
+    """How a run left its output.
+
+    Attributes:
+        skipped_file: List of what was left out; ``None`` when nothing was.
+        open_shares: How many other runs' shares are still missing; the last of them finishes the output.
+    """
+
+    skipped_file: Path | None
+    open_shares: int = 0
+
+
+W = TypeVar("W", bound="RecordWriter[Any]")
+
+
+class RecordWriter(Generic[R]):
     """The output of one command. Use as a context manager: it holds the output's lock.
 
     Args:
         out: ``NAME.h5`` for one portable file, anything else for a folder of shards.
         manifest: What decides the content.
-        cam_dtype: ``float16`` or ``float32``.
+        form: What the records are.
         unit_size: Samples per shard; what an interrupted output began with is kept.
         overwrite: Delete what is there first.
+        share: Which units are this run's.
 
     Raises:
         StoreError: made with other settings, in use by another process, or not writable.
@@ -51,29 +70,32 @@ class SeedWriter:
     """
 
     def __init__(
-        self, out: Path, manifest: Manifest, cam_dtype: str, unit_size: int, *, overwrite: bool = False
-    ) -> None:
+        self, out: Path, manifest: Manifest, form: RecordFormat[R], unit_size: int, *, overwrite: bool = False,
+        share: Share = WHOLE,
+    ) -> None:  # fmt: skip
         self.out = out
         self.portable = out.suffix.lower() in _H5_SUFFIXES
         self.folder = out.with_name(out.name + ".parts") if self.portable else out
         self.manifest, self._text = manifest, dumps(manifest)
-        self._cam_dtype, self._unit_size = cam_dtype, unit_size
+        self._form, self._unit_size, self._share = form, unit_size, share
         self._overwrite = overwrite
         self._lock: FileLock | None = None
+        self._roll = RollCall(self.folder, share)
         self.notes: list[str] = []
         self._done: dict[str, Path] = {}
-        self._classes: dict[str, tuple[int, ...]] = {}
         if not self.portable and out.exists() and not out.is_dir():
             raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for shards")
         if self.portable and out.is_dir():
             raise UsageError(f"--out {out}: is a folder; give the name of a file in it")
+        if overwrite and not share.whole:
+            raise UsageError(f"--overwrite cannot be used by one of several runs; delete {out} first")
 
-    def __enter__(self) -> SeedWriter:
+    def __enter__(self: W) -> W:
         with storage_errors(self.folder):
             if not self.out.parent.is_dir():
                 raise StoreError(f"{self.out}: the folder {self.out.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
-            self._lock = acquire(self.folder / "lock", self.out)
+            self._lock = lock_output(self.folder, self.out, self._share)
         try:
             self._prepare()
         except BaseException:
@@ -82,36 +104,38 @@ class SeedWriter:
         return self
 
     def _prepare(self) -> None:
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, lambda path: self._share.whole or self._share.takes(unit_number(path)))
+        self._roll.withdraw()
         if self._overwrite:
             for path in (*self.folder.glob(SHARD_PATTERN), self.folder / "manifest.json"):
                 path.unlink(missing_ok=True)
             if self.portable:
                 self.out.unlink(missing_ok=True)
         plan = self.folder / "manifest.json"
-        if plan.is_file():
-            try:
-                stored = json.loads(plan.read_text(encoding="utf-8"))
-                self._unit_size = int(stored["unit_size"])
-                self._refuse_other(stored["manifest"], str(self.folder))
-            except (ValueError, KeyError, TypeError) as error:
-                raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
+        write_text_once(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
+        try:
+            stored = json.loads(plan.read_text(encoding="utf-8"))
+            self._unit_size = int(stored["unit_size"])
+            refuse_differences(stored["manifest"], self.manifest, str(self.folder))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
+        # Shards first: they are newer than a finished file that corrected labels or new pictures are added to.
+        for shard in self._shards():
+            if self._share.takes(unit_number(shard)):
+                self._take_stock(shard)
         if self.portable and self.out.is_file():
             self._take_stock(self.out)
-        for shard in sorted(self.folder.glob(SHARD_PATTERN)):
-            self._take_stock(shard)
-        if not plan.is_file():
-            write_text(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.folder.glob(SHARD_PATTERN))
 
     def _take_stock(self, path: Path) -> None:
         """Note which ids a finished file holds; a damaged shard is dropped and computed again."""
         try:
-            with SeedFile(path, verify=True) as file:
-                self._refuse_other(file.manifest, str(path))
-                for row, identifier in enumerate(file.ids):
-                    self._done.setdefault(identifier, path)
-                    self._classes.setdefault(identifier, tuple(file.classes(row).tolist()))
-        except _OtherSettings:
+            with RecordFile(path, self._form, verify=True) as file:
+                refuse_differences(file.manifest, self.manifest, str(path))
+                self._note(file, path)
+        except OtherSettings:
             raise
         except StoreError as error:
             if path == self.out:
@@ -119,49 +143,39 @@ class SeedWriter:
             path.unlink()
             self.notes.append(f"{error}; its pictures are computed again")
 
-    def _refuse_other(self, stored: Manifest, where: str) -> None:
-        changed = differences(stored, self.manifest)
-        if changed:
-            shown = "\n  ".join(changed[:12])
-            more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
-            raise _OtherSettings(
-                f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
-                f"\n  {shown}{more}"
-            )
-
-    def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
-        """Take pictures that are stored with other classes than these for not done: their labels were corrected.
-
-        A shard that holds one of them goes, and its other pictures are computed again too.
-        """
-        stale = {key for key, known in self._classes.items() if key in classes and tuple(classes[key] or ()) != known}
-        shards = {self._done[key] for key in stale} - {self.out}
-        for path in shards:
-            path.unlink()
-        self._done = {key: path for key, path in self._done.items() if key not in stale and path not in shards}
-        if stale:
-            self.notes.append(f"{len(stale)} pictures are stored with other labels; they are computed again")
+    def _note(self, file: RecordFile[R], path: Path) -> None:
+        for identifier in file.ids:
+            self._done.setdefault(identifier, path)
 
     @property
     def done(self) -> frozenset[str]:
         """Ids that are stored already."""
         return frozenset(self._done)
 
+    def share_of(self, ids: Sequence[str]) -> list[str]:
+        """Those of the data set's ids that are this run's to do."""
+        size, takes = self._unit_size, self._share.takes
+        return [
+            key for k, start in enumerate(range(0, len(ids), size)) if takes(k) for key in ids[start : start + size]
+        ]
+
     def units(self, ids: Sequence[str]) -> list[Unit]:
         """Cut the data set's ids into units and drop what is done; the cut never depends on what is done."""
         found = []
         for index, start in enumerate(range(0, len(ids), self._unit_size)):
+            if not self._share.takes(index):
+                continue
             missing = tuple(key for key in ids[start : start + self._unit_size] if key not in self._done)
             if missing:
                 found.append(Unit(index, missing))
         return found
 
-    def write(self, index: int, records: Sequence[SeedMap]) -> None:
+    def write(self, index: int, records: Sequence[R]) -> None:
         """Store the records of unit ``index`` as one shard; pictures that were skipped are simply not among them."""
         if not records:
             return
         path = self._shard_path(index)
-        write_shard(path, self._text, records, self._cam_dtype)
+        write_shard(path, self._text, records, self._form)
         for record in records:
             self._done[record.id] = path
 
@@ -174,39 +188,49 @@ class SeedWriter:
             path = self.folder / f"unit-{index:06d}-{number}.h5"
         return path
 
-    def finish(self, ids: Sequence[str]) -> Path:
-        """Make the portable file out of the shards (in the order of ``ids``, then what else is there)."""
-        if not self.portable:
-            return self.out
-        if any(path != self.out for path in self._done.values()) or not self.out.is_file():
+    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
+        """End the run: make the portable file, in the order of ``ids``, and list what was skipped.
+
+        One of several runs reports its share; the last to do so ends the whole output.
+        """
+        if self._share.whole:
+            return self._end(ids, skipped)
+        report = self._roll.report(skipped)
+        self._release()
+        missing = self._share.count - self._roll.reported()
+        if missing:
+            return Finished(report if skipped else None, missing)
+        try:
+            self._lock = lock_output(self.folder, self.out, WHOLE)
+        except StoreError:  # two were last at once, and the other one is at it
+            return Finished(report if skipped else None)
+        if not self._roll.reported():  # ... and through with it
+            self._release()
+            if self.portable and not self._shards():
+                shutil.rmtree(self.folder, ignore_errors=True)  # locking made it again
+            return Finished(None)
+        everything: Skipped = self._roll.skipped()
+        for shard in self._shards():
+            if not self._share.takes(unit_number(shard)):
+                with RecordFile(shard, self._form, verify=False) as file:
+                    self._done |= dict.fromkeys(file.ids, shard)
+        return self._end(ids, everything)
+
+    def _end(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
+        if self.portable and (any(path != self.out for path in self._done.values()) or not self.out.is_file()):
             wanted = dict.fromkeys(key for key in ids if key in self._done)
             order = [*wanted, *(key for key in self._done if key not in wanted)]
             size = sum(path.stat().st_size for path in set(self._done.values()))
-            write_portable(self.out, self._text, self._gather(order), self._cam_dtype, order, size)
-        return self.out
-
-    def _gather(self, order: Sequence[str]) -> Iterator[SeedMap]:
-        """Read records back one by one, keeping the few files open that the order makes use of."""
-        opened: dict[Path, tuple[SeedFile, dict[str, int]]] = {}
-        try:
-            for identifier in order:
-                path = self._done[identifier]
-                if path not in opened:
-                    while len(opened) > 8:
-                        opened.pop(next(iter(opened)))[0].close()
-                    file = SeedFile(path, verify=False)
-                    opened[path] = (file, {key: row for row, key in enumerate(file.ids)})
-                file, rows = opened[path]
-                yield file.read(rows[identifier])
-        finally:
-            for file, _ in opened.values():
-                file.close()
-
-    def discard_parts(self) -> None:
-        """Remove the shards behind a finished portable file."""
+            records = gathered(order, self._done, self._form)
+            write_portable(self.out, self._text, records, self._form, order, size)
+        path = self.out.with_name(f"{self.out.stem}.skipped.csv") if self.portable else self.out / "skipped.csv"
+        listed = write_skipped(path, skipped)
         if self.portable:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._release()
+        else:
+            self._roll.dismiss()
+        self._release()
+        return Finished(listed)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -217,7 +241,3 @@ class SeedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._release()
-
-
-class _OtherSettings(StoreError):
-    """The output exists with another manifest."""

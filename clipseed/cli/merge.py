@@ -1,0 +1,54 @@
+"""``clipseed merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clipseed.cli import options as shared
+from clipseed.cli.console import Talker, print_json
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("merge")(merge)
+
+
+def merge(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Outputs of the same command: NAME.h5, folders of shards, or folders of masks."),
+    ],
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="The file, or for masks the folder; without it one unfinished NAME.h5 is finished.",
+            rich_help_panel=shared.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    json: shared.Json = False,
+    quiet: shared.Quiet = False,
+    debug: shared.Debug = False,
+) -> int:
+    """Make one output out of what several runs made.
+
+    Runs with --shard on one disk need it only when one of them was never finished. Examples:
+
+      clipseed merge cams.h5
+
+      clipseed merge node-1/cams.h5 node-2/cams.h5 --out cams.h5
+    """
+    from clipseed.jobs.merge import run_merge
+
+    talker = Talker(quiet)
+    report = run_merge(sources, out)
+    for note in report.notes:
+        talker.warn(note)
+    twice = f", {report.repeated} of them more than once" if report.repeated else ""
+    talker.note(f"{report.out}: {report.images} pictures out of {report.files} files{twice}")
+    if json:
+        print_json({"out": str(report.out), "files": report.files, "images": report.images})
+    return 0

@@ -1,0 +1,177 @@
+"""What the commands share that stream a whole data set: which part of it, where, progress, reports, exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clipseed.cli.console import Talker, print_json, some
+from clipseed.cli.options import auto_or_number
+from clipseed.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipseed.runtime.cluster import ClusterOptions
+    from clipseed.runtime.launch import Launch
+    from clipseed.runtime.stream import Advance, StreamStats
+
+
+class StreamReport(Protocol):
+    """What all jobs that stream report."""
+
+    out: Path
+    total: int
+    found: int
+    stats: StreamStats
+    seconds: float
+    notes: list[str]
+    skipped_file: Path | None
+    open_shares: int
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """``--shard``, ``--engine`` and its cluster, ``--report``, ``--json`` and ``--quiet`` as given."""
+
+    shard: str | None = None
+    engine: str = "local"
+    ray_address: str | None = None
+    ray_workers: str = "auto"
+    ray_cpus: str = "auto"
+    report: Path | None = None
+    json: bool = False
+    quiet: bool = False
+    engines: tuple[str, ...] = ("local",)
+    """Engines other than ray that this command knows."""
+
+
+@dataclass
+class Running:
+    """One run of a command, from its options to its exit code."""
+
+    command: str
+    options: RunOptions
+    launch: Launch
+    cluster: ClusterOptions | None
+    talker: Talker
+
+    def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
+        """Say what there is to do, and give the progress callback."""
+        share = f"share {self.launch.share} ({self.launch.source}): " if not self.launch.share.whole else ""
+        many = f"{of} pictures, " if of is not None else ""
+        unit = "to do" if of is not None else "pictures to do"
+        self.talker.note(
+            f"{title or self.command}: {share}{many}{todo} {unit}" + (f", {done} done already" if done else "")
+        )
+        current: list[StreamStats] = []
+        track = self.talker.track(self.command, todo, lambda: _detail(current[0]) if current else "")
+
+        def advance(count: int, stats: StreamStats) -> None:
+            current[:] = [stats]
+            track(count)
+
+        return advance
+
+    def finish(self, report: StreamReport, summary: str, facts: dict[str, Any]) -> int:
+        """Tell how it went, write what was asked for, and give the exit code.
+
+        Args:
+            report: Of the job.
+            summary: The last line; `images/s` are filled in.
+            facts: What ``--json`` and ``--report`` say besides what every command reports.
+        """
+        stats, talker = report.stats, self.talker
+        for note in report.notes:
+            talker.warn(note)
+        if stats.out_of_memory:
+            before, after = stats.out_of_memory
+            talker.warn(f"out of memory with {before} pictures at once; went on with {after} (--batch-size {after})")
+        if stats.counters["recomputed"]:
+            talker.warn(
+                f"{stats.counters['recomputed']} pictures gave NaN or infinity in half precision and were computed in "
+                "fp32"
+            )
+        if stats.skipped:
+            reasons = some([f"{key} ({why})" for key, why in stats.skipped], 3)
+            talker.warn(f"{len(stats.skipped)} pictures skipped: {reasons}")
+        if report.skipped_file:
+            talker.warn(f"all of them are listed in {report.skipped_file}")
+        talker.note(summary)
+        if report.open_shares:
+            talker.note(
+                f"share {self.launch.share} is done; {report.open_shares} of {self.launch.share.count} are not yet, "
+                "and the last of them finishes the output (if they ran on other disks: clipseed merge)"
+            )
+        data = {**_common(report, self), **facts}
+        if self.options.report:
+            from clipseed.jobs.run_report import write_run_report
+
+            write_run_report(self.options.report, data)
+        if self.options.json:
+            print_json(data)
+        # torchrun would stop the other processes for it.
+        return 3 if stats.skipped and self.launch.source != "torchrun" else 0
+
+
+def prepare(command: str, options: RunOptions) -> Running:
+    """Read the shared options.
+
+    Raises:
+        UsageError: an option means nothing.
+    """
+    from clipseed.runtime.launch import Launch, find_share
+
+    talker = Talker(options.quiet)
+    cluster = _cluster(options)
+    # A driver of Ray inside a Slurm allocation is one process, whatever the allocation's variables say.
+    launch = find_share(options.shard) if cluster is None or options.shard else Launch()
+    if options.report is not None and not options.report.parent.is_dir():
+        raise UsageError(f"--report {options.report}: the folder {options.report.parent} does not exist")
+    return Running(command, options, launch, cluster, talker)
+
+
+def _cluster(options: RunOptions) -> ClusterOptions | None:
+    workers = auto_or_number(options.ray_workers, "--ray-workers")
+    cpus = auto_or_number(options.ray_cpus, "--ray-cpus")
+    if options.engine == "ray":
+        from clipseed.runtime.cluster import ClusterOptions
+
+        if workers == 0 or cpus == 0:
+            raise UsageError("--ray-workers, --ray-cpus: give auto or a number from 1")
+        return ClusterOptions(options.ray_address, workers, cpus)
+    if options.engine not in options.engines:
+        raise UsageError(f"--engine {options.engine}: choose one of {', '.join((*options.engines, 'ray'))}")
+    if options.ray_address or workers or cpus:
+        raise UsageError("--ray-address, --ray-workers and --ray-cpus belong to --engine ray")
+    return None
+
+
+def rate(report: StreamReport) -> str:
+    """`` in 12.3 s, 4.5 images/s``; nothing where nothing was computed."""
+    computed = report.stats.computed
+    return f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
+
+
+def _detail(stats: StreamStats) -> str:
+    skipped = f", {len(stats.skipped)} skipped" if stats.skipped else ""
+    return f"(limited by {stats.bottleneck}{skipped})"
+
+
+def _common(report: StreamReport, run: Running) -> dict[str, Any]:
+    stats = report.stats
+    return {
+        "command": run.command,
+        "out": str(report.out),
+        "shard": None if run.launch.share.whole else str(run.launch.share),
+        "open_shards": report.open_shares,
+        "images": report.total,
+        "found": report.found,
+        "computed": stats.computed,
+        "skipped": [{"id": key, "reason": why} for key, why in stats.skipped],
+        "recomputed_in_fp32": stats.counters["recomputed"],
+        "out_of_memory": list(stats.out_of_memory) if stats.out_of_memory else None,
+        "seconds": round(report.seconds, 3),
+        "images_per_second": round(stats.computed / report.seconds, 3) if report.seconds else None,
+        "waits": {stage: round(seconds, 3) for stage, seconds in stats.waits.items()},
+        "bottleneck": stats.bottleneck if stats.computed else None,
+    }

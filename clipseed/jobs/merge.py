@@ -1,0 +1,173 @@
+"""``clipseed merge``: one output out of what several runs made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipseed.errors import StoreError, UsageError
+from clipseed.runtime.interrupt import interruptible
+from clipseed.store.files import replacing, storage_errors, write_text
+from clipseed.store.formats import format_of
+from clipseed.store.gather import gathered
+from clipseed.store.layout import RecordFormat
+from clipseed.store.manifest import Manifest, differences, dumps
+from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
+from clipseed.store.reader import SHARD_PATTERN
+from clipseed.store.shard import RecordFile, write_portable
+from clipseed.store.share import WHOLE, lock_output
+
+
+@dataclass
+class MergeReport:
+    """What was put together."""
+
+    out: Path
+    files: int
+    images: int
+    repeated: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
+    """Put outputs together.
+
+    Args:
+        sources: Files, folders of shards, or folders of masks; ``NAME.h5`` may also be one that is not finished.
+        out: The file, or for masks the folder; ``None``: finish the one source, which several runs have worked on.
+
+    Raises:
+        UsageError: nothing to merge, or into what.
+        StoreError: made with different settings, contradicting each other, in use, or damaged.
+    """
+    if not sources:
+        raise UsageError(
+            "name what to merge: outputs of the same command on several machines, or one unfinished NAME.h5"
+        )
+    if out is None:
+        return _finish(sources)
+    folders = [path for path in sources if path.is_dir() and not any(path.glob(SHARD_PATTERN))]
+    if folders:
+        if len(folders) < len(sources):
+            raise UsageError("masks and seeds cannot be merged with each other")
+        return _merge_masks(folders, out)
+    files = [file for source in sources for file in _record_files(source)]
+    if out.exists() and out not in sources:
+        raise UsageError(f"--out {out}: is there already; choose another name")
+    return _merge_records(files, out)
+
+
+def _finish(sources: Sequence[Path]) -> MergeReport:
+    """Make the portable file of a run in several shares that was not finished by its last one."""
+    if len(sources) > 1:
+        raise UsageError("--out NAME.h5: say where several outputs are to be merged into")
+    out = sources[0]
+    parts = out.with_name(out.name + ".parts")
+    if not parts.is_dir():
+        raise UsageError(f"{out}: nothing to finish ({parts} is not there); give --out to merge into something new")
+    lock = lock_output(parts, out, WHOLE)
+    try:
+        files = _record_files(out)
+        report = _merge_records(files, out)
+        shutil.rmtree(parts, ignore_errors=True)
+    finally:
+        lock.release()
+    return report
+
+
+def _record_files(source: Path) -> list[Path]:
+    """Files that make up an output: newer shards before the finished file that they add to."""
+    parts = source.with_name(source.name + ".parts")
+    shards = sorted((source if source.is_dir() else parts).glob(SHARD_PATTERN))
+    if source.is_file():
+        return [*shards, source]
+    if not shards:
+        raise StoreError(f"{source}: no such output (no file, and no shards in {parts})")
+    return shards
+
+
+def _merge_records(paths: Sequence[Path], out: Path) -> MergeReport:
+    form = format_of(paths[0])
+    report = MergeReport(out, len(paths), 0)
+    manifest: Manifest | None = None
+    places: dict[str, Path] = {}
+    for path in paths:
+        with RecordFile(path, form, verify=True) as file:
+            manifest = _agreed(manifest, file.manifest, path, report)
+            for row, key in enumerate(file.ids):
+                if places.setdefault(key, path) != path:
+                    _refuse_contradiction(file, row, places[key], form)
+                    report.repeated += 1
+    assert manifest is not None
+    report.images = len(places)
+    size = sum(path.stat().st_size for path in paths)
+    order = list(places)
+    with interruptible(lambda: f"interrupted; {out} was not written"):
+        write_portable(out, dumps(manifest), gathered(order, places, form), form, order, size)
+    return report
+
+
+def _agreed(first: Manifest | None, other: Manifest, where: Path, report: MergeReport) -> Manifest:
+    """The manifest of both. Data sets may differ: shares have their own folders, splits add up."""
+    if first is None:
+        return other
+    changed = [line for line in differences(first, other) if not line.startswith("dataset.")]
+    if changed:
+        raise StoreError(f"{where} was made with other settings than the first:\n  " + "\n  ".join(changed[:12]))
+    one, two = first.get("dataset") or {}, other.get("dataset") or {}
+    if one == two:
+        return first
+    splits = str(one.get("split")).split("+")
+    if str(two.get("split")) not in splits:
+        splits.append(str(two.get("split")))
+    if one.get("images") != two.get("images"):
+        note = f"the pictures were in {one.get('images')} and elsewhere; give --images to commands that need them"
+        report.notes = [*(line for line in report.notes if line != note), note]
+    return {**first, "dataset": {**one, "split": "+".join(splits)}}
+
+
+def _refuse_contradiction(file: RecordFile[Any], row: int, other: Path, form: RecordFormat[Any]) -> None:
+    """Two records of one picture may only be the same record."""
+    import numpy as np
+
+    with RecordFile(other, form, verify=False) as earlier:
+        there = form.pack([earlier.read(earlier.ids.index(file.ids[row]))])
+    here = form.pack([file.read(row)])
+    if not all(np.array_equal(there[name], here[name]) for name in form.datasets):
+        raise StoreError(f"{file.ids[row]!r} is in {other} and in {file.path}, and not the same in both")
+
+
+def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
+    """Copy masks into one folder."""
+    report = MergeReport(out, 0, 0)
+    manifest: Manifest | None = None
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        there = read_mask_manifest(folder)
+        if there is None or "vocabulary" not in there:
+            raise StoreError(f"{folder}: neither shards nor masks that clipseed made")
+        manifest = _agreed(manifest, there, folder, report)
+        for path in sorted(folder.rglob("*.png")):
+            name = path.relative_to(folder)
+            if name.name.startswith("."):
+                continue
+            if name in found and found[name].read_bytes() != path.read_bytes():
+                raise StoreError(f"{name} is in {found[name].parent} and in {folder}, and not the same in both")
+            report.repeated += name in found
+            found.setdefault(name, path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and out not in folders:
+        raise UsageError(f"--out {out}: is there already; choose another name")
+    with storage_errors(out), interruptible(lambda: f"interrupted; run the same command with an empty {out}"):
+        out.mkdir(exist_ok=True)
+        for name, path in found.items():
+            target = out / name
+            if target != path:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(target) as temporary:
+                    shutil.copyfile(path, temporary)
+        write_text(out / MANIFEST, dumps(manifest or {}) + "\n")
+    report.files = report.images = len(found)
+    return report

@@ -1,0 +1,95 @@
+"""What a command does with pictures, apart from where it runs: here, or in the workers of a cluster."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from clipseed.data.types import Sample
+from clipseed.errors import ImageError
+from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.stream import Advance, BatchSize, Loaded, StreamStats, Task, run_stream
+
+T = TypeVar("T", bound=Loaded)
+R = TypeVar("R")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Work(ABC, Generic[T, R]):
+    """A model, loaded, and what to do with it.
+
+    Attributes:
+        batch: Batch-size policy.
+        workers: Decoding processes; 0 decodes in a thread.
+        ahead: Samples to decode ahead.
+        counters: What the run is to report, added to by :meth:`compute`.
+    """
+
+    batch: BatchSize
+    workers: int
+    ahead: int
+    counters: Counter[str]
+
+    @property
+    @abstractmethod
+    def loader(self) -> Callable[[Sample], T]:
+        """Decodes a sample; must survive pickling, because it runs in worker processes."""
+
+    @abstractmethod
+    def compute(self, items: Sequence[T]) -> Sequence[R | ImageError]:
+        """Results of a batch of samples with equal keys, in the batch's order; an ImageError skips its sample."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What all workers of a run must have in common, for the manifest: plain values only."""
+
+    def run(
+        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+    ) -> StreamStats:
+        """Run all tasks in this process; ``write`` gets each one's results, in a thread of its own."""
+        with DecodePool(self.loader, self.workers, self.ahead) as pool:
+            stats = run_stream(tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None))
+        stats.counters, self.counters = self.counters, Counter()
+        return stats
+
+
+Recipe = Callable[[], Work[Any, R]]
+"""Loads the model and makes the work; must survive pickling, because it travels to the workers of a cluster."""
+
+
+class Engine(Protocol[Result_co]):
+    """Where work runs."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """See :meth:`Work.about`."""
+        ...
+
+    def run(
+        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[Result_co]], None], advance: Advance | None = None
+    ) -> StreamStats:
+        """Run all tasks, in any order; ``write`` is never called twice at once."""
+        ...
+
+    def close(self) -> None:
+        """Let go of workers."""
+        ...
+
+
+class Here(Generic[R]):
+    """The engine that runs work in this process."""
+
+    def __init__(self, recipe: Recipe[R]) -> None:
+        self.work = recipe()
+        self.about = self.work.about()
+
+    def run(
+        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+    ) -> StreamStats:
+        """Run all tasks in order."""
+        return self.work.run(tasks, write, advance)
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -1,0 +1,37 @@
+"""Which kind of records a file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from clipseed.errors import StoreError
+from clipseed.store.layout import RecordFormat
+from clipseed.store.records import seed_format
+
+
+def known_formats() -> dict[str, RecordFormat[Any]]:
+    """All formats by their name in the file."""
+    return {form.name: form for form in (seed_format(),)}
+
+
+def format_of(path: Path) -> RecordFormat[Any]:
+    """The format of a file; seeds keep the type of their maps when they are written again.
+
+    Raises:
+        StoreError: not a file of ours.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            name = str(file.attrs.get("format"))
+            dtype = str(file["cam"].dtype) if "cam" in file else ""
+    except (OSError, RuntimeError, KeyError) as error:
+        raise StoreError(f"{path}: not a readable HDF5 file ({str(error)[:120]})") from error
+    if name == seed_format().name:
+        return seed_format("float32" if dtype == "float32" else "float16")
+    known = known_formats()
+    if name not in known:
+        raise StoreError(f"{path}: an HDF5 file, but not one of clipseed's")
+    return known[name]

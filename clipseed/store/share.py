@@ -1,0 +1,126 @@
+"""Several runs on one output: each does its share of the units, the last to finish puts everything together.
+
+A share is every n-th unit, so shares of ordered data (long videos, sorted sizes) take about equally long. Each run
+locks its share; a run of the whole, or one that counts other shares, is refused meanwhile. A run that is through leaves
+a *report* (``share-3-of-8.json``) in the output's folder; whoever finds the reports of all ends the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from clipseed.errors import StoreError
+from clipseed.store.files import write_text
+
+Skipped = list[tuple[str, str]]
+"""Sample ids with the reason why each was left out."""
+_PATIENCE = 3.0
+"""Seconds: other runs of the same start may be looking at a lock at the same moment."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share ``index`` of ``count``, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all there is to do."""
+        return self.count == 1
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+    @property
+    def tag(self) -> str:
+        """For file names: ``3-of-8``."""
+        return f"{self.index + 1}-of-{self.count}"
+
+    def takes(self, unit: int) -> bool:
+        """Whether the unit with this number belongs to the share."""
+        return unit % self.count == self.index
+
+
+WHOLE = Share()
+
+
+def lock_output(folder: Path, out: Path, share: Share) -> FileLock:
+    """Lock an output, or a share of it; the system releases the lock when the process ends, however it ends.
+
+    Raises:
+        StoreError: another run holds it, or a part of it that this run would touch too.
+    """
+    own = folder / ("lock" if share.whole else f"lock-{share.tag}")
+    lock = FileLock(own)
+    what = str(out) if share.whole else f"{out}, share {share}"
+    try:
+        # Another run of the same start may be looking whether this lock is held; it lets go at once.
+        lock.acquire(timeout=0 if share.whole else _PATIENCE)
+    except Timeout as error:
+        raise StoreError(f"{what}: another run is writing it ({own} is locked); wait for it or stop it") from error
+    for other in sorted(folder.glob("lock*")):
+        same_start = not share.whole and other.name.endswith(f"-of-{share.count}")
+        if other == own or same_start:
+            continue
+        try:
+            with FileLock(other).acquire(timeout=_PATIENCE):
+                pass
+        except Timeout as error:
+            lock.release()
+            raise StoreError(
+                f"{what}: another run is writing it ({other} is locked); wait for it or stop it"
+            ) from error
+    return lock
+
+
+class RollCall:
+    """Which runs are through with their shares of an output."""
+
+    def __init__(self, folder: Path, share: Share) -> None:
+        self._folder, self._share = folder, share
+
+    def withdraw(self) -> None:
+        """Take back what an earlier run of this share reported: it is being worked on again."""
+        self._path(self._share.index).unlink(missing_ok=True)
+
+    def report(self, skipped: Sequence[tuple[str, str]]) -> Path:
+        """Say that this share is done, and what it left out."""
+        path = self._path(self._share.index)
+        write_text(path, json.dumps({"skipped": list(skipped)}, indent=1))
+        return path
+
+    def reported(self) -> int:
+        """How many shares are done."""
+        return sum(self._path(index).is_file() for index in range(self._share.count))
+
+    def skipped(self) -> Skipped:
+        """What all shares left out."""
+        found: Skipped = []
+        for index in range(self._share.count):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                rows = json.loads(self._path(index).read_text(encoding="utf-8"))["skipped"]
+                found += [(str(key), str(reason)) for key, reason in rows]
+        return found
+
+    def dismiss(self) -> None:
+        """Delete all reports and locks of shares: the work is put together."""
+        for path in (*self._folder.glob("share-*-of-*.json"), *self._folder.glob("lock-*-of-*")):
+            path.unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"share-{Share(index, self._share.count).tag}.json"
+
+
+def unit_number(path: Path) -> int:
+    """Number of the unit that a file belongs to, finished or temporary; -1 where it is none."""
+    found = re.search(r"unit-(\d+)(?:-\d+)?\.h5$", path.name)
+    return int(found[1]) if found else -1
