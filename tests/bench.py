@@ -1,22 +1,25 @@
 """How much ``cam`` costs beside the bare image encoder: same weights, same pixels, same threads, one run.
 
 ``make bench``, or ``python tests/bench.py --images FOLDER --count N``. Weights are a seeded random ViT-B/16: speed does
-not depend on what a network has learnt. The bare encoder is open_clip's own transformer on the same batches; it is
-measured in turns with ``cam``, because timings on shared machines drift, and ratios are taken turn by turn.
+not depend on what a network has learnt. The bare encoder is open_clip's own transformer on the same batches and in the
+same precision; it is measured in turns with ``cam``, because timings on shared machines drift, and ratios are taken
+turn by turn. The last lines say how full batches of equal grids are on pictures of VOC's and COCO's sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,14 +28,19 @@ from PIL import Image
 from clipseed.cam.methods import compute_cams
 from clipseed.clip.model import FrozenClip
 from clipseed.data.dataset import DatasetOptions
-from clipseed.data.images import FileReader
+from clipseed.data.images import FileReader, patch_grid
 from clipseed.data.listing import list_images
 from clipseed.data.types import Sample
-from clipseed.jobs.cam import CamOptions, run_cam
-from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget
+from clipseed.data.vocabulary import load_vocabulary
+from clipseed.jobs.cam import DEFAULT_MAX_SIDE, CamOptions, CamReport, run_cam
+from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget, unit_size_for
+from clipseed.runtime.stream import BatchSize
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333), (400, 500))
 """Picture sizes like VOC's, height first."""
+VOC_MIX = {(375, 500): 55, (500, 375): 17, (333, 500): 15, (500, 333): 7, (500, 500): 3, (400, 500): 3}
+COCO_MIX = {(480, 640): 35, (640, 480): 15, (427, 640): 25, (640, 427): 10, (375, 500): 5, (500, 375): 5, (612, 612): 5}
+BARE = "bare encoder (open_clip)"
 
 
 def make_weights(folder: Path, model: str) -> Path:
@@ -79,17 +87,21 @@ def pixels_of(batch: list[LoadedViews]) -> torch.Tensor:
     return torch.from_numpy(np.stack([item.views[0] for item in batch])).permute(0, 3, 1, 2)
 
 
-@torch.inference_mode()
-def bare_encoder(clip: FrozenClip, batch: list[LoadedViews]) -> None:
-    """open_clip's transformer, pooling and projection on tokens with interpolated positions."""
-    visual: Any = clip._model.visual  # type: ignore[attr-defined]
-    tokens, _ = clip.tower.embed(clip.tower.normalise(pixels_of(batch)))
-    pooled, _ = visual._pool(visual.transformer(tokens))
-    pooled @ visual.proj
+class BareEncoder:
+    """open_clip's transformer, pooling and projection on tokens with interpolated positions, in the tower's type."""
 
+    def __init__(self, clip: FrozenClip) -> None:
+        visual: Any = clip._model.visual
+        self._clip, self._visual = clip, visual
+        self._transformer = visual.transformer
+        if clip.tower.dtype is not torch.float32:
+            self._transformer = copy.deepcopy(visual.transformer).to(clip.tower.dtype)
 
-def own_encoder(clip: FrozenClip, batch: list[LoadedViews]) -> None:
-    clip.encode_image(pixels_of(batch))
+    @torch.inference_mode()
+    def __call__(self, batch: list[LoadedViews]) -> None:
+        tokens, _ = self._clip.tower.embed(self._clip.tower.normalise(pixels_of(batch)))
+        pooled, _ = self._visual._pool(self._transformer(tokens.to(self._clip.tower.dtype)).float())
+        pooled @ self._visual.proj
 
 
 def time_in_turns(functions: dict[str, Any], turns: int) -> dict[str, list[float]]:
@@ -103,55 +115,117 @@ def time_in_turns(functions: dict[str, Any], turns: int) -> dict[str, list[float
     return times
 
 
-def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
-    from clipseed.data.vocabulary import load_vocabulary
-
-    clip = FrozenClip.load(arguments.model, arguments.weights, arguments.device, arguments.precision)
+def stages_of(
+    clip: FrozenClip, batches: list[list[LoadedViews]], options: CamOptions, reports: dict[str, list[CamReport]]
+) -> dict[str, Any]:
+    """What is timed in one precision; the whole commands leave their reports, which do not count loading the model."""
     text = clip.encode_text(load_vocabulary("voc"))
-    batches = load_batches(arguments.images, arguments.count, clip.tower.patch)
-    pictures = sum(map(len, batches))
-    labels = folder / "labels.json"
-    labels.write_text(json.dumps({item.sample.id: list(item.sample.labels or ()) for b in batches for item in b}))
-    split = folder / "split.txt"
-    options = CamOptions(
-        DatasetOptions("folder", images=arguments.images, labels=labels, classes="voc", split=str(split)),
-        folder / "cams.h5", arguments.model, arguments.weights, arguments.device, arguments.precision, overwrite=True,
-    )  # fmt: skip
-    split.write_text("\n".join(item.sample.id for b in batches for item in b))
+    bare = BareEncoder(clip)
+    options = replace(options, precision=cast("Any", clip.precision))
 
     def cams() -> None:
         for batch in batches:
             rows = [item.sample.labels or () for item in batch]
             compute_cams(clip, text, [pixels_of(batch)], rows, batch[0].grid)
 
-    whole: list[float] = []
-    refined: list[float] = []
-    functions = {
-        "bare encoder (open_clip)": lambda: [bare_encoder(clip, batch) for batch in batches],
-        "bare encoder (clipseed)": lambda: [own_encoder(clip, batch) for batch in batches],
+    def command(name: str, options: CamOptions) -> Any:
+        return lambda: reports.setdefault(name, []).append(run_cam(options))
+
+    stages = {
+        BARE: lambda: [bare(batch) for batch in batches],
+        "bare encoder (clipseed)": lambda: [clip.encode_image(pixels_of(batch)) for batch in batches],
         "maps (model only)": cams,
-        "clipseed cam (decode to file)": lambda: whole.append(run_cam(options).seconds),
-        "clipseed cam --refine caa": lambda: refined.append(run_cam(replace(options, refine="caa")).seconds),
     }
+    named = {f"{clip.precision} {name}": stage for name, stage in stages.items()}
+    for name, refine in (("clipseed cam", None), ("clipseed cam --refine caa", "caa")):
+        key = f"{clip.precision} {name}"
+        named[key] = command(key, replace(options, refine=cast("Any", refine)))
+    return named
+
+
+def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
+    clips = [FrozenClip.load(arguments.model, arguments.weights, arguments.device, precision)
+             for precision in arguments.precision.split(",")]  # fmt: skip
+    batches = load_batches(arguments.images, arguments.count, clips[0].tower.patch)
+    pictures = sum(map(len, batches))
+    labels = folder / "labels.json"
+    labels.write_text(json.dumps({item.sample.id: list(item.sample.labels or ()) for b in batches for item in b}))
+    split = folder / "split.txt"
+    split.write_text("\n".join(item.sample.id for b in batches for item in b))
+    options = CamOptions(
+        DatasetOptions("folder", images=arguments.images, labels=labels, classes="voc", split=str(split)),
+        folder / "cams.h5", arguments.model, str(arguments.weights), arguments.device, overwrite=True,
+    )  # fmt: skip
+    reports: dict[str, list[CamReport]] = {}
+    functions = {name: stage for clip in clips for name, stage in stages_of(clip, batches, options, reports).items()}
     times = time_in_turns(functions, arguments.turns)
-    times["clipseed cam (decode to file)"] = whole[1:]  # without loading the model
-    times["clipseed cam --refine caa"] = refined[1:]
-    base = times["bare encoder (open_clip)"]
+    for name, found in reports.items():
+        times[name] = [report.seconds for report in found[1:]]
     tokens = sum(item.cost for b in batches for item in b) / pictures
     pairs = sum(len(item.sample.labels or ()) for b in batches for item in b) / pictures
     print(f"{pictures} pictures of {arguments.images}, {tokens:.0f} tokens and {pairs:.2f} classes each on average;")
-    print(f"{arguments.model} {clip.precision} on {clip.tower.device}, {torch.get_num_threads()} threads, "
-          f"{arguments.turns} turns; medians, ratios turn by turn")  # fmt: skip
+    print(f"{arguments.model} on {clips[0].tower.device}, {torch.get_num_threads()} threads, {arguments.turns} turns; "
+          "medians, ratios turn by turn")  # fmt: skip
+    first = f"{clips[0].precision} {BARE}"
+    print(f"{'':32} images/s   x {clips[0].precision} bare   x own bare   bottleneck")
     for name, values in times.items():
-        ratio = statistics.median(value / other for value, other in zip(values, base, strict=True))
-        print(f"{name:32} {pictures / statistics.median(values):7.2f} images/s  {ratio:5.2f} x")
+        over_first, over_own = (
+            statistics.median(value / other for value, other in zip(values, times[base], strict=True))
+            for base in (first, f"{name.split()[0]} {BARE}")
+        )
+        slowest = reports[name][-1].stats.bottleneck if name in reports else "-"
+        print(f"{name:32} {pictures / statistics.median(values):8.2f} {over_first:13.2f} {over_own:12.2f}   {slowest}")
+
+
+def mixed_sizes(mix: dict[tuple[int, int], int], count: int) -> list[tuple[int, int]]:
+    """Seeded picture sizes, height first, drawn with the weights of ``mix``; every fifth side is off by some pixels."""
+    rng = np.random.default_rng(0)
+    shares = np.array(list(mix.values()), np.float64)
+    drawn = rng.choice(len(mix), count, p=shares / shares.sum())
+    shrink = rng.integers(0, 80, (count, 2)) * (rng.random((count, 2)) < 0.2)
+    sides = np.array(list(mix))[drawn] - shrink * (np.array(list(mix))[drawn] < 640)
+    return [(int(height), int(width)) for height, width in sides]
+
+
+def batch_fill(sizes: list[tuple[int, int]], patch: int, device: torch.device) -> dict[str, float]:
+    """How well batches of equal grids fill a device's token budget, unit by unit as ``cam`` forms them.
+
+    ``fill`` is the mean share of the pictures that a batch could hold, ``padded`` the share of tokens that would be
+    padding if pictures were batched as they come instead, each filled up to its batch's largest grid. Batches of equal
+    grids hold no padding at all.
+    """
+    limit = BatchSize(None, token_budget(device)).limit
+    fills: list[float] = []
+    real = filled = 0
+    unit = unit_size_for(device)
+    for start in range(0, len(sizes), unit):
+        grids = [patch_grid(height, width, patch, DEFAULT_MAX_SIDE, 0) for height, width in sizes[start : start + unit]]
+        for grid, count in Counter(grids).items():
+            most = limit(grid[0] * grid[1] + 1)
+            fills += [1.0] * (count // most) + ([count % most / most] if count % most else [])
+        step = limit(max(rows * columns + 1 for rows, columns in grids))
+        for begin in range(0, len(grids), step):
+            batch = grids[begin : begin + step]
+            filled += len(batch) * (max(rows for rows, _ in batch) * max(columns for _, columns in batch) + 1)
+            real += sum(rows * columns + 1 for rows, columns in batch)
+    return {"batches": len(fills), "fill": statistics.mean(fills), "padded": 1 - real / filled}
+
+
+def show_batch_fill(patch: int = 16, count: int = 5_000) -> None:
+    for kind in ("cpu", "cuda"):
+        for name, mix in (("VOC", VOC_MIX), ("COCO", COCO_MIX)):
+            found = batch_fill(mixed_sizes(mix, count), patch, torch.device(kind))
+            print(
+                f"batches of {count} pictures like {name}'s on {kind:4}: {count / found['batches']:5.1f} each, "
+                f"{found['fill']:4.0%} full, no padding (as they come: {found['padded']:3.0%} of tokens padding)"
+            )
 
 
 def peak_memory(arguments: argparse.Namespace, stage: str) -> float:
     """Peak resident memory in MB of a process of its own that runs one stage."""
     words = [sys.executable, __file__, "--images", str(arguments.images), "--count", str(arguments.count), "--model",
              arguments.model, "--weights", str(arguments.weights), "--device", arguments.device, "--precision",
-             arguments.precision, "--memory-of", stage]  # fmt: skip
+             arguments.precision.split(",")[0], "--memory-of", stage]  # fmt: skip
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -159,11 +233,10 @@ def memory_stage(arguments: argparse.Namespace, folder: Path) -> None:
     clip = FrozenClip.load(arguments.model, arguments.weights, arguments.device, arguments.precision)
     batches = load_batches(arguments.images, arguments.count, clip.tower.patch)
     if arguments.memory_of == "bare":
+        encoder = BareEncoder(clip)
         for batch in batches:
-            bare_encoder(clip, batch)
+            encoder(batch)
     else:
-        from clipseed.data.vocabulary import load_vocabulary
-
         text = clip.encode_text(load_vocabulary("voc"))
         for batch in batches:
             rows = [item.sample.labels or () for item in batch]
@@ -181,7 +254,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-16")
     parser.add_argument("--weights", type=Path, help="default: seeded random ones")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--precision", default="fp32,bf16", help="one or several, the first is what others are beside")
     parser.add_argument("--memory-of", choices=["bare", "cam"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -192,6 +265,7 @@ def main() -> None:
             memory_stage(arguments, folder)
             return
         run_stages(arguments, folder)
+        show_batch_fill()
         for stage in ("bare", "cam"):
             print(f"peak memory, {stage:4} {peak_memory(arguments, stage):22.0f} MB")
 

@@ -151,7 +151,7 @@ def _group_weights(tower: VisionTower, state: LastBlock, start: Tensor) -> Tenso
     hidden.addcmul_(token_part.unsqueeze(1), share.to(tower.dtype), value=-1)
     into_mlp = torch.addcmul(start.unsqueeze(2), hat.unsqueeze(1), share, value=-1) * scale.unsqueeze(1)
     through = norm_backward(hidden @ block.up.weight, state.middle.unsqueeze(1), block.norm_2)
-    out = scaled((into_mlp + through).to(tower.dtype), block.scale_1) @ block.out.weight
+    out = scaled((into_mlp + through).to(block.out.weight.dtype), block.scale_1) @ block.out.weight
     return _attention_sums(state, block, out)
 
 

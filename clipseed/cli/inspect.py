@@ -9,6 +9,7 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, print_table
+from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.jobs.inspect import Inspection
@@ -35,6 +36,8 @@ def inspect(
     from clipseed.jobs.inspect import inspect_seeds, write_preview
     from clipseed.jobs.stages import newest_output
 
+    if id and preview is None:
+        raise UsageError("--id belongs to --preview")
     chosen = seeds or newest_output(Path())
     found = inspect_seeds(chosen, verify=verify)
     if json:

@@ -15,7 +15,10 @@ import typer
 from clipseed import __version__
 from clipseed.errors import ClipseedError
 
-_COMMANDS = ("cam", "refine", "crf", "merge", "evaluate", "report", "inspect", "prompts", "demo", "doctor")
+_COMMANDS = (
+    "cam", "refine", "crf", "sam-masks", "sam-seed", "merge", "evaluate", "report", "inspect", "prompts", "demo",
+    "doctor",
+)  # fmt: skip
 
 EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
 130 and 143 interrupted (the same command goes on)."""
@@ -34,7 +37,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_program)
     for name in _COMMANDS:
-        import_module(f"clipseed.cli.{name}").register(app)
+        import_module(f"clipseed.cli.{name.replace('-', '_')}").register(app)
     return app
 
 

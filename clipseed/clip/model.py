@@ -21,6 +21,7 @@ from clipseed.clip.architecture import (
     round_linear_weights,
 )
 from clipseed.clip.checkpoint import Activation, Checkpoint, read_checkpoint
+from clipseed.clip.precision import automatic_dtype
 from clipseed.clip.text import TextBank, Tokenizer, encode_vocabulary
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
@@ -88,7 +89,8 @@ class FrozenClip:
             model: open_clip model name; default ``ViT-B-16`` for a pretrained tag, read off the tensors for a file.
             weights: Pretrained tag (``openai``, ``laion2b_s34b_b88k``, …), a file or folder, or ``toy``.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-            precision: Type of the vision tower; ``auto`` is fp32 on a CPU and half precision on a GPU.
+            precision: Type of the vision tower; ``auto`` is half precision on a GPU, and on a CPU bf16 where
+                that is faster, else fp32 (:mod:`clipseed.clip.precision`).
             released_rounding: Round linear weights and position tables to half precision as CLIP-ES's released code
                 does (:func:`~clipseed.clip.architecture.round_linear_weights`).
 
@@ -97,13 +99,15 @@ class FrozenClip:
             UsageError: the device or precision does not exist here.
         """
         device = pick_device(device)
-        dtype = pick_dtype(precision, device)
+        pick_dtype(precision, device)  # refuse unknown names before weights are read
         checkpoint, tagged, pixels = _find_weights(model, str(weights))
         network, config = _assemble(model, checkpoint, tagged)
         mean, std = pixels or _pixel_statistics(checkpoint)
         if released_rounding:
             round_linear_weights(network)
         visual: Any = network.visual
+        width = visual.class_embedding.shape[-1] if hasattr(visual, "class_embedding") else None
+        dtype = pick_dtype(precision, device, width, released_rounding=released_rounding)
         tower = tower_from(visual, mean, std, device, dtype, half_positions=released_rounding)
         vision = config["vision_cfg"]
         by_name = tagged is not None or str(weights) == TOY_WEIGHTS
@@ -176,16 +180,16 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Resolve ``auto``: float32 on CPU and Apple GPUs, bfloat16 (float16 on older cards) on CUDA.
+def pick_dtype(
+    precision: str, device: torch.device, width: int | None = None, *, released_rounding: bool = False
+) -> torch.dtype:
+    """Resolve ``auto`` (:func:`~clipseed.clip.precision.automatic_dtype`) and the names of types.
 
     Raises:
         UsageError: unknown name.
     """
     if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return automatic_dtype(device, width, released_rounding=released_rounding)
     if precision not in _DTYPES:
         raise UsageError(f"--precision {precision}: choose auto, fp32, bf16 or fp16")
     return _DTYPES[precision]

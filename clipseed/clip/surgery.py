@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.clip.vision import VisionTower, attention_map, merge_heads, scaled
+from clipseed.clip.vision import VisionTower, attend, attention_map, merge_heads, scaled
 
 Heads = Literal["sum", "mean"]
 SVC_BLOCKS = 5
@@ -118,7 +118,7 @@ def dual_path(tower: VisionTower, pixels: Tensor, blocks: int = SVC_BLOCKS, head
         if position >= first:
             shared = self_correlation(q, k, v, heads).to(v.dtype)
             fresh = fresh + scaled(block.out(shared @ merge_heads(v)), block.scale_1)
-        tokens = block.finish(tokens, F.scaled_dot_product_attention(q, k, v))
+        tokens = block.finish(tokens, attend(q, k, v))
     return DualPath(fresh[:, 1:], tower.pool(tokens), grid)
 
 

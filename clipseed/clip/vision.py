@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,27 +17,27 @@ QUICK_GELU_SLOPE = 1.702
 
 @dataclass(frozen=True)
 class Norm:
-    """Layer normalisation; computed in float32 whatever the input's type."""
+    """Layer normalisation; float32 whatever the input's type."""
 
     weight: Tensor
     bias: Tensor
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalise the last axis; the result has the type of ``x``."""
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
+        """Normalise the last axis."""
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x W^T + b`` with weight ``(out, in)``."""
+    """``y = x W^T + b`` with weight ``(out, in)``, in the weight's type whatever the input's."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to the last axis."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ class VisionTower:
         half_positions: Round interpolated position tables to half precision, as CLIP-ES's released code does.
         mean_pool: The model's own image feature is the patch mean rather than the class token (CLIPA).
         norm_after_pool: It normalises the pooled feature instead of every token (CLIPA).
-        projection: ``(D, E)`` map to the joint image-text space.
-        dtype: Type of the matrix products (norms are float32).
+        projection: ``(D, E)`` map to the joint image-text space, float32.
+        dtype: Type of the matrix products (norms are float32, and on a CPU the last block's attention).
+        stream: Type of the residual stream: ``dtype`` on a GPU, which memory limits. A CPU spends its time in matrix
+            products, so float32 costs nothing there and keeps what every block would round away.
     """
 
     patch: int
@@ -133,6 +135,7 @@ class VisionTower:
     norm_after_pool: bool
     projection: Tensor
     dtype: torch.dtype
+    stream: torch.dtype
 
     @property
     def device(self) -> torch.device:
@@ -162,10 +165,10 @@ class VisionTower:
         """Normalised pixels ``(B, 3, H, W)`` to the first block's tokens and the patch grid."""
         patches = F.conv2d(pixels.to(self.dtype), self.patch_weight, stride=self.patch)
         grid = (patches.shape[2], patches.shape[3])
-        patches = patches.flatten(2).transpose(1, 2)
-        first = self.class_token.to(self.dtype).expand(len(patches), 1, -1)
-        tokens = torch.cat([first, patches], dim=1) + self.position_table(grid).to(self.dtype)
-        return (tokens if self.norm_pre is None else self.norm_pre(tokens)), grid
+        patches = patches.flatten(2).transpose(1, 2).to(self.stream)
+        first = self.class_token.to(self.stream).expand(len(patches), 1, -1)
+        tokens = torch.cat([first, patches], dim=1) + self.position_table(grid).to(self.stream)
+        return (tokens if self.norm_pre is None else self.norm_pre(tokens).to(self.stream)), grid
 
     @torch.inference_mode()
     def dense(self, pixels: Tensor, attention_blocks: Collection[int] = ()) -> DenseFeatures:
@@ -188,7 +191,7 @@ class VisionTower:
                 attended, mean_map = attend_with_mean_map(q, k, v)
                 total = mean_map if total is None else total.add_(mean_map)
             else:
-                attended = F.scaled_dot_product_attention(q, k, v)
+                attended = attend(q, k, v)
             tokens = block.finish(tokens, attended)
         return DenseFeatures(tokens, grid, None if total is None else total / len(wanted))
 
@@ -198,7 +201,7 @@ class VisionTower:
         tokens, _ = self.embed(pixels)
         for block in self.blocks:
             q, k, v = block.split_heads(block.norm_1(tokens))
-            tokens = block.finish(tokens, F.scaled_dot_product_attention(q, k, v))
+            tokens = block.finish(tokens, attend(q, k, v))
         return self.pool(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -209,6 +212,17 @@ class VisionTower:
         if self.norm_after_pool:
             pooled = self.norm_post(pooled)
         return pooled @ self.projection
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention result of every head ``(B, heads, N, d)``."""
+    if q.device.type != "cpu" or q.dtype is torch.float32:
+        return F.scaled_dot_product_attention(q, k, v)
+    # PyTorch's fused attention on a CPU is no faster in half precision; plain matrix products are, by two.
+    attended = torch.empty_like(v)
+    for head in range(q.shape[1]):
+        attended[:, head] = attention_map(q[:, head], k[:, head]) @ v[:, head]
+    return attended
 
 
 def attend_with_mean_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,8 +267,8 @@ def tower_from(
     def vector(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, torch.float32)
 
-    def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-        return Linear(matrix(weight), None if bias is None else matrix(bias))
+    def linear(weight: Tensor, bias: Tensor | None, convert: Callable[[Tensor], Tensor] = matrix) -> Linear:
+        return Linear(convert(weight), None if bias is None else convert(bias))
 
     def norm(module: Any) -> Norm:
         return Norm(vector(module.weight), vector(module.bias), module.eps)
@@ -264,15 +278,18 @@ def tower_from(
         return None if gamma is None else matrix(gamma)
 
     blocks = []
-    for module in source.transformer.resblocks:
+    for number, module in enumerate(source.transformer.resblocks, start=1):
         if not isinstance(module, ResidualAttentionBlock):
             raise WeightsError(f"the block type {type(module).__name__} is not supported; use a plain ViT")
+        # Grad-CAM's weights are small differences in the last attention: rounded there, boxes of CAA come and go.
+        last = number == len(source.transformer.resblocks)
+        attention = vector if last and device.type == "cpu" else matrix
         blocks.append(
             Block(
                 heads=module.attn.num_heads,
                 norm_1=norm(module.ln_1),
-                qkv=linear(module.attn.in_proj_weight, module.attn.in_proj_bias),
-                out=linear(module.attn.out_proj.weight, module.attn.out_proj.bias),
+                qkv=linear(module.attn.in_proj_weight, module.attn.in_proj_bias, attention),
+                out=linear(module.attn.out_proj.weight, module.attn.out_proj.bias, attention),
                 scale_1=gain(module.ls_1),
                 norm_2=norm(module.ln_2),
                 up=linear(module.mlp.c_fc.weight, module.mlp.c_fc.bias),
@@ -294,6 +311,7 @@ def tower_from(
         norm_post=norm(source.ln_post),
         mean_pool=source.pool_type == "avg",
         norm_after_pool=bool(source.final_ln_after_pool),
-        projection=matrix(source.proj),
+        projection=vector(source.proj),
         dtype=dtype,
+        stream=torch.float32 if device.type == "cpu" else dtype,
     )

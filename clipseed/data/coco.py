@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from clipseed.data.labels import Labels, read_json
 from clipseed.data.listing import clean_id
+from clipseed.data.paths import is_folder
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
 from clipseed.errors import InputError
@@ -37,7 +39,7 @@ def find_images(root: Path, split: str) -> Path:
         InputError: neither exists.
     """
     for candidate in (root / split, root / "images" / split):
-        if candidate.is_dir():
+        if is_folder(candidate):
             return candidate
     raise InputError(f"{root}: no image folder {split!r} or images/{split}; name it with --images")
 
@@ -65,24 +67,26 @@ def read_instances(
             f"{len(vocabulary.classes)} classes; give a fitting list with --classes"
         )
     class_of = {_integer(item, "id", path): position for position, item in enumerate(categories)}
+    if len(class_of) < len(categories):
+        raise InputError(f"{path}: two categories have the same id")
     present: dict[int, set[int]] = {}
     for item in _records(data, "annotations", path):
         category = class_of.get(_integer(item, "category_id", path))
         if category is None:
             raise InputError(f"{path}: an annotation has the unknown category_id {item['category_id']}")
         present.setdefault(_integer(item, "image_id", path), set()).add(category)
-    samples = []
+    samples: dict[str, Sample] = {}
     for item in _records(data, "images", path):
         file_name = item.get("file_name")
         if not isinstance(file_name, str):
             raise InputError(f"{path}: an image has no file_name")
         identifier = clean_id(file_name, str(path))
+        if identifier in samples:
+            raise InputError(f"{path}: two images have the id {identifier!r} (file_name without suffix)")
         found = tuple(sorted(present.get(_integer(item, "id", path), ())))
-        if labels is not None:
-            samples.append(Sample(identifier, images / file_name, labels.get(identifier)))
-        else:
-            samples.append(Sample(identifier, images / file_name, found))
-    return vocabulary, samples
+        known = found if labels is None else labels.get(identifier)
+        samples[identifier] = Sample(identifier, images / file_name, known)
+    return vocabulary, list(samples.values())
 
 
 def _records(data: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
@@ -94,6 +98,6 @@ def _records(data: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]
 
 def _integer(item: dict[str, Any], key: str, path: Path) -> int:
     value = item.get(key)
-    if not isinstance(value, int):
-        raise InputError(f"{path}: {key!r} is not an integer in {str(item)[:80]}")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{path}: {key!r} is not an integer in {reprlib.repr(item)}")
     return value

@@ -12,7 +12,8 @@ from clipseed.data import coco, voc
 from clipseed.data.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, FileReader, read_image
 from clipseed.data.labels import Labels, read_labels
 from clipseed.data.listing import list_images, read_split
-from clipseed.data.types import ImageSet, Sample
+from clipseed.data.paths import is_file
+from clipseed.data.types import ImageSet, Sample, check_id
 from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary
 from clipseed.errors import ImageError, InputError, UsageError
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DATASETS = ("voc", "coco", "folder", "toy")
+_FILES = ("voc", "coco", "folder")
+_BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "split": _FILES, "labels": _FILES}
+"""Options that only some data sets have; ignored silently they would give other results than were asked for."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ def open_dataset(options: DatasetOptions) -> ImageSet:
     openers = {"voc": _open_voc, "coco": _open_coco, "folder": _open_folder, "toy": _open_toy}
     if options.dataset not in openers:
         raise UsageError(f"--dataset {options.dataset}: choose one of {', '.join(DATASETS)}")
+    for name, where in _BELONGS.items():
+        if getattr(options, name) is not None and options.dataset not in where:
+            raise UsageError(f"--{name} does not belong to --dataset {options.dataset} (but to {', '.join(where)})")
     if options.auto_labels and options.dataset == "toy":
         raise UsageError("--labels auto: the toy set has labels; try it on a copy (clipseed demo --save-dataset DIR)")
     image_set = openers[options.dataset](options)
@@ -168,6 +175,10 @@ class PictureFinder:
             from clipseed.toy.dataset import ToyReader
 
             return ToyReader(self.toy_seed)(Sample(identifier, Path(identifier), None))
+        try:
+            check_id(identifier, str(self.folder))  # a foreign file's id must not lead out of the folder
+        except InputError as error:
+            raise ImageError(str(error)) from error
         path = self._path(identifier)
         if path is None:
             raise ImageError(f"{self.folder / identifier}: the picture is not there any more")
@@ -177,13 +188,17 @@ class PictureFinder:
         assert self.folder is not None
         for suffix in IMAGE_SUFFIXES:
             path = self.folder / f"{identifier}{suffix}"
-            if path.is_file():
+            if is_file(path):
                 return path
         # Suffixes in capitals, or in both.
         wanted = (self.folder / identifier).name
         beside = (self.folder / identifier).parent
-        for path in sorted(beside.iterdir()) if beside.is_dir() else ():
-            if path.stem == wanted and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        try:
+            entries = sorted(beside.iterdir())
+        except OSError:
+            return None
+        for path in entries:
+            if path.stem == wanted and path.suffix.lower() in IMAGE_SUFFIXES and is_file(path):
                 return path
         return None
 
@@ -191,7 +206,14 @@ class PictureFinder:
 def picture_finder(
     dataset: Mapping[str, str | int | None], *, exif: bool = False, max_pixels: int | None = None
 ) -> PictureFinder:
-    """Where the pictures of the data set are that a manifest describes."""
+    """Where the pictures of the data set are that a manifest describes.
+
+    Raises:
+        InputError: it describes none.
+    """
     if dataset.get("name") == "toy":
-        return PictureFinder(None, int(dataset.get("toy_seed") or 0))
+        seed = str(dataset.get("toy_seed") or 0)
+        if not seed.isdecimal() or len(seed) > 20:
+            raise InputError(f"the manifest names no seed of the toy set ({seed[:40]!r})")
+        return PictureFinder(None, int(seed))
     return PictureFinder(Path(str(dataset.get("images"))), exif=exif, max_pixels=max_pixels or DEFAULT_MAX_PIXELS)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from clipseed.data.paths import never_ends
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError
 
@@ -54,6 +55,8 @@ def read_image(path: Path, *, exif: bool = False, max_pixels: int = DEFAULT_MAX_
     Raises:
         ImageError: missing, empty, truncated, not a picture, or larger than ``max_pixels``.
     """
+    if never_ends(path):
+        raise ImageError(f"{path}: a pipe or a device, not a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels decides instead.

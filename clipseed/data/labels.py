@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ def read_labels(path: Path, vocabulary: Vocabulary) -> Labels:
         raise InputError(f"{path}: the label file is empty")
     suffix = path.suffix.lower()
     if suffix in {".csv", ".tsv"}:
-        return _read_csv(content, path, vocabulary, "\t" if suffix == ".tsv" else ",")
+        first = content.lstrip().split("\n", 1)[0]
+        tabs = suffix == ".tsv" or ("\t" in first and "," not in first)
+        return _read_csv(content, path, vocabulary, "\t" if tabs else ",")
     if suffix == ".json":
         return _read_json(content, path, vocabulary)
     return _read_lines(content, path, vocabulary)
@@ -85,7 +87,7 @@ def _one_hot_row(cells: list[str], columns: tuple[int, ...], where: str) -> list
     present = []
     for cell, class_id in zip(cells, columns, strict=True):
         if cell.lower() not in _TRUE | _FALSE:
-            raise InputError(f"{where}: {cell!r} is neither 0 nor 1")
+            raise InputError(f"{where}: {cell[:80]!r} is neither 0 nor 1")
         if cell.lower() in _TRUE:
             present.append(class_id)
     return present
@@ -100,19 +102,29 @@ def read_json(path: Path, what: str) -> Any:
     return _parse_json(read_text(path, what), path)
 
 
-def _parse_json(content: str, path: Path) -> Any:
+def _parse_json(content: str, path: Path, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: not valid JSON ({error.msg})") from error
     except RecursionError as error:
         raise InputError(f"{path}: JSON nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON (a number of thousands of digits)") from error
 
 
 def _read_json(content: str, path: Path, vocabulary: Vocabulary) -> Labels:
-    data = _parse_json(content, path)
+    def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:  # JSON readers keep the last one silently
+                raise InputError(f"{path}: {key[:80]!r} occurs twice; put its labels into one list")
+            found[key] = value
+        return found
+
+    data = _parse_json(content, path, each_key_once)
     if isinstance(data, dict):
-        pairs = [(str(key), value, f"{path}: {key!r}") for key, value in data.items()]
+        pairs = [(key, value, f"{path}: {key[:80]!r}") for key, value in data.items()]
     elif isinstance(data, list):
         pairs = [_json_record(item, f"{path}: entry {number}") for number, item in enumerate(data)]
     else:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clipseed.data.images import IMAGE_SUFFIXES
+from clipseed.data.paths import is_folder, never_ends
 from clipseed.data.types import check_id
 from clipseed.errors import InputError
 
@@ -17,7 +18,7 @@ def list_images(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: no such folder, no picture in it, or two files with the same id.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such image folder")
     found: dict[str, Path] = {}
     for path in _walk(folder, set()):
@@ -71,18 +72,22 @@ def clean_id(raw: str, where: str) -> str:
     return check_id(text, where)
 
 
-def read_text(path: Path, what: str) -> str:
-    """Read a UTF-8 text file (a byte-order mark is dropped).
+def read_text(path: Path, what: str, most: int | None = None) -> str:
+    """Read a UTF-8 text file (a byte-order mark is dropped) of at most ``most`` bytes.
 
     Raises:
-        InputError: missing, unreadable, or not UTF-8 text.
+        InputError: missing, unreadable, too long, or not UTF-8 text.
     """
     try:
+        if never_ends(path):
+            raise InputError(f"{path}: {what} must be a file, not a pipe or a device")
+        if most is not None and path.stat().st_size > most:
+            raise InputError(f"{path}: too long for {what} ({path.stat().st_size:,} bytes, at most {most:,})")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: {what} must be UTF-8 text (byte {error.start} is not)") from error
-    except OSError as error:
-        raise InputError(f"{path}: {what} cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: {what} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_split(path: Path, folders: Iterable[str] = ()) -> list[str]:

@@ -7,9 +7,11 @@ from importlib import resources
 from pathlib import Path
 
 from clipseed.data.listing import read_text
+from clipseed.data.vocabulary import is_template
 from clipseed.errors import InputError
 
 _YAML_SUFFIXES = {".yaml", ".yml", ".json"}
+_MAX_BYTES = 1_000_000
 
 
 def load_templates(path: Path | None = None) -> tuple[str, ...]:
@@ -25,7 +27,7 @@ def load_templates(path: Path | None = None) -> tuple[str, ...]:
     if path is None:
         content = (resources.files("clipseed.data") / "templates.yaml").read_text(encoding="utf-8")
         return _checked(_yaml_items(content, "templates.yaml"), "templates.yaml")
-    content = read_text(path, "a list of templates")
+    content = read_text(path, "a list of templates", most=_MAX_BYTES)
     is_yaml = path.suffix.lower() in _YAML_SUFFIXES
     return _checked(_yaml_items(content, str(path)) if is_yaml else _lines(content), str(path))
 
@@ -33,13 +35,14 @@ def load_templates(path: Path | None = None) -> tuple[str, ...]:
 def _checked(items: Iterator[tuple[int, str]], where: str) -> tuple[str, ...]:
     found: dict[str, int] = {}
     for line, template in items:
-        # Prompts are made with str.format, which would take any other brace for a field of its own.
-        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        if not is_template(template):
             raise InputError(
-                f"{where}: line {line}: the template {template!r} must contain exactly one {{}} and no other brace"
+                f"{where}: line {line}: the template {template[:80]!r} must contain exactly one {{}} and no other brace"
             )
         if template in found:
-            raise InputError(f"{where}: line {line}: the template {template!r} is already on line {found[template]}")
+            raise InputError(
+                f"{where}: line {line}: the template {template[:80]!r} is already on line {found[template]}"
+            )
         found[template] = line
     if not found:
         raise InputError(f"{where}: no templates here")

@@ -76,16 +76,22 @@ def check_id(text: str, where: str) -> str:
     An id becomes a path below the output folder, so it must not be able to leave it.
 
     Raises:
-        InputError: empty, absolute, containing ``..``, NUL, a line break or a backslash, or too long.
+        InputError: empty, absolute, containing ``..``, NUL, a line break or a backslash, not Unicode, or too long.
     """
     problem = None
-    if not text or text == ".":
+    try:
+        length: int | None = len(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        length = None
+    if length is None:  # JSON can say "\ud800", no file name can
+        problem = "holds half a character"
+    elif not text or text == ".":
         problem = "is empty"
     elif any(character in text for character in "\0\r\n\\"):
         problem = "contains a NUL, a line break or a backslash"
     elif PurePosixPath(text).is_absolute() or ".." in PurePosixPath(text).parts:
         problem = "leaves the image folder"
-    elif len(text.encode("utf-8", "surrogateescape")) > MAX_ID_BYTES:
+    elif length > MAX_ID_BYTES:
         problem = f"is longer than {MAX_ID_BYTES} bytes"
     if problem:
         raise InputError(f"{where}: the image id {text[:80]!r} {problem}; ids are paths relative to the image folder")

@@ -8,6 +8,7 @@ from xml.parsers import expat
 
 from clipseed.data.labels import Labels
 from clipseed.data.listing import list_images, read_split
+from clipseed.data.paths import is_file, is_folder
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError
@@ -24,7 +25,7 @@ def find_devkit(root: Path | None) -> Path:
     """
     start = root or (Path(os.environ["CLIPSEED_VOC"]) if os.environ.get("CLIPSEED_VOC") else Path())
     for candidate in (start, start / "VOC2012", start / "VOCdevkit" / "VOC2012"):
-        if (candidate / "JPEGImages").is_dir():
+        if is_folder(candidate / "JPEGImages"):
             return candidate
     raise InputError(
         f"{start.resolve()}: no JPEGImages folder here; go into the devkit (VOCdevkit/VOC2012), "
@@ -54,7 +55,7 @@ def read_devkit(
 def _image_path(folder: Path, identifier: str) -> Path:
     """VOC images are JPEG; a devkit made by a tool may hold PNG."""
     png = folder / f"{identifier}.png"
-    return png if png.is_file() else folder / f"{identifier}.jpg"
+    return png if is_file(png) else folder / f"{identifier}.jpg"
 
 
 def _resolve_split(root: Path, split: str | None) -> tuple[str, list[str]]:
@@ -70,7 +71,7 @@ def _resolve_split(root: Path, split: str | None) -> tuple[str, list[str]]:
         if name in lists:
             return split, read_split(lists[name])
     path = Path(split)
-    if path.is_file():
+    if is_file(path):
         return path.stem, read_split(path, folders=("JPEGImages",))
     have = ", ".join(lists) or "none"
     raise InputError(f"--split {split}: neither a list in {folder} (there: {have}) nor a file")
@@ -119,4 +120,6 @@ def object_names(content: bytes, where: str) -> list[str]:
         parser.Parse(content, True)
     except expat.ExpatError as error:
         raise InputError(f"{where}: line {error.lineno}: not valid XML ({expat.ErrorString(error.code)})") from error
+    except (LookupError, ValueError, TypeError) as error:  # what Python's codecs say to an odd encoding
+        raise InputError(f"{where}: its encoding cannot be read ({error}); save it as UTF-8") from error
     return [name.strip() for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from clipseed.data.paths import is_file
 from clipseed.errors import InputError
 
 DEFAULT_TEMPLATE = "a clean origami {}."
+_MAX_BYTES = 1_000_000
+"""No list of 254 classes is longer; YAML takes seconds for each megabyte."""
 _KNOWN_KEYS = {"name", "description", "templates", "classes", "background"}
 _KNOWN_CLASS_KEYS = {"name", "text", "synonyms"}
 
@@ -65,21 +69,23 @@ class Vocabulary:
         Raises:
             InputError: unknown label; ``where`` and the closest names are in the message.
         """
-        if isinstance(label, int) or label.strip().isdigit():
-            position = int(label)
+        if isinstance(label, int) or label.strip().isdecimal():
+            shown = str(label).strip()
+            position = int(shown) if len(shown) < 10 else -1  # Python refuses numbers of thousands of digits
             if not 0 <= position < len(self.classes):
                 raise InputError(
-                    f"{where}: class index {position} is outside 0…{len(self.classes) - 1} of vocabulary {self.name!r}"
+                    f"{where}: class index {shown[:20]} is outside 0…{len(self.classes) - 1} "
+                    f"of vocabulary {self.name!r}"
                 )
             return position
         found = self._index.get(_fold(label))
         if found is None:
             near = difflib.get_close_matches(_fold(label), self._index, n=3, cutoff=0.5)
             names = [self.classes[self._index[name]].name for name in near]
-            hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
+            hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else "."
             raise InputError(
-                f"{where}: unknown class {label!r} (vocabulary {self.name!r} has {len(self.classes)} classes){hint} "
-                "Give the data's own class list with --classes FILE."
+                f"{where}: unknown class {label[:80]!r} (vocabulary {self.name!r} has {len(self.classes)} "
+                f"classes){hint} Give the data's own class list with --classes FILE."
             )
         return found
 
@@ -120,16 +126,13 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     if str(source) in builtin_vocabularies():
         content = (resources.files("clipseed.data") / "vocabularies" / f"{source}.yaml").read_text(encoding="utf-8")
         return parse_vocabulary(_yaml(content, str(source)), str(source), str(source))
+    from clipseed.data.listing import read_text  # imports Pillow, which names alone do not need
+
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         known = ", ".join(builtin_vocabularies())
         raise InputError(f"{source}: no such class list; give a file, or one of: {known}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a class list must be UTF-8 text ({error})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    content = read_text(path, "a class list", most=_MAX_BYTES)
     if path.suffix.lower() in {".yaml", ".yml", ".json"}:
         return parse_vocabulary(_yaml(content, str(path)), str(path), path.stem)
     return _parse_lines(content, path)
@@ -139,18 +142,29 @@ def _yaml(content: str, where: str) -> Any:
     import yaml
 
     try:
+        if "*" in content:  # Aliases of aliases make a page of text grow without bounds.
+            for event in yaml.parse(content, Loader=yaml.SafeLoader):
+                if isinstance(event, yaml.AliasEvent):
+                    line = event.start_mark.line + 1 if event.start_mark else "?"
+                    raise InputError(
+                        f"{where}: line {line}: aliases (*{event.anchor}) are not read here; write it out, or put the "
+                        "text in quotes"
+                    )
         return yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # Values that do not fit their tag make PyYAML raise nearly anything.
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise InputError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        at = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}:{at} not valid YAML ({problem})") from error
 
 
 def _parse_lines(content: str, path: Path) -> Vocabulary:
     """One class per line; after a colon the words CLIP reads, the first being the text and the rest synonyms."""
     classes = []
     for number, raw in enumerate(content.splitlines(), 1):
-        line = raw.split("#", 1)[0].strip()
+        line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()  # a class may be called C#
         if not line:
             continue
         name, _, words = line.partition(":")
@@ -171,11 +185,13 @@ def parse_vocabulary(data: Any, where: str, default_name: str) -> Vocabulary:
         raise InputError(f"{where}: a vocabulary is a mapping with a list 'classes' (see clipseed/data/vocabularies)")
     unknown = sorted(set(map(str, data)) - _KNOWN_KEYS)
     if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(_KNOWN_KEYS))}")
+        raise InputError(f"{where}: unknown key {unknown[0][:80]!r}; known keys are {', '.join(sorted(_KNOWN_KEYS))}")
     classes = tuple(_parse_class(item, f"{where}: class {number}") for number, item in enumerate(data["classes"]))
     background = _strings(data.get("background") or [], f"{where}: background")
     templates = _strings(data.get("templates") or [DEFAULT_TEMPLATE], f"{where}: templates")
     name = data.get("name") or default_name
+    if not isinstance(name, str | int):
+        raise InputError(f"{where}: 'name' must be a string")
     return checked(Vocabulary(str(name), classes, background, templates), where)
 
 
@@ -186,7 +202,7 @@ def _parse_class(item: Any, where: str) -> ClassText:
         raise InputError(f"{where}: must be a name, or a mapping with 'name' and optionally 'text' and 'synonyms'")
     unknown = sorted(set(map(str, item)) - _KNOWN_CLASS_KEYS)
     if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(_KNOWN_CLASS_KEYS))}")
+        raise InputError(f"{where}: unknown key {unknown[0][:80]!r}; known are {', '.join(sorted(_KNOWN_CLASS_KEYS))}")
     text = item.get("text") or ""
     if not isinstance(text, str):
         raise InputError(f"{where}: 'text' must be a string")
@@ -208,11 +224,20 @@ def checked(vocabulary: Vocabulary, where: str) -> Vocabulary:
     seen: dict[str, str] = {}
     for item in vocabulary.classes:
         if not item.name.strip() or item.name.strip().isdigit():
-            raise InputError(f"{where}: class name {item.name!r} must not be empty or a bare number")
+            raise InputError(f"{where}: class name {item.name[:80]!r} must not be empty or a bare number")
         if _fold(item.name) in seen:
-            raise InputError(f"{where}: class {item.name!r} is listed twice")
+            raise InputError(f"{where}: class {item.name[:80]!r} is listed twice")
         seen[_fold(item.name)] = item.name
+    words = [word for item in vocabulary.classes for word in (item.name, item.text, *item.synonyms)]
+    for word in (*words, *vocabulary.background, *vocabulary.templates):
+        if any(character in "\0\n\r\x1b" or "\ud800" <= character <= "\udfff" for character in word):
+            raise InputError(f"{where}: {word[:80]!r} holds a line break, a control character or half a character")
     for template in vocabulary.templates:
-        if template.count("{}") != 1:
-            raise InputError(f"{where}: the template {template!r} must contain exactly one {{}}")
+        if not is_template(template):
+            raise InputError(f"{where}: template {template[:80]!r} must contain exactly one {{}} and no other brace")
     return vocabulary
+
+
+def is_template(text: str) -> bool:
+    """Whether ``text`` holds one ``{}`` and no other brace, which ``str.format`` would take for a field of its own."""
+    return text.count("{}") == 1 and not set("{}") & set(text.replace("{}", ""))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from clipseed.data.listing import read_split
+from clipseed.data.paths import is_file, is_folder
 from clipseed.errors import InputError
 from clipseed.evaluate.confusion import Labels
 from clipseed.store.masks import read_mask
@@ -53,7 +54,7 @@ class MaskFolder:
 
     def has(self, identifier: str) -> bool:
         """Whether the file exists."""
-        return self._path(identifier).is_file()
+        return is_file(self._path(identifier))
 
     def read(self, identifier: str) -> Labels:
         """Read one mask."""
@@ -76,7 +77,8 @@ class ToyTruth:
 
     def has(self, identifier: str) -> bool:
         """Whether it is a toy id (every number is a scene)."""
-        return identifier.startswith("toy_") and identifier.removeprefix("toy_").isdigit()
+        number = identifier.removeprefix("toy_")
+        return number != identifier and number.isdecimal() and len(number) <= 20
 
     def read(self, identifier: str) -> Labels:
         """Draw one mask."""
@@ -100,13 +102,13 @@ def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None]
         given = str(own)
     if given == "toy" or given.startswith("toy:"):
         seed = given.removeprefix("toy").removeprefix(":") or str(recorded.get("toy_seed", HELD_OUT_SEED))
-        if not seed.isdigit():
-            raise InputError(f"--gt {given}: the part behind 'toy:' must be a number")
+        if not seed.isdecimal() or len(seed) > 20:
+            raise InputError(f"--gt {given[:40]}: the part behind 'toy:' must be a number of at most 20 digits")
         return ToyTruth(int(seed))
     bases = [Path()]
     bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
     for base in bases:
-        if (base / given).is_dir():
+        if is_folder(base / given):
             return MaskFolder(base / given)
     looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
     raise InputError(f"--gt {given}: no such folder (looked for {looked})")
@@ -123,7 +125,7 @@ def find_split(given: str, truth: MaskSource, dataset: Mapping[str, str | int | 
         bases.append(truth.folder.absolute().parent)
     candidates = [base / "ImageSets" / "Segmentation" / f"{given}.txt" for base in [*bases, Path()]]
     for path in (Path(given), *candidates):
-        if path.is_file():
+        if is_file(path):
             return path.stem, read_split(path, folders=("JPEGImages",))
     looked = ", ".join(map(str, dict.fromkeys(candidates)))
     raise InputError(f"--split {given}: neither a file nor a list of the devkit (looked for {looked})")

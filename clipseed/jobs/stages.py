@@ -9,16 +9,20 @@ from clipseed.errors import UsageError
 
 CAM_OUTPUT = "cams.h5"
 CRF_OUTPUT = "pseudo"
+MASKS_OUTPUT = "masks.h5"
+SEED_OUTPUT = "seeds"
 _REFINED = "cams-*.h5"
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "evaluate": ("seeds", CRF_OUTPUT, _REFINED, CAM_OUTPUT),
+    "evaluate": (SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
     "crf": (_REFINED, CAM_OUTPUT),
+    "sam-seed": (_REFINED, CAM_OUTPUT),
+    "sam-masks": (CAM_OUTPUT, _REFINED),
     "par": (_REFINED, CAM_OUTPUT),
     "caa": (CAM_OUTPUT,),
     "js": (CAM_OUTPUT,),
 }
 """What each command reads when it is not told, the most refined first."""
-_DOES = {"evaluate": "score", "crf": "label"}
+_DOES = {"evaluate": "score", "crf": "label", "sam-seed": "label", "sam-masks": "make masks for"}
 
 
 def newest_output(folder: Path, command: str = "evaluate") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from clipseed.refine.boxes import box_masks
 BOX_THRESHOLD = 0.4
 COCO_BOX_THRESHOLD = 0.7
 LAYERS = 8
+
+Source = Literal["score", "raw"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class CaaOptions:
     released: bool = False
 
 
+FMA_WSSS: dict[str, tuple[CaaOptions, Source]] = {
+    "voc-coarse": (CaaOptions(0.4, rounds=1), "score"),
+    "voc-fine": (CaaOptions(0.5, rounds=1), "raw"),
+    "coco-coarse": (CaaOptions(0.6, rounds=1), "raw"),
+    "coco-fine": (CaaOptions(power=0), "raw"),
+}
+"""FMA-WSSS's constants and sources for :func:`caa_of_raw`; its fine seeds on COCO are not refined."""
+
+
 def caa(cams: Sequence[Tensor], attention: Tensor, options: CaaOptions | None = None) -> list[Tensor]:
     """Refine the maps of a batch of pictures of one grid.
 
@@ -56,15 +68,44 @@ def caa(cams: Sequence[Tensor], attention: Tensor, options: CaaOptions | None = 
 
 def spread_within_boxes(cams: Sequence[Tensor], affinity: Tensor, options: CaaOptions) -> list[Tensor]:
     """Box mask, spreading and normalisation for any affinity ``(B, n, n)``; see :func:`caa`."""
-    most = max(len(cam) for cam in cams)
-    height, width = cams[0].shape[-2:]
-    sources = torch.zeros(len(cams), most, height, width)
-    for picture, cam in zip(sources, cams, strict=True):
+    refined = _reach(cams, cams, affinity, options)
+    return [minmax(maps, 1e-7 if options.released else 0.0) for maps in refined]
+
+
+def caa_of_raw(
+    cams: Sequence[Tensor], attention: Tensor, options: CaaOptions, source: Source = "score"
+) -> list[Tensor]:
+    """Refine maps of any scale, and leave the result at the scale it has: CAA as FMA-WSSS uses it.
+
+    Boxes are drawn on the score, which is the map without its negative values, stretched to [0, 1]; what spreads is
+    the score or the raw map.
+
+    Args:
+        cams: One raw ``(K, h, w)`` per picture, signed; K may differ and may be 0.
+        attention: ``(B, n, n)``, see :func:`caa`.
+        options: Constants; see ``FMA_WSSS``. ``power`` 0 returns the source as it is, not even cut to the boxes.
+        source: ``score`` or ``raw``.
+
+    Returns:
+        One ``(K, h, w)`` float32 CPU tensor per picture, not normalised; signed where the source is.
+    """
+    scores = [minmax(cam.float().cpu().clamp_min(0), 1e-7 if options.released else 0.0) for cam in cams]
+    sources = scores if source == "score" else [cam.float().cpu() for cam in cams]
+    if options.power == 0:
+        return list(sources)
+    return _reach(scores, sources, balance(attention, options.rounds), options)
+
+
+def _reach(scores: Sequence[Tensor], sources: Sequence[Tensor], affinity: Tensor, options: CaaOptions) -> list[Tensor]:
+    """What spreads from within the boxes of the scores."""
+    most = max(len(cam) for cam in sources)
+    height, width = sources[0].shape[-2:]
+    padded = torch.zeros(len(sources), most, height, width)
+    for picture, score, cam in zip(padded, scores, sources, strict=True):
         kept = cam.float().cpu()
         if options.boxes:
-            masks = box_masks(kept.numpy(), options.box_threshold, released=options.released)
+            masks = box_masks(score.float().cpu().numpy(), options.box_threshold, released=options.released)
             kept = kept * torch.from_numpy(masks.astype(np.float32))
         picture[: len(cam)] = kept
-    reached = spread(affinity, sources.to(affinity.device), options.power)
-    refined = minmax(reached, 1e-7 if options.released else 0.0).cpu()
-    return [maps[: len(cam)] for maps, cam in zip(refined, cams, strict=True)]
+    reached = spread(affinity, padded.to(affinity.device), options.power).cpu()
+    return [maps[: len(cam)] for maps, cam in zip(reached, sources, strict=True)]

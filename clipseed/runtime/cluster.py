@@ -10,11 +10,15 @@ Actors were chosen over Ray Data by measuring (docs/scale.md).
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from clipseed import __version__
@@ -77,14 +81,20 @@ def plan_workers(nodes: Sequence[dict[str, float]], options: ClusterOptions) -> 
 class Worker:
     """What runs in a Ray worker process."""
 
-    def __init__(self, recipe: Recipe[Any], cpus: float, gpus: int) -> None:
-        self._recipe, self._cpus, self._gpus = recipe, cpus, gpus
+    def __init__(self, recipe: Recipe[Any], folder: str, cpus: float, gpus: int) -> None:
+        self._recipe, self._folder, self._cpus, self._gpus = recipe, folder, cpus, gpus
         self._work: Work[Any, Any] | None = None
 
     def about(self) -> dict[str, Any]:
         """Load the work and say what it is."""
         import torch
 
+        try:
+            os.chdir(self._folder)  # relative paths mean what they mean to whoever gave the command
+        except OSError as error:
+            raise UsageError(
+                f"--engine ray: {self._folder} is not there on {platform.node()}; all nodes need the same folders"
+            ) from error
         if not self._gpus:
             torch.set_num_threads(max(1, int(self._cpus)))
         self._work = self._recipe()
@@ -108,7 +118,7 @@ class OnRay(Generic[R]):
 
     def __init__(self, recipe: Recipe[R], options: ClusterOptions) -> None:
         self._options = options
-        self._ray = _connect(options.address)
+        self._ray = _import_ray()
         self._ours = not self._ray.is_initialized()
         if self._ours:
             self._join()
@@ -128,11 +138,15 @@ class OnRay(Generic[R]):
             raise
 
     def _join(self) -> None:
+        address = self._options.address or os.environ.get("RAY_ADDRESS") or "auto"
+        where = "on this machine (ray start --head starts one, RAY_ADDRESS says where one is)"
         try:
-            self._ray.init(address=self._options.address or "auto", log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = self._options.address or "here (ray start --head starts one; RAY_ADDRESS says where one is)"
-            raise UsageError(f"--engine ray: no Ray cluster found at {where}: {str(error)[:200]}") from error
+            if address not in ("auto", "local") and "://" not in address:
+                where = f"at {address}"
+                _knock(address)  # Ray itself tries for minutes
+            self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(f"--engine ray: no Ray cluster found {where}: {str(error)[:200]}") from error
 
     @property
     def about(self) -> dict[str, Any]:
@@ -141,7 +155,7 @@ class OnRay(Generic[R]):
         return self._about
 
     def _hire(self) -> None:
-        actor = self._actor.remote(self._recipe, self._plan.cpus, self._plan.gpus)
+        actor = self._actor.remote(self._recipe, str(Path.cwd()), self._plan.cpus, self._plan.gpus)
         self._coming[actor.about.remote()] = actor
 
     def _wait_for_one(self) -> None:
@@ -273,7 +287,15 @@ class _Lost(Exception):
     """A worker is gone, and its result with it."""
 
 
-def _connect(address: str | None) -> Any:
+def _knock(address: str) -> None:
+    """Raise :class:`OSError` where nobody listens, :class:`ValueError` where it is no ``host:port``."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("give host:port")
+    socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _import_ray() -> Any:
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--engine ray: Ray is not installed; pip install 'clipseed[ray]'")
     import ray

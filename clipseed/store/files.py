@@ -114,8 +114,18 @@ def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> Path | None
 
 
 def remove_leftovers(folder: Path, ours: Callable[[Path], bool] = lambda path: True) -> None:
-    """Delete temporary files that a killed run left in a folder, where they are ``ours``."""
-    for leftover in folder.glob(".tmp-*"):
+    """Delete temporary files that a killed run left in a folder and below, where they are ``ours``."""
+    for leftover in folder.rglob(".tmp-*"):
         if ours(leftover):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Delete temporary files that a killed run left beside the file that it was to write."""
+    name = _short(path.name)
+    for leftover in path.parent.glob(".tmp-*"):
+        number, _, rest = leftover.name.removeprefix(".tmp-").partition("-")
+        if number.isdigit() and rest == name:
             with contextlib.suppress(OSError):
                 leftover.unlink()

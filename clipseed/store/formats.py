@@ -9,12 +9,14 @@ import h5py
 
 from clipseed.errors import StoreError
 from clipseed.store.layout import RecordFormat
+from clipseed.store.mask_records import mask_format
 from clipseed.store.records import seed_format
 
 
 def known_formats() -> dict[str, RecordFormat[Any]]:
     """All formats by their name in the file."""
-    return {form.name: form for form in (seed_format(),)}
+    forms: tuple[RecordFormat[Any], ...] = (seed_format(), mask_format())
+    return {form.name: form for form in forms}
 
 
 def format_of(path: Path) -> RecordFormat[Any]:

@@ -97,5 +97,7 @@ def _fits(arrays: Arrays) -> bool:
     """Every map covers its grid, and classes are such as masks can hold."""
     counts = np.diff(arrays["class_offset"])
     cells = arrays["grid"].astype(np.int64).prod(axis=1)
+    if arrays["class_id"].ndim != 1 or arrays["class_id"].dtype.kind != "i":
+        return False
     known = (arrays["class_id"] >= 0) & (arrays["class_id"] < _MOST_CLASSES)
     return bool(known.all() and (np.diff(arrays["cam_offset"]) == counts * cells).all())

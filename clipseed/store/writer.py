@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from filelock import FileLock
 
 from clipseed.errors import StoreError, UsageError
-from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text_once
+from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_errors, write_skipped, write_text_once
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
@@ -105,6 +105,8 @@ class RecordWriter(Generic[R]):
 
     def _prepare(self) -> None:
         remove_leftovers(self.folder, lambda path: self._share.whole or self._share.takes(unit_number(path)))
+        if self.portable and self._share.whole:
+            remove_leftovers_of(self.out)
         self._roll.withdraw()
         if self._overwrite:
             for path in (*self.folder.glob(SHARD_PATTERN), self.folder / "manifest.json"):
@@ -217,6 +219,8 @@ class RecordWriter(Generic[R]):
         return self._end(ids, everything)
 
     def _end(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
+        if self.portable:
+            remove_leftovers_of(self.out)
         if self.portable and (any(path != self.out for path in self._done.values()) or not self.out.is_file()):
             wanted = dict.fromkeys(key for key in ids if key in self._done)
             order = [*wanted, *(key for key in self._done if key not in wanted)]

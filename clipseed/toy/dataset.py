@@ -64,7 +64,7 @@ def toy_scene(seed: int, identifier: str) -> Scene:
         InputError: not a toy id.
     """
     number = identifier.removeprefix("toy_")
-    if number == identifier or not number.isdigit():
+    if number == identifier or not number.isdecimal() or len(number) > 20:
         raise InputError(f"{identifier!r} is not a picture of the toy set")
     return lay_out(seed, int(number))
 

@@ -102,11 +102,18 @@ class Scene:
 
     def image(self) -> npt.NDArray[np.uint8]:
         """Paint the scene: (H, W, 3) RGB."""
+        return self.paint()[0]
+
+    def paint(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """The picture (H, W, 3) RGB, and which of ``materials`` lies, or would lie, at each pixel (H, W).
+
+        The border between two materials comes out of the painter's random stream, hence both at once.
+        """
         rng = np.random.default_rng([self.seed, self.index, 1])
-        canvas = _background(rng, self.size, self.materials)
+        canvas, ground = _background(rng, self.size, self.materials)
         for item in self.objects:
             _paint(rng, canvas[item.window], item)
-        return _develop(rng, canvas)
+        return _develop(rng, canvas), ground
 
 
 def lay_out(seed: int, index: int, options: WorldOptions | None = None) -> Scene:
@@ -210,19 +217,20 @@ def _distinct_hue(rng: Rng, taken: list[float]) -> float:
     return hue
 
 
-def _background(rng: Rng, size: tuple[int, int], materials: tuple[str, ...]) -> Floats:
-    """One material, or two that meet at a wavy border."""
+def _background(rng: Rng, size: tuple[int, int], materials: tuple[str, ...]) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """One material, or two that meet at a wavy border; and the index of the material at each pixel."""
     height, width = size
     canvas = MATERIALS[materials[0]](rng, height, width)
     if len(materials) == 1:
-        return canvas
+        return canvas, np.zeros(size, np.uint8)
     other = MATERIALS[materials[1]](rng, height, width)
     upright = rng.random() < 0.3
     along, across = (height, width) if upright else (width, height)
     level = across * (0.3 + 0.4 * rng.random())
     border = level + 0.15 * across * (smooth_noise(rng, 1, along, 48)[0] - 0.5)
     beyond = np.arange(across)[:, None] > border[None, :]
-    return np.where((beyond.T if upright else beyond)[..., None], other, canvas).astype(np.float32)
+    beyond = beyond.T if upright else beyond
+    return np.where(beyond[..., None], other, canvas).astype(np.float32), beyond.astype(np.uint8)
 
 
 def _paint(rng: Rng, target: Floats, item: ToyObject) -> None:

@@ -1,0 +1,59 @@
+"""What ``clipseed inspect`` prints about a mask cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from clipseed.cli.console import Talker, print_json, print_table
+
+if TYPE_CHECKING:
+    from clipseed.jobs.inspect_masks import MaskInspection
+
+
+def show(
+    path: Path, preview: Path | None, count: int, ids: tuple[str, ...], *, verify: bool, json: bool, quiet: bool
+) -> int:
+    """Print what a mask cache holds, and write a preview where one is asked for; returns the exit code."""
+    from clipseed.jobs.inspect_masks import inspect_masks, write_mask_preview
+
+    found = inspect_masks(path, verify=verify)
+    if json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+    if preview is not None:
+        shown = write_mask_preview(path, preview, count, ids)
+        Talker(quiet).note(f"{preview}: {', '.join(shown)}")
+    return 0
+
+
+def _print(found: MaskInspection) -> None:
+    manifest, data = found.manifest, found.manifest["dataset"]
+    fewest, median, most = found.per_picture
+    rows = [
+        ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
+        ("method", str(manifest.get("method"))),
+        ("options", _pairs(manifest["options"])),
+        ("source", _pairs({key: value for key, value in manifest["source"].items() if isinstance(value, str)})),
+        ("model", _pairs(manifest["model"])),
+        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
+        ("pictures", f"{found.pictures} ({found.without_masks} without masks, {found.shrunk} shrunk)"),
+        ("masks", f"{found.masks}; per picture {fewest} to {most}, median {median:g}"),
+        ("levels", ", ".join(f"{number} {name}" for name, number in found.levels.items())),
+        ("bytes", f"{found.bytes_per_picture:,.0f} per picture; {found.bytes_per_mask:,.0f} per compressed mask"),
+        ("versions", _pairs(manifest.get("versions"))),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+    if found.per_class:
+        typer.echo("")
+        print_table(("class", "masks"), [(name, str(number)) for name, number in found.per_class.items()])
+
+
+def _pairs(part: object) -> str:
+    """A part of the manifest on one line."""
+    return ", ".join(f"{key} {value}" for key, value in part.items()) if isinstance(part, dict) and part else "-"

@@ -1,0 +1,341 @@
+"""``clipseed sam-masks``: the segments of every picture, once per data set, into a compact cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from clipseed.clip.model import pick_device
+from clipseed.data.types import ImageReader, Sample
+from clipseed.errors import ClipseedError, ImageError, InputError
+from clipseed.jobs.engine import default_workers, misfit, open_engine, refuse_if_nothing
+from clipseed.jobs.sam_options import (
+    SamMasksOptions,
+    SamMasksReport,
+    Start,
+    check,
+    find_checkpoint,
+    find_pictures,
+    masks_manifest,
+)
+from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.stream import BatchSize, Task
+from clipseed.runtime.work import Work
+from clipseed.sam.backend import Embedding, fitted_size
+from clipseed.sam.cached import pack_proposals
+from clipseed.sam.generator import Limits, generate
+from clipseed.sam.importers import Kind, MaskImport, open_masks
+from clipseed.sam.load import load_sam
+from clipseed.sam.prompted import prompted_masks
+from clipseed.store.mask_records import MaskRecord, mask_format
+from clipseed.store.reader import Seeds
+from clipseed.store.writer import RecordWriter
+
+_UNIT_SIZE = {"cpu": 8}
+_GPU_UNIT_SIZE = 32
+"""Pictures per shard: what a kill can cost. SAM takes seconds for one on a GPU, minutes on a CPU."""
+_IMPORT_UNIT = 64
+_AHEAD = 4
+
+
+def run_sam_masks(options: SamMasksOptions, start: Start | None = None) -> SamMasksReport:
+    """Find and store the masks of a data set's pictures; resumes what an earlier run began.
+
+    Args:
+        options: What to do.
+        start: Called with the number of pictures to do and done; returns the progress callback.
+
+    Raises:
+        ClipseedError: see the modules it uses; pictures that cannot be read, or on which SAM fails, are skipped and
+            reported instead.
+    """
+    check(options)
+    pictures, seeds = find_pictures(options)
+    recipe = MasksRecipe(options, pictures.reader, str(pictures.dataset.get("name")))
+    with contextlib.closing(open_engine(recipe, options.cluster)) as engine:
+        about = engine.about
+        manifest = masks_manifest(options, pictures, seeds, about)
+        began = time.perf_counter()
+        with RecordWriter(
+            options.out, manifest, mask_format(), about["unit"], overwrite=options.overwrite, share=options.share
+        ) as writer:
+            samples = {sample.id: sample for sample in pictures.samples}
+            ids = list(samples)
+            mine = writer.share_of(ids)
+            found = len(writer.done.intersection(mine))
+            tasks = [Task(unit.index, tuple(samples[key] for key in unit.ids)) for unit in writer.units(ids)]
+            advance = start(sum(len(task.samples) for task in tasks), found) if start else None
+            hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
+            with interruptible(lambda: hint):
+                stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
+            refuse_if_nothing(stats, writer.done)
+            with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
+                finished = writer.finish(ids, stats.skipped)
+    report = SamMasksReport(
+        out=options.out,
+        total=len(mine),
+        found=found,
+        stats=stats,
+        seconds=time.perf_counter() - began,
+        model=about["model"],
+        device=about["device"],
+        notes=writer.notes,
+        skipped_file=finished.skipped_file,
+        open_shares=finished.open_shares,
+    )
+    if stats.counters["cramped"]:
+        report.notes.append("out of memory; went on with fewer points at once (--points-per-batch)")
+    return report
+
+
+@dataclass(frozen=True)
+class LoadedForSam:
+    """A decoded picture, shrunk to what SAM sees of it: ``(h, w, 3)`` uint8."""
+
+    sample: Sample
+    size: tuple[int, int]
+    pixels: npt.NDArray[np.uint8]
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Pictures of all sizes are encoded together."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """Each is as much work as any other, because SAM's input has one size."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ShrinkingLoader:
+    """Decodes a sample, and shrinks what is longer than ``max_side`` as SAM itself would; runs in worker processes."""
+
+    reader: ImageReader
+    max_side: int
+
+    def __call__(self, sample: Sample) -> LoadedForSam:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        image = self.reader(sample)
+        size = (image.height, image.width)
+        if self.max_side and max(size) > self.max_side:
+            height, width = fitted_size(size, self.max_side)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return LoadedForSam(sample, size, np.asarray(image).copy())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture's masks, from a worker process that found or made them."""
+
+    record: MaskRecord
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Nothing is computed together any more."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """None is left."""
+        return 1
+
+
+@lru_cache(maxsize=2)
+def _existing(path: Path, kind: Kind) -> MaskImport:
+    """Opened once per worker process."""
+    return open_masks(path, kind)
+
+
+@dataclass(frozen=True)
+class ExistingLoader:
+    """Reads a picture's masks from files, after looking at the picture for its size; runs in worker processes."""
+
+    reader: ImageReader
+    path: Path
+    kind: Kind
+
+    def __call__(self, sample: Sample) -> Stored:
+        """Read and compress one picture's masks.
+
+        Raises:
+            ImageError: picture or masks are missing, damaged, or do not fit each other.
+        """
+        image = self.reader(sample)
+        size = (image.height, image.width)
+        try:
+            proposals = _existing(self.path, self.kind).read(sample.id, size)
+        except InputError as error:  # one damaged file is no reason to stop
+            raise ImageError(str(error)) from error
+        return Stored(pack_proposals(sample.id, size, proposals))
+
+
+@dataclass(frozen=True)
+class MasksRecipe:
+    """Loads what a run needs."""
+
+    options: SamMasksOptions
+    reader: ImageReader
+    dataset: str
+
+    def __call__(self) -> Work[Any, MaskRecord]:
+        """Load it."""
+        if self.options.existing is not None:
+            return _Existing(self)
+        return _Prompted(self) if self.options.prompt else _Grid(self)
+
+
+class _Masks(Work[Any, MaskRecord]):
+    """What all sources of masks have in common."""
+
+    def __init__(self, recipe: MasksRecipe, device: torch.device) -> None:
+        self.options, self._reader, self.device = recipe.options, recipe.reader, device
+        self.workers = self.options.workers if self.options.workers is not None else default_workers(device)
+        self.ahead = _AHEAD + 2 * self.workers
+        self.batch = BatchSize(1, 1)
+        self.counters = Counter()
+
+    def counted(self, record: MaskRecord) -> MaskRecord:
+        """The record, after counting what is in it."""
+        self.counters["masks"] += len(record)
+        self.counters["without"] += int(not len(record))
+        self.counters["bytes"] += len(record.rle)
+        return record
+
+
+class _Existing(_Masks):
+    """Masks that exist already."""
+
+    def __init__(self, recipe: MasksRecipe) -> None:
+        super().__init__(recipe, torch.device("cpu"))
+        assert self.options.existing is not None
+        open_masks(self.options.existing, self.options.existing_kind)  # refused before workers start
+
+    def about(self) -> dict[str, Any]:
+        """No model."""
+        return {"model": {}, "weights": None, "device": "no model", "unit": _IMPORT_UNIT}
+
+    @property
+    def loader(self) -> Callable[[Sample], Stored]:
+        """Reads masks."""
+        assert self.options.existing is not None
+        return ExistingLoader(self._reader, self.options.existing.resolve(), self.options.existing_kind)
+
+    def compute(self, items: Sequence[Stored]) -> list[MaskRecord]:
+        """What was read."""
+        return [self.counted(item.record) for item in items]
+
+
+class _Segmenting(_Masks):
+    """Masks that a SAM makes."""
+
+    def __init__(self, recipe: MasksRecipe) -> None:
+        options = recipe.options
+        super().__init__(recipe, pick_device(options.device))
+        checkpoint = find_checkpoint(options, recipe.dataset)
+        size = None if options.model == "auto" else options.model
+        self.backend = load_sam(
+            checkpoint, self.device, factory=options.factory, precision=options.precision, size=size
+        )
+        self._weights = None if checkpoint is None else str(checkpoint.resolve())
+
+    def about(self) -> dict[str, Any]:
+        """Model, where its weights are, device, and pictures per shard."""
+        return {
+            "model": self.backend.manifest(),
+            "weights": self._weights,
+            "device": str(self.device),
+            "unit": _UNIT_SIZE.get(self.device.type, _GPU_UNIT_SIZE),
+        }
+
+    @property
+    def loader(self) -> ShrinkingLoader:
+        """Decodes pictures as SAM sees them."""
+        return ShrinkingLoader(self._reader, self.options.max_side)
+
+    @abstractmethod
+    def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
+        """Masks of one picture."""
+
+    def attempt(self, item: LoadedForSam, given: Any = None) -> MaskRecord | ImageError:
+        """Masks of one picture, or why there are none; what is wrong with more than this picture is raised."""
+        try:
+            return self.counted(self.masks(item, given))
+        except ImageError as error:
+            return error
+        except (ClipseedError, MemoryError):
+            raise
+        except Exception as error:  # SAM's code, or a user's
+            if isinstance(error, RuntimeError) and any(word in str(error) for word in ("CUDA", "memory")):
+                raise
+            return ImageError(f"SAM failed on it ({type(error).__name__}: {str(error)[:200]})")
+
+
+class _Grid(_Segmenting):
+    """Everything in a picture, from a grid of points."""
+
+    def __init__(self, recipe: MasksRecipe) -> None:
+        super().__init__(recipe)
+        self._limits = Limits()
+
+    def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
+        """Masks of a batch, picture by picture: one has hundreds of prompts."""
+        return [self.attempt(item) for item in items]
+
+    def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
+        """Proposals for one picture."""
+        before = self._limits.points, self._limits.crops
+        proposals = generate(self.backend, item.pixels, self.options.proposals, self._limits)
+        self.counters["cramped"] += int(before != (self._limits.points, self._limits.crops))
+        return pack_proposals(item.sample.id, item.size, proposals)
+
+
+class _Prompted(_Segmenting):
+    """Masks of the classes that a picture's seeds show."""
+
+    def __init__(self, recipe: MasksRecipe) -> None:
+        super().__init__(recipe)
+        assert self.options.seeds is not None
+        self.seeds = Seeds(self.options.seeds, verify=False)
+        together = self.options.batch_size or self.backend.crops_at_once
+        self.batch = BatchSize(together, 1)
+        self.ahead += together
+
+    def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
+        """Masks of a batch, encoded together."""
+        encoded = [item for item in items if item.sample.labels]
+        try:
+            embeddings = self.backend.encode([item.pixels for item in encoded]) if encoded else []
+        except ImageError as error:
+            if len(items) == 1:
+                return [error]
+            return [result for item in items for result in self.compute([item])]
+        found = {item.sample.id: embedding for item, embedding in zip(encoded, embeddings, strict=True)}
+        return [self.attempt(item, found.get(item.sample.id)) for item in items]
+
+    def masks(self, item: LoadedForSam, given: Embedding | None) -> MaskRecord:
+        """Answers to the prompts of one picture."""
+        assert self.options.prompt is not None
+        seed = self.seeds[item.sample.id]
+        problem = misfit(seed, item.size)
+        if problem is not None:
+            raise problem
+        embedding = given or Embedding((item.pixels.shape[0], item.pixels.shape[1]), None)
+        proposals, row = prompted_masks(self.backend, embedding, seed.cam, self.options.prompt, self.options.proposals)
+        return pack_proposals(item.sample.id, item.size, proposals, seed.classes[row].tolist())

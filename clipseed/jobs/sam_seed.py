@@ -1,0 +1,362 @@
+"""``clipseed sam-seed``: label masks out of class activation maps and the segments of a mask cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipseed.data.paths import is_folder
+from clipseed.data.types import Sample
+from clipseed.errors import ImageError, InputError, UsageError
+from clipseed.evaluate.sources import MaskFolder
+from clipseed.jobs.engine import misfit, open_engine, refuse_if_nothing, usable_cores
+from clipseed.jobs.seed_rules import RuleOptions, Rules, decide, seed_labels, voted_labels
+from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
+from clipseed.runtime.work import Work
+from clipseed.sam.cached import CachedMasks, unpack_proposals
+from clipseed.sam.importers import Kind, MaskImport, open_masks
+from clipseed.sam.proposals import Proposals, from_masks
+from clipseed.store.files import write_skipped
+from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.mask_cache import holds_cache
+from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
+from clipseed.store.mask_records import NO_CLASS
+from clipseed.store.masks import IGNORE, Labels, mask_classes
+from clipseed.store.reader import SHARD_PATTERN, Seeds, class_names
+from clipseed.store.share import WHOLE, Share
+
+if TYPE_CHECKING:
+    from clipseed.runtime.cluster import ClusterOptions
+
+_UNIT_SIZE = 64
+_WORTH_WORKERS = 200
+"""Pictures from which on worker processes, which take seconds to start, are worth it."""
+MISSING_LIST = "without-masks.csv"
+
+
+@dataclass(frozen=True)
+class SamSeedOptions:
+    """Everything ``clipseed sam-seed`` can be told.
+
+    Attributes:
+        source: Seeds, or for voting a folder of label masks.
+        masks: A mask cache, or existing masks in another format.
+        masks_kind: That format.
+        rules: How pictures are labelled.
+    """
+
+    source: Path
+    masks: Path
+    out: Path
+    masks_kind: Kind = "auto"
+    rules: RuleOptions = field(default_factory=RuleOptions)
+    workers: int | None = None
+    overwrite: bool = False
+    share: Share = WHOLE
+    cluster: ClusterOptions | None = None
+
+
+@dataclass
+class SamSeedReport:
+    """What a run did.
+
+    Attributes:
+        method: How labels came about.
+        missing: Pictures of the source that the masks do not know.
+        missing_file: Where they are listed.
+    """
+
+    source: Path
+    out: Path
+    total: int
+    found: int
+    stats: StreamStats
+    seconds: float
+    method: str
+    missing: int = 0
+    missing_file: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    skipped_file: Path | None = None
+    open_shares: int = 0
+
+    @property
+    def unsure(self) -> float:
+        """Share of pixels that became 255 in this run."""
+        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
+
+
+Start = Callable[[int, int], Advance]
+
+
+def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeedReport:
+    """Make label masks; resumes what an earlier run began.
+
+    Raises:
+        ClipseedError: see the modules it uses; pictures whose maps or masks cannot be used are skipped and reported.
+    """
+    if options.workers is not None and options.workers < 0:
+        raise UsageError("--workers: give auto or a number from 0")
+    _refuse_places(options)
+    began = time.perf_counter()
+    source = _look_at_source(options.source)
+    asked, about_masks, known = _look_at_masks(options, source)
+    name = (source.manifest.get("vocabulary") or {}).get("name")
+    rules = decide(options.rules, str(name), label_map=source.label_map, asked=asked)
+    if rules.method == "pixel":
+        about_masks, known = {}, None
+    missing = _missing(options, source, known)
+    manifest = _manifest(source.manifest, rules, about_masks)
+    recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
+    with (
+        contextlib.closing(open_engine(recipe, options.cluster)) as engine,
+        MaskWriter(options.out, manifest, overwrite=options.overwrite, share=options.share) as writer,
+    ):
+        writer.forget_unlike({key: classes for key, classes in source.classes.items() if classes is not None})
+        tasks, mine = _tasks(source.classes, writer.done, options.share)
+        found = len(writer.done.intersection(mine))
+        with interruptible(
+            lambda: f"interrupted; run the same command again to go on ({options.out} has what is done)"
+        ):
+            advance = start(sum(len(task.samples) for task in tasks), found) if start else None
+            stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
+        refuse_if_nothing(stats, writer.done)
+        with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
+            listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
+            finished = writer.finish(stats.skipped)
+    return SamSeedReport(
+        options.source, options.out, len(mine), found, stats, time.perf_counter() - began, rules.method,
+        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shares,
+    )  # fmt: skip
+
+
+def _refuse_places(options: SamSeedOptions) -> None:
+    for name, path in (("the source", options.source), ("--masks", options.masks)):
+        if path.resolve() == options.out.resolve():
+            raise UsageError(f"--out {options.out}: is {name} as well; choose another folder")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is labelled: its manifest, and classes by id where they are known without looking at pixels."""
+
+    manifest: Manifest
+    classes: Mapping[str, tuple[int, ...] | None]
+    label_map: bool
+
+
+def _look_at_source(path: Path) -> _Source:
+    if not is_folder(path) or any(path.glob(SHARD_PATTERN)):
+        with Seeds(path) as seeds:
+            return _Source(seeds.manifest, {key: tuple(seeds.classes(key).tolist()) for key in seeds}, False)
+    keys = sorted(MaskFolder(path).ids())
+    if not keys:
+        raise InputError(f"{path}: neither seeds nor PNG masks in this folder")
+    manifest = read_mask_manifest(path) or {}
+    if "vocabulary" in manifest:
+        class_names(manifest, path)
+    return _Source(manifest, {key: mask_classes(path / f"{key}.png") for key in keys}, True)
+
+
+def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict[str, Any], frozenset[str] | None]:
+    """Whether the masks were made for classes, what the manifest says about them, and the ids that they know."""
+    if options.rules.method == "pixel":
+        return False, {}, None
+    if not holds_cache(options.masks):
+        found = open_masks(options.masks, options.masks_kind)
+        return False, {"masks": str(options.masks.resolve()), "format": options.masks_kind}, found.ids()
+    if options.masks_kind != "auto":
+        raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a mask cache")
+    masks = CachedMasks(options.masks)
+    manifest = masks.cache.manifest
+    asked = bool(manifest["vocabulary"])
+    if asked and not source.label_map:
+        theirs, ours = class_names(manifest, options.masks), class_names(source.manifest, options.source)
+        if theirs != ours:
+            raise UsageError(
+                f"{options.masks}: its masks were asked for with other classes than those of {options.source}"
+            )
+    about: dict[str, Any] = {
+        key: manifest[key] for key in ("kind", "method", "options", "source", "model") if key in manifest
+    }
+    ids = masks.ids()
+    masks.cache.close()
+    return asked, about, ids
+
+
+def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | None) -> list[str]:
+    """Ids of the source that the masks do not know.
+
+    Raises:
+        InputError: they know none of them.
+    """
+    if known is None:
+        return []
+    missing = [key for key in source.classes if key not in known]
+    if missing and len(missing) == len(source.classes):
+        there = f"its first is {min(known)!r}" if known else "it holds no picture at all"
+        raise InputError(
+            f"{options.masks}: holds masks of none of the {len(missing)} pictures of {options.source} (the first is "
+            f"{missing[0]!r}, {there}); was it made for another data set?"
+        )
+    return missing
+
+
+def _manifest(source: Manifest, rules: Rules, masks: dict[str, Any]) -> Manifest:
+    before = source.get("options") or {}
+    kept = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
+    origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
+    there: dict[str, Any] = {key: source[key] for key in ("model", "weights", "vocabulary", "dataset") if key in source}
+    return {
+        "kind": "sam-seed",
+        "method": rules.method,
+        "options": {**kept, **rules.manifest()},
+        "source": {**origin, "masks": masks},
+        **there,
+        "versions": package_versions(),
+    }
+
+
+def _tasks(classes: Mapping[str, tuple[int, ...] | None], done: set[str], share: Share) -> tuple[list[Task], list[str]]:
+    """Units of the share with what is missing of them, and all ids of the share."""
+    ids = list(classes)
+    units = [(k, ids[first : first + _UNIT_SIZE]) for k, first in enumerate(range(0, len(ids), _UNIT_SIZE))]
+    mine = [(k, keys) for k, keys in units if share.takes(k)]
+    missing = ((k, [key for key in keys if key not in done]) for k, keys in mine)
+    tasks = [Task(k, tuple(Sample(key, Path(key), classes[key]) for key in keys)) for k, keys in missing if keys]
+    return tasks, [key for _, keys in mine for key in keys]
+
+
+def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
+    for result in results:
+        writer.write(result.id, result.labels, result.classes)
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A finished picture."""
+
+    id: str
+    labels: Labels
+    classes: tuple[int, ...]
+    masks: int
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Nothing is computed together."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """Nothing is left to do."""
+        return 1
+
+
+@lru_cache(maxsize=2)
+def _seeds(path: Path) -> Seeds:
+    """Opened once per process."""
+    return Seeds(path, verify=False)
+
+
+@lru_cache(maxsize=2)
+def _masks(path: Path, kind: Kind) -> MaskImport:
+    """Opened once per process."""
+    return CachedMasks(path, verify=False) if holds_cache(path) else open_masks(path, kind)
+
+
+@lru_cache(maxsize=2)
+def _ids(path: Path, kind: Kind) -> frozenset[str]:
+    return _masks(path, kind).ids()
+
+
+@dataclass(frozen=True)
+class Seeder:
+    """Labels one picture, from opening its maps and masks to the finished label mask; runs in worker processes."""
+
+    source: Path
+    masks: Path
+    kind: Kind
+    rules: Rules
+    label_map: bool
+
+    def __call__(self, sample: Sample) -> Seeded:
+        """Label one picture.
+
+        Raises:
+            ImageError: its maps or masks cannot be used.
+            StoreError: a file is damaged.
+        """
+        try:
+            return self._voted(sample) if self.label_map else self._seeded(sample)
+        except InputError as error:  # one damaged file is no reason to stop
+            raise ImageError(str(error)) from error
+
+    def _voted(self, sample: Sample) -> Seeded:
+        labels = MaskFolder(self.source).read(sample.id)
+        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]))
+        found = voted_labels(self.rules, labels, proposals.masks)
+        classes = sample.labels
+        if classes is None:
+            classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
+        return Seeded(sample.id, found, classes, len(proposals))
+
+    def _seeded(self, sample: Sample) -> Seeded:
+        seed = _seeds(self.source)[sample.id]
+        problem = misfit(seed, seed.size)
+        if problem is not None:
+            raise problem
+        proposals, asked = self._proposals(sample.id, seed.size)
+        labels = seed_labels(self.rules, seed, proposals, asked)
+        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), len(proposals))
+
+    def _proposals(self, identifier: str, size: tuple[int, int]) -> tuple[Proposals, Any]:
+        """Masks of a picture, none where there are none, and the class that each was asked for."""
+        if self.rules.method == "pixel" or identifier not in _ids(self.masks, self.kind):
+            found = from_masks(np.zeros((0, *size), bool))
+            return found, np.zeros(0, np.int32)
+        masks = _masks(self.masks, self.kind)
+        if isinstance(masks, CachedMasks):
+            record = masks.record(identifier, size)
+            return unpack_proposals(record), record.class_id
+        found = masks.read(identifier, size)
+        return found, np.full(len(found), NO_CLASS, np.int32)
+
+
+class _SeedWork(Work[Seeded, Seeded]):
+    """Maps and masks to label masks; everything happens where pictures are loaded."""
+
+    def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, pictures: int) -> None:
+        self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
+        workers = options.workers
+        if workers is None:
+            workers = usable_cores() if pictures >= _WORTH_WORKERS else 0
+        self.workers = 0 if workers == 1 else workers
+        self.ahead = 4 + 2 * self.workers
+        self.batch = BatchSize(1, 1)
+        self.counters = Counter()
+
+    def about(self) -> dict[str, Any]:
+        """Any worker gives the same masks."""
+        return {}
+
+    @property
+    def loader(self) -> Seeder:
+        """Labels pictures."""
+        return self._seeder
+
+    def compute(self, items: Sequence[Seeded]) -> list[Seeded]:
+        """What was labelled."""
+        for item in items:
+            self.counters["pixels"] += item.labels.size
+            self.counters["unsure"] += int(np.count_nonzero(item.labels == IGNORE))
+            self.counters["masks"] += item.masks
+            self.counters["without"] += int(not item.masks)
+        return list(items)

@@ -1,0 +1,213 @@
+"""How ``clipseed sam-seed`` labels a picture: which rule, with which constants, and the rules themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from clipseed.errors import UsageError
+from clipseed.sam.cached import enlarged
+from clipseed.sam.json_masks import room_for
+from clipseed.sam.pixels import Background, Labels, label_pixels
+from clipseed.sam.prompts import label_from_prompted_masks
+from clipseed.sam.proposals import Proposals
+from clipseed.sam.seeding import PRESETS, Policy, SeedingOptions, seed_from_masks
+from clipseed.sam.voting import VotingOptions, vote
+from clipseed.store.mask_records import NO_CLASS
+from clipseed.store.masks import IGNORE
+from clipseed.store.records import SeedMap
+
+Method = Literal["fma", "prompted", "vote", "pixel"]
+METHODS: tuple[Method, ...] = get_args(Method)
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+PIXEL_ALPHA = 2.0
+"""Exponent of the background where pixels decide for themselves."""
+Masks = npt.NDArray[np.bool_]
+Classes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """The rule as asked for; ``None`` leaves it to the method, the vocabulary and the masks.
+
+    Attributes:
+        method: ``fma``: every mask gets one label from the maps (FMA-WSSS); ``prompted``: every mask has the class
+            that it was asked for, and the class that is stronger in its own mask wins (S2C); ``vote``: a label map
+            snapped to masks (SEPL); ``pixel``: without masks. Default: ``vote`` for a label map, ``prompted`` for masks
+            that were asked for, else ``fma``.
+        preset: Of ``fma``; default by the vocabulary.
+        alpha: Exponent of the background: of regions with ``fma``, else of pixels.
+        uncovered: What pixels under no mask become.
+        without_masks: What pictures without any mask become.
+        min_confidence: Less certain labels become 255.
+        paper: The released programs with their quirks.
+    """
+
+    method: Method | None = None
+    preset: str | None = None
+    alpha: float | None = None
+    uncovered: Policy | None = None
+    without_masks: Policy | None = None
+    min_confidence: float = 0.0
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rule with all its constants."""
+
+    method: Method
+    seeding: SeedingOptions
+    voting: VotingOptions
+
+    def manifest(self) -> dict[str, Any]:
+        """What decides the labels."""
+        seeding = self.seeding
+        common = {
+            "without_masks": seeding.without_masks,
+            "pixel_alpha": seeding.pixel_background.value,
+            "min_confidence": seeding.min_confidence,
+            "paper": seeding.paper,
+        }
+        if self.method == "pixel":
+            del common["without_masks"]
+            return common
+        if self.method == "vote":
+            return {**common, **asdict(self.voting)}
+        if self.method == "prompted":
+            return {**common, "uncovered": seeding.uncovered}
+        return {
+            **common, "uncovered": seeding.uncovered, "alpha": seeding.background.value,
+            "normalise": seeding.normalise, "pool": seeding.pool, "order": list(seeding.order),
+        }  # fmt: skip
+
+
+def decide(options: RuleOptions, vocabulary: str, *, label_map: bool, asked: bool) -> Rules:
+    """Fill in what was left open.
+
+    Args:
+        options: As asked for.
+        vocabulary: Name of the seeds' vocabulary; COCO's has its own presets.
+        label_map: The source is a folder of label masks, not seeds.
+        asked: The masks were made for classes.
+
+    Raises:
+        UsageError: a value is impossible, or does not belong to the method.
+    """
+    method = options.method or ("vote" if label_map else "prompted" if asked else "fma")
+    _check(options, method, label_map=label_map, asked=asked)
+    preset = options.preset or ("coco-coarse" if vocabulary.startswith("coco") else "voc-coarse")
+    base = PRESETS[preset]
+    pixel_alpha = PIXEL_ALPHA
+    if options.alpha is not None:
+        if method == "fma":
+            base = replace(base, background=Background("power", options.alpha))
+        else:
+            pixel_alpha = options.alpha
+    standing: Policy = "cam" if method == "vote" else "background"  # a vote keeps what nothing speaks against
+    seeding = replace(
+        base,
+        uncovered=options.uncovered or standing,
+        without_masks=options.without_masks or standing,
+        pixel_background=Background("power", pixel_alpha),
+        min_confidence=options.min_confidence,
+        paper=options.paper,
+    )
+    return Rules(method, seeding, VotingOptions(keep_uncovered=seeding.uncovered == "cam", paper=options.paper))
+
+
+def _check(options: RuleOptions, method: str, *, label_map: bool, asked: bool) -> None:
+    if method not in METHODS:
+        raise UsageError(f"--method {method}: choose one of {', '.join(METHODS)}")
+    if options.preset is not None and options.preset not in PRESETS:
+        raise UsageError(f"--preset {options.preset}: choose one of {', '.join(PRESETS)}")
+    if options.preset is not None and method != "fma":
+        raise UsageError(f"--preset belongs to --method fma, not to {method}")
+    if label_map and method != "vote":
+        raise UsageError(f"--method {method} needs maps, and the source holds finished masks; only vote takes those")
+    if method == "prompted" and not asked:
+        raise UsageError("--method prompted needs masks that were made for classes: clipseed sam-masks --prompt points")
+    for name in ("uncovered", "without_masks"):
+        value = getattr(options, name)
+        if value not in (None, *POLICIES):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: choose one of {', '.join(POLICIES)}")
+    if method == "vote" and options.uncovered == "ignore":
+        raise UsageError("--uncovered ignore: a vote keeps uncovered labels (cam) or drops them (background)")
+    if method == "pixel" and (options.uncovered or options.without_masks):
+        raise UsageError("--uncovered and --without-masks: --method pixel looks at no masks")
+    if options.alpha is not None and (label_map or not 0.01 <= options.alpha <= 100):
+        why = "a label map has no scores" if label_map else "give an exponent from 0.01 to 100"
+        raise UsageError(f"--alpha {options.alpha}: {why}")
+    if not (math.isfinite(options.min_confidence) and 0 <= options.min_confidence <= 1):
+        raise UsageError(f"--min-confidence {options.min_confidence}: give a score from 0 to 1")
+    if options.min_confidence and method in ("vote", "prompted"):
+        raise UsageError(f"--min-confidence: --method {method} gives no confidence")
+
+
+def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classes) -> Labels:
+    """Labels ``(H, W)`` of a picture.
+
+    Everything happens at the size of the masks, and the labels are enlarged to the picture's size at the end.
+
+    Args:
+        rules: What to do.
+        seed: The picture's maps.
+        proposals: Its masks ``(S, h, w)``; S may be 0.
+        asked: ``(S,)`` class that each mask was asked for, -1 for none.
+
+    Raises:
+        ImageError: the masks need too much memory.
+    """
+    options = rules.seeding
+    masks = proposals.masks
+    if rules.method == "pixel" or (not len(masks) and options.without_masks == "cam"):
+        labels = _by_pixels(rules, seed, seed.size)
+    elif not len(masks):
+        return np.full(seed.size, IGNORE if options.without_masks == "ignore" else 0, np.uint8)
+    elif rules.method == "vote":
+        labels = vote(_by_pixels(rules, seed, proposals.size), masks, rules.voting)
+    elif rules.method == "prompted":
+        labels = _by_prompts(rules, seed, masks, asked)
+    else:
+        labels = seed_from_masks(seed.cam, proposals, seed.classes, options).labels
+    return enlarged(labels, seed.size)
+
+
+def voted_labels(rules: Rules, labels: Labels, masks: Masks) -> Labels:
+    """A label map ``(H, W)`` snapped to masks ``(S, h, w)``, which are enlarged to its size.
+
+    Raises:
+        ImageError: the enlarged masks need too much memory.
+    """
+    if len(masks):
+        size = (labels.shape[0], labels.shape[1])
+        room_for(len(masks), size, "masks")
+        return vote(labels, enlarged(masks, size), rules.voting)
+    policy = rules.seeding.without_masks
+    return labels if policy == "cam" else np.full_like(labels, IGNORE if policy == "ignore" else 0)
+
+
+def _by_pixels(rules: Rules, seed: SeedMap, size: tuple[int, int]) -> Labels:
+    options = rules.seeding
+    found = label_pixels(seed.cam, seed.classes, size, options.pixel_background, paper=options.paper)
+    return np.where(found.confidence < options.min_confidence, np.uint8(IGNORE), found.labels)
+
+
+def _by_prompts(rules: Rules, seed: SeedMap, masks: Masks, asked: Classes) -> Labels:
+    """The class whose map is stronger inside its own mask wins; masks of classes without seeds are left out."""
+    rows = {int(class_id): row for row, class_id in enumerate(seed.classes)}
+    kept = [k for k, class_id in enumerate(asked) if class_id != NO_CLASS and int(class_id) in rows]
+    row = np.array([rows[int(asked[k])] for k in kept], np.int64)
+    # The cache holds masks, not logits: 1 inside and -1 outside makes S2C's score the map's mean inside.
+    answers = np.where(masks[kept], np.float16(1), np.float16(-1))
+    labels = label_from_prompted_masks(answers, row, seed.cam, seed.classes, paper=rules.seeding.paper)
+    free = ~masks[kept].any(axis=0)
+    if rules.seeding.uncovered == "ignore":
+        labels[free] = IGNORE
+    elif rules.seeding.uncovered == "cam":
+        labels[free] = _by_pixels(rules, seed, (labels.shape[0], labels.shape[1]))[free]
+    return labels

@@ -1,0 +1,1 @@
+"""Segment Anything: mask proposals, and seeds made from them."""

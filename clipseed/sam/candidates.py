@@ -1,0 +1,135 @@
+"""From a decoder's answers about one crop to the masks that pass the thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clipseed.sam.backend import Decoded, Embedding, SamBackend
+from clipseed.sam.grid import Crop
+from clipseed.sam.nms import cut_off, mask_boxes
+from clipseed.sam.options import LEVELS, ProposalOptions
+from clipseed.sam.proposals import WHOLE
+
+_WORKING_FLOATS = 1 << 25
+"""Masks enlarged at once need about this many floats (128 MB)."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Masks of one crop, with everything in the crop's own pixels.
+
+    Attributes:
+        packed: ``(S, bytes)`` uint8: the masks' pixels row by row, a bit each; decoders give hundreds.
+        level: ``(S,)`` int8.
+        iou: ``(S,)`` float32.
+        stability: ``(S,)`` float32.
+        box: ``(S, 4)`` int64: first column, first row, last column, last row.
+        point: ``(S, 2)`` float64: x, y.
+    """
+
+    packed: npt.NDArray[np.uint8]
+    level: npt.NDArray[np.int8]
+    iou: npt.NDArray[np.float32]
+    stability: npt.NDArray[np.float32]
+    box: npt.NDArray[np.int64]
+    point: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def take(self, kept: npt.NDArray[np.int64]) -> Candidates:
+        """Those with these indices, in this order."""
+        return Candidates(*(getattr(self, item.name)[kept] for item in fields(self)))
+
+    @staticmethod
+    def joined(parts: Sequence[Candidates]) -> Candidates:
+        """All of them, in order; at least one part."""
+        return Candidates(
+            *(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Candidates))
+        )
+
+
+@torch.inference_mode()
+def passing(
+    backend: SamBackend,
+    embedding: Embedding,
+    decoded: Decoded,
+    points: npt.NDArray[np.float64],
+    crop: Crop,
+    picture: tuple[int, int],
+    options: ProposalOptions,
+) -> Candidates:
+    """Masks that pass the thresholds, are not cut off by the crop and not empty; by point, then level.
+
+    The predicted IoU is looked at first: most masks fail there, and only the others are enlarged.
+
+    Args:
+        backend: The model that answered.
+        embedding: The crop.
+        decoded: Answers to the points.
+        points: ``(P, 2)`` x, y in pixels of the crop.
+        crop: Where the crop is.
+        picture: Height and width of the picture.
+        options: Thresholds.
+    """
+    per_point = decoded.iou.shape[1]
+    level = (torch.arange(LEVELS) if per_point == LEVELS else torch.tensor([WHOLE])).repeat(len(points))
+    iou, logits = decoded.iou.flatten().cpu(), decoded.logits.flatten(0, 1)
+    chosen = torch.arange(len(iou))
+    if options.pred_iou_threshold > 0:
+        chosen = chosen[iou + torch.tensor(options.level_bonus)[level] > options.pred_iou_threshold]
+    height, width = embedding.size
+    step = max(1, _WORKING_FLOATS // (backend.working_pixels + 2 * height * width))
+    parts = [_nothing(embedding.size)]
+    for some in torch.split(chosen, step):
+        if len(some):
+            full = backend.upsample(embedding, logits[some.to(logits.device)])
+            good, stability, box, packed = _good(full, backend.mask_threshold, crop, picture, options)
+            some = some[good]
+            point = points[some.numpy() // per_point]
+            parts.append(
+                Candidates(packed, level[some].numpy().astype(np.int8), iou[some].numpy(), stability, box, point)
+            )
+    return Candidates.joined(parts)
+
+
+def stability_score(logits: Tensor, threshold: float, offset: float) -> Tensor:
+    """``(S,)`` area above ``threshold + offset`` over area above ``threshold - offset``; 0 where both are 0.
+
+    Since the one area lies inside the other, this is the IoU of the two. In [0, 1].
+    """
+    inner, outer = ((logits > limit).sum(dim=(1, 2)) for limit in (threshold + offset, threshold - offset))
+    return inner / outer.clamp(min=1)
+
+
+def _good(
+    full: Tensor, threshold: float, crop: Crop, picture: tuple[int, int], options: ProposalOptions
+) -> tuple[Tensor, npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Which masks of ``(S, H, W)`` logits are good; and of those stability, boxes and packed masks."""
+    stability = stability_score(full, threshold, options.stability_offset)
+    index = torch.arange(len(full), device=full.device)
+    if options.stability_threshold > 0:
+        index = index[stability >= options.stability_threshold]
+    masks = full[index] > threshold
+    boxes = mask_boxes(masks)
+    good = ~cut_off(boxes, crop, *picture) & masks.flatten(1).any(dim=1)
+    index, masks = index[good], masks[good]
+    packed = np.packbits(masks.flatten(1).cpu().numpy(), axis=1)
+    return index.cpu(), stability[index].cpu().numpy(), boxes[good].cpu().numpy(), packed
+
+
+def _nothing(size: tuple[int, int]) -> Candidates:
+    return Candidates(
+        packed=np.packbits(np.zeros((0, size[0] * size[1]), np.bool_), axis=1),
+        level=np.zeros(0, np.int8),
+        iou=np.zeros(0, np.float32),
+        stability=np.zeros(0, np.float32),
+        box=np.zeros((0, 4), np.int64),
+        point=np.zeros((0, 2)),
+    )

@@ -1,0 +1,182 @@
+"""Masks of everything in a picture, from a grid of points: SAM's automatic mask generation, and FMA-WSSS's changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipseed.errors import ImageError
+from clipseed.sam.backend import Embedding, Picture, SamBackend, as_picture
+from clipseed.sam.candidates import Candidates, passing
+from clipseed.sam.cleanup import remove_small_regions
+from clipseed.sam.grid import Crop, crops_of, point_grid
+from clipseed.sam.levels import filter_levels
+from clipseed.sam.nms import mask_boxes, suppress
+from clipseed.sam.options import ProposalOptions
+from clipseed.sam.proposals import Proposals
+
+
+@dataclass
+class Limits:
+    """What has fitted into memory so far. Pass one to every call of :func:`generate`, and only the first call pays.
+
+    Attributes:
+        points: Most prompts at once, if ever fewer than asked for.
+        crops: Most crops at once, likewise.
+    """
+
+    points: int | None = None
+    crops: int | None = None
+
+
+def generate(
+    backend: SamBackend, image: npt.NDArray[Any], options: ProposalOptions, limits: Limits | None = None
+) -> Proposals:
+    """Propose masks for a picture.
+
+    For each crop: answers to a grid of points, the masks that pass the thresholds, NMS. Then NMS between crops,
+    clean-up of small regions (and NMS once more, preferring masks that needed none), and the level filter. Equals
+    ``SamAutomaticMaskGenerator`` with equal settings, except that masks without any pixel are left out; those occur
+    only without a stability threshold.
+
+    Args:
+        backend: See :func:`~clipseed.sam.load.load_sam`.
+        image: 8-bit grey, RGB or RGBA; see :func:`~clipseed.sam.backend.as_picture`.
+        options: Thresholds, grids and filters.
+        limits: Batch sizes, lowered where memory runs out.
+
+    Returns:
+        Masks at the picture's size, best first; possibly none. With a level filter: wholes, parts, sub-parts.
+
+    Raises:
+        ImageError: the picture is unusable, or does not fit into memory even with one prompt at once.
+    """
+    picture = as_picture(image)
+    size = (picture.shape[0], picture.shape[1])
+    limits = limits or Limits()
+    crops = crops_of(*size, options.crop_layers, options.crop_overlap)
+    found: list[Candidates] = []
+    while len(found) < len(crops):
+        some = crops[len(found) : len(found) + (limits.crops or backend.crops_at_once)]
+        embeddings = _encoded(backend, picture, some, limits)
+        for crop, embedding in zip(some, embeddings, strict=False):  # fewer, where memory ran out
+            candidates = _answers(backend, embedding, crop, size, options, limits)
+            bonus = np.array(options.nms_level_bonus, np.float32)[candidates.level]
+            found.append(candidates.take(suppress(candidates.box, candidates.iou + bonus, options.box_nms_threshold)))
+    proposals = _between_crops(found, crops, size, options)
+    if options.min_region_area > 0 and len(proposals):
+        proposals = _cleaned(proposals, options)
+    if options.level_filter is not None:
+        proposals = proposals.take(filter_levels(proposals.masks, proposals.level, options.level_filter))
+    return proposals
+
+
+def _encoded(backend: SamBackend, picture: Picture, crops: Sequence[Crop], limits: Limits) -> list[Embedding]:
+    """Embeddings of the first of these crops: of as many as fit into memory at once."""
+    count = len(crops)
+    while True:
+        try:
+            return backend.encode([picture[crop.top : crop.bottom, crop.left : crop.right] for crop in crops[:count]])
+        except (RuntimeError, MemoryError) as error:
+            _refuse_unless_smaller_helps(error, count)
+        count = limits.crops = count // 2
+
+
+def _answers(
+    backend: SamBackend,
+    embedding: Embedding,
+    crop: Crop,
+    size: tuple[int, int],
+    options: ProposalOptions,
+    limits: Limits,
+) -> Candidates:
+    """Good masks of a crop's grid of points, a batch of points after the other."""
+    points = point_grid(options.points_of_layer(crop.layer), embedding.size)
+    parts: list[Candidates] = []
+    done = 0
+    while done < len(points):
+        batch = points[done : done + min(options.points_per_batch, limits.points or len(points))]
+        try:
+            decoded = backend.decode_prompts(embedding, points=batch[:, None])
+            parts.append(passing(backend, embedding, decoded, batch, crop, size, options))
+            done += len(batch)
+            continue
+        except (RuntimeError, MemoryError) as error:
+            _refuse_unless_smaller_helps(error, len(batch))
+        limits.points = len(batch) // 2  # outside of the handler, which keeps what did not fit alive
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return Candidates.joined(parts)
+
+
+def _refuse_unless_smaller_helps(error: BaseException, count: int) -> None:
+    text = str(error).lower()
+    if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+        raise error
+    if count <= 1:
+        raise ImageError("does not fit into the device's memory, even one crop and one point at a time") from error
+
+
+def _between_crops(
+    found: Sequence[Candidates], crops: Sequence[Crop], size: tuple[int, int], options: ProposalOptions
+) -> Proposals:
+    """Masks in the picture's frame; where those of several crops overlap, the smaller crop's stay."""
+    owner = np.repeat(np.arange(len(found)), [len(candidates) for candidates in found])
+    place = np.concatenate([np.arange(len(candidates)) for candidates in found])
+    corner = np.array([(crop.left, crop.top) for crop in crops])[owner]
+    box = np.concatenate([candidates.box for candidates in found]) + np.tile(corner, 2)
+    kept = np.arange(len(owner))
+    if len(crops) > 1:
+        scores = np.float32(1) / np.array([crop.area for crop in crops], np.float32)
+        kept = suppress(box, scores[owner], options.crop_nms_threshold)
+
+    def gathered(name: str) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = np.concatenate([getattr(candidates, name) for candidates in found])[kept]
+        return values
+
+    masks = np.zeros((len(kept), *size), np.bool_)
+    for mask, crop_index, index in zip(masks, owner[kept], place[kept], strict=True):
+        crop = crops[crop_index]
+        bits = np.unpackbits(found[crop_index].packed[index], count=crop.area)
+        mask[crop.top : crop.bottom, crop.left : crop.right] = bits.reshape(crop.size)
+    rectangles = np.array([(crop.left, crop.top, crop.size[1], crop.size[0]) for crop in crops], np.int32)
+    return Proposals(
+        masks=masks,
+        level=gathered("level"),
+        iou=gathered("iou"),
+        stability=gathered("stability"),
+        box=_with_extent(box[kept]),
+        point=(gathered("point") + corner[kept]).astype(np.float32),
+        crop_box=rectangles[owner[kept]],
+    )
+
+
+def _cleaned(proposals: Proposals, options: ProposalOptions) -> Proposals:
+    """Masks without small holes and islands, and of those that overlap now, the ones that had none."""
+    masks = np.empty_like(proposals.masks)
+    untouched = np.empty(len(proposals), np.float32)
+    for index, mask in enumerate(proposals.masks):
+        masks[index], changed = remove_small_regions(mask, options.min_region_area)
+        untouched[index] = not changed
+    box = mask_boxes(torch.from_numpy(masks)).numpy()
+    kept = suppress(box, untouched, max(options.box_nms_threshold, options.crop_nms_threshold))
+    cleaned = Proposals(
+        masks=masks,
+        level=proposals.level,
+        iou=proposals.iou,
+        stability=proposals.stability,
+        box=_with_extent(box),
+        point=proposals.point,
+        crop_box=proposals.crop_box,
+    )
+    return cleaned.take(kept)
+
+
+def _with_extent(box: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """First column, first row, last column, last row to x, y, width, height, as in SAM's records without "+1"."""
+    return np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).astype(np.float32)

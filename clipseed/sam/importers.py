@@ -1,0 +1,96 @@
+"""Masks that exist already, in the formats that people have, as proposals by picture id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+
+from clipseed.data.labels import read_json
+from clipseed.errors import InputError, UsageError
+from clipseed.sam.json_masks import CocoInstances, Sa1b
+from clipseed.sam.png_masks import CocoPanoptic, InstanceMaps, MaskFolders, read_values
+from clipseed.sam.proposals import Proposals
+
+Kind = Literal["auto", "coco-panoptic", "coco-instances", "instance-maps", "mask-folders", "sa-1b"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class MaskImport(Protocol):
+    """Masks by picture id."""
+
+    def ids(self) -> frozenset[str]:
+        """Ids of the pictures that have masks, or are said to have none."""
+        ...
+
+    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+        """Masks of a picture of this height and width; empty ones are left out, their number may be 0.
+
+        Raises:
+            ImageError: no masks for this picture, or of another size than the picture's, or too many for the memory.
+            InputError: a malformed file.
+            UsageError: a package is missing that the file needs.
+        """
+        ...
+
+
+def open_masks(source: Path, kind: Kind = "auto") -> MaskImport:
+    """Open existing masks.
+
+    Args:
+        source: A JSON file (``coco-instances``, ``coco-panoptic``) or a folder (all but ``coco-instances``).
+        kind: ``auto`` looks: at a file's keys; in a folder, JSON files are SA-1B's, colour PNGs panoptic maps, and
+            PNGs in folders below that have at most two values, masks of one picture per folder.
+
+    Raises:
+        InputError: nothing there, or nothing that is one of these formats.
+        UsageError: an unknown kind, or a file where a folder belongs or the other way round.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"mask format {kind!r}: choose one of {', '.join(KINDS)}")
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder of masks")
+    found = _recognise(source) if kind == "auto" else kind
+    if found == "coco-panoptic":
+        return CocoPanoptic(source)
+    if found == "coco-instances":
+        if source.is_dir():
+            raise UsageError(f"{source}: {found} is one JSON file, not a folder")
+        return CocoInstances(source)
+    if not source.is_dir():
+        raise UsageError(f"{source}: {found} is a folder, not a file")
+    if found == "instance-maps":
+        return InstanceMaps(source)
+    return MaskFolders(source) if found == "mask-folders" else Sa1b(source)
+
+
+def _recognise(source: Path) -> Kind:
+    if source.is_file():
+        return _recognise_file(source)
+    if (text := _first(source, ".json")) is not None:
+        if text.name.startswith(("instances_", "panoptic_", "person_keypoints_", "captions_")):
+            raise InputError(f"{source}: holds COCO's annotation files; name one of them")
+        return "sa-1b"
+    png = _first(source, ".png")
+    if png is None:
+        raise InputError(f"{source}: no PNG and no JSON files here; mask formats are {', '.join(KINDS[1:])}")
+    values = read_values(png)
+    if png.parent != source and len(np.unique(values)) <= 2:
+        return "mask-folders"
+    return "coco-panoptic" if values.ndim == 3 else "instance-maps"
+
+
+def _first(folder: Path, suffix: str) -> Path | None:
+    """The first file with this suffix, those directly in the folder before those in folders below it."""
+    found = (path for path in folder.rglob(f"*{suffix}") if not path.name.startswith("."))
+    return min(found, key=lambda path: (path.parent != folder, path), default=None)
+
+
+def _recognise_file(source: Path) -> Kind:
+    data = read_json(source, "a mask file")
+    annotations = data.get("annotations") if isinstance(data, dict) else None
+    if not isinstance(annotations, list) or "images" not in data:
+        raise InputError(f"{source}: no COCO file ('images' and 'annotations'); for SA-1B name the folder of its files")
+    panoptic = any(isinstance(item, dict) and "segments_info" in item for item in annotations)
+    return "coco-panoptic" if panoptic else "coco-instances"

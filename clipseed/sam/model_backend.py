@@ -1,0 +1,136 @@
+"""Masks straight from a plain SAM: crops encoded together, only the wanted masks enlarged."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from clipseed.errors import ImageError, UsageError
+from clipseed.sam.backend import Decoded, Embedding, Floats, Picture, checked, fit_prompts, fitted_size
+
+_PIXELS_AT_ONCE = {"cpu": 1024 * 1024}
+_GPU_PIXELS_AT_ONCE = 8 * 1024 * 1024
+"""Pixels encoded in one pass. On a CPU a batch of full-sized crops gains nothing and costs gigabytes."""
+
+_DECODER_ARGUMENTS = {
+    "image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings", "multimask_output"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamInfo:
+    """What an output file records about the SAM it was made with.
+
+    Attributes:
+        size: ``vit_b``, ``vit_l``, ``vit_h``, ``custom``, or the factory's name.
+        weights: Name of the checkpoint file, if any.
+        sha256: Digest of that file.
+    """
+
+    size: str
+    weights: str | None
+    sha256: str | None
+
+
+class ModelBackend:
+    """A model with SAM's image encoder, prompt encoder and mask decoder (also MobileSAM's).
+
+    The encoder runs in ``dtype``, its features return to float32; prompts and decoder are float32 always, because the
+    position code of prompts is computed in it. The model is moved and cast in place.
+
+    Raises:
+        UsageError: the mask decoder wants more than SAM's does.
+    """
+
+    def __init__(self, sam: Any, device: torch.device, dtype: torch.dtype, info: SamInfo) -> None:
+        _check_decoder(sam, info)
+        self.device, self.dtype, self.info = device, dtype, info
+        self.sam = sam.requires_grad_(False).eval().float().to(device)
+        self.sam.image_encoder.to(dtype)
+        self.side: int = sam.image_encoder.img_size
+        self.mask_threshold = float(getattr(sam, "mask_threshold", 0.0))
+        self.crops_at_once = max(1, _PIXELS_AT_ONCE.get(device.type, _GPU_PIXELS_AT_ONCE) // self.side**2)
+        self.working_pixels = self.side**2
+        with torch.inference_mode():
+            self._dense_code: Tensor = self.sam.prompt_encoder.get_dense_pe()
+
+    @torch.inference_mode()
+    def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
+        """Image features ``(1, E, h, w)`` float32 of each crop, in one forward pass.
+
+        Raises:
+            ImageError: half precision is not enough for a crop.
+        """
+        batch = torch.stack([self._prepare(crop) for crop in crops])
+        features = self.sam.image_encoder(batch.to(self.dtype)).float()
+        if self.dtype is not torch.float32 and not torch.isfinite(features).all():
+            raise ImageError("SAM's features exceed half precision; give --precision fp32")
+        return [Embedding(_size(crop), features[i : i + 1]) for i, crop in enumerate(crops)]
+
+    @torch.inference_mode()
+    def decode_prompts(
+        self,
+        embedding: Embedding,
+        boxes: Floats | None = None,
+        points: Floats | None = None,
+        point_labels: npt.NDArray[np.integer] | None = None,
+    ) -> Decoded:
+        """Logits ``(P, 3, 4h, 4w)`` and predicted IoU ``(P, 3)``; see :class:`~clipseed.sam.backend.SamBackend`."""
+        prompts = fit_prompts(embedding.size, self.side, self.device, boxes, points, point_labels)
+        if prompts.number == 0:
+            height, width = (4 * length for length in embedding.content.shape[-2:])
+            return Decoded(embedding.content.new_zeros(0, 3, height, width), embedding.content.new_zeros(0, 3))
+        pairs = None if prompts.points is None else (prompts.points, prompts.labels)
+        sparse, dense = self.sam.prompt_encoder(points=pairs, boxes=prompts.boxes, masks=None)
+        logits, iou = self.sam.mask_decoder(
+            image_embeddings=embedding.content,
+            image_pe=self._dense_code,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+        return checked(logits, iou, prompts.number)
+
+    @torch.inference_mode()
+    def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:
+        """Bilinear in SAM's two steps: to the square that the encoder saw, without its padding to the crop's size."""
+        height, width = fitted_size(embedding.size, self.side)
+        square = F.interpolate(logits[None], (self.side, self.side), mode="bilinear", align_corners=False)
+        fitted = square[..., :height, :width]
+        return F.interpolate(fitted, embedding.size, mode="bilinear", align_corners=False)[0]
+
+    def manifest(self) -> dict[str, Any]:
+        """Plain description for output files."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return {**asdict(self.info), "precision": names[self.dtype]}
+
+    def _prepare(self, crop: Picture) -> Tensor:
+        """Fitted into the square, normalised, and padded with zeros at the right and below."""
+        height, width = fitted_size(_size(crop), self.side)
+        resized = Image.fromarray(crop).resize((width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(resized)).to(self.device).permute(2, 0, 1)
+        normal: Tensor = (pixels - self.sam.pixel_mean) / self.sam.pixel_std
+        return F.pad(normal, (0, self.side - width, 0, self.side - height))
+
+
+def _size(crop: Picture) -> tuple[int, int]:
+    return (crop.shape[0], crop.shape[1])
+
+
+def _check_decoder(sam: Any, info: SamInfo) -> None:
+    parameters = inspect.signature(sam.mask_decoder.forward).parameters.values()
+    required = {item.name for item in parameters if item.default is item.empty and item.kind is not item.VAR_KEYWORD}
+    if extra := sorted(required - _DECODER_ARGUMENTS):
+        raise UsageError(
+            f"--sam-factory: the mask decoder of {info.size} also wants {', '.join(extra)}; return its predictor "
+            "(with set_image and predict_torch) instead of the model"
+        )

@@ -1,0 +1,76 @@
+"""What mask proposals of one picture are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+SUB_PART, PART, WHOLE = 0, 1, 2
+"""Levels: which of the three masks of a point a mask is."""
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Masks of one picture, in output order. They may overlap and leave gaps.
+
+    Attributes:
+        masks: ``(S, H, W)`` bool.
+        level: ``(S,)`` int8: 0 sub-part, 1 part, 2 whole. Imported masks are wholes.
+        iou: ``(S,)`` float32: SAM's predicted IoU (a regression, may exceed 1); 1 for imported masks.
+        stability: ``(S,)`` float32: stability score; 1 for imported masks.
+        box: ``(S, 4)`` float32: x, y, width, height in pixels, as in SAM's records.
+        point: ``(S, 2)`` float32: x, y of the prompt; NaN where there was none.
+        crop_box: ``(S, 4)`` int32: x, y, width, height of the crop that a mask was found in.
+    """
+
+    masks: npt.NDArray[np.bool_]
+    level: npt.NDArray[np.int8]
+    iou: npt.NDArray[np.float32]
+    stability: npt.NDArray[np.float32]
+    box: npt.NDArray[np.float32]
+    point: npt.NDArray[np.float32]
+    crop_box: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the masks."""
+        return (self.masks.shape[1], self.masks.shape[2])
+
+    @property
+    def area(self) -> npt.NDArray[np.int64]:
+        """``(S,)`` pixels of each mask."""
+        area: npt.NDArray[np.int64] = self.masks.sum(axis=(1, 2), dtype=np.int64)
+        return area
+
+    def take(self, kept: Sequence[int] | npt.NDArray[np.integer]) -> Proposals:
+        """The masks with these indices, in this order."""
+        index = np.asarray(kept, np.int64)
+        return Proposals(*(getattr(self, item.name)[index] for item in fields(self)))
+
+
+def from_masks(masks: npt.NDArray[np.bool_]) -> Proposals:
+    """Proposals out of bare masks ``(S, H, W)``, as wholes with perfect scores; empty masks are left out."""
+    masks = masks[masks.any(axis=(1, 2))]
+    count, height, width = masks.shape
+    box = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
+    return Proposals(
+        masks=masks,
+        level=np.full(count, WHOLE, np.int8),
+        iou=np.ones(count, np.float32),
+        stability=np.ones(count, np.float32),
+        box=box,
+        point=np.full((count, 2), np.nan, np.float32),
+        crop_box=np.tile(np.array([0, 0, width, height], np.int32), (count, 1)),
+    )
+
+
+def _bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Box x, y, width, height as SAM writes it: from the first to the last pixel's index, without "+1"."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]), int(rows[-1] - rows[0])
