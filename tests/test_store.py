@@ -158,6 +158,32 @@ def test_skipped_pictures_are_filled_in_later(tmp_path: Path) -> None:
     assert len(open_seeds(tmp_path / "out")) == len(RECORDS)
 
 
+def test_a_refused_run_changes_nothing(tmp_path: Path) -> None:
+    """A finished file and a command with other settings: the first command must still be able to go on."""
+    store(tmp_path / "cams.h5", RECORDS[:2])
+    other = {**MANIFEST, "options": {"scales": [1.0, 2.0]}}
+    with pytest.raises(StoreError, match="made with other settings"):
+        SeedWriter(tmp_path / "cams.h5", other, "float16", 3).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["cams.h5"]
+    store(tmp_path / "cams.h5", RECORDS)
+    assert len(open_seeds(tmp_path / "cams.h5")) == len(RECORDS)
+
+
+def test_folders_of_other_things_are_no_output(tmp_path: Path) -> None:
+    photos, masks = tmp_path / "photos", tmp_path / "pseudo"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"")
+    masks.mkdir()
+    (masks / "manifest.json").write_text(json.dumps(MANIFEST))
+    for folder in (photos, masks):
+        with pytest.raises(UsageError, match="a folder that holds other things"):
+            SeedWriter(folder, MANIFEST, "float16", 3)
+        assert len(list(folder.iterdir())) == 1
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "lock").touch()  # a run that was killed at once
+    store(tmp_path / "locked", RECORDS)
+
+
 @pytest.mark.parametrize("out", ["cams.h5", "shards"])
 def test_other_settings_are_refused_with_their_differences(out: str, tmp_path: Path) -> None:
     store(tmp_path / out, RECORDS)

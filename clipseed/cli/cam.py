@@ -119,7 +119,7 @@ def cam(
         box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
         method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
         min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, share=run.launch.share,
+        workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
         cluster=run.cluster, **tagging,
     )  # fmt: skip
     if auto and not run.launch.share.whole:

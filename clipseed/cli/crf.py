@@ -97,7 +97,7 @@ def crf(
         source=source, out=out, engine=cast("Any", "torch" if run.cluster else engine), parameters=parameters,
         alpha=alpha, confidence=confidence,
         soft=soft, paper=paper, images=images, device=device,
-        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite,
+        workers=shared.workers_of(workers), overwrite=overwrite,
         share=run.launch.share, cluster=run.cluster,
     )  # fmt: skip
     try:

@@ -9,6 +9,7 @@ import typer
 
 from clipseed.errors import UsageError
 
+_MOST_WORKERS = 1024
 DATA = "Data set"
 MODEL = "Model"
 RUN = "Run"
@@ -115,6 +116,14 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no notes; errors only.", rich_help_panel=OUTPUT)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+
+
+def workers_of(text: str) -> int | None:
+    """``--workers``: ``auto`` to ``None``, or a number of processes that a machine can take."""
+    found = auto_or_number(text, "--workers")
+    if found is not None and found > _MOST_WORKERS:
+        raise UsageError(f"--workers {text}: give auto or a number up to {_MOST_WORKERS}")
+    return found
 
 
 def auto_or_number(text: str, option: str) -> int | None:

@@ -89,7 +89,7 @@ def prompts(
         data=data, templates=templates, synonyms=synonyms, csv=csv, model=model, weights=weights, device=device,
         precision=cast("Any", precision), max_side=max_side, min_side=min_side,
         batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.auto_or_number(workers, "--workers"),
+        workers=shared.workers_of(workers),
     )  # fmt: skip
     talker = Talker(quiet)
     try:

@@ -186,7 +186,7 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
         source = newest_output(Path(), method)
         run.talker.note(f"refining {source}")
     given["batch_size"] = shared.auto_or_number(given["batch_size"], "--batch-size")
-    given["workers"] = shared.auto_or_number(given["workers"], "--workers")
+    given["workers"] = shared.workers_of(given["workers"])
     options = RefineOptions(cast("Any", method), source, share=run.launch.share, cluster=run.cluster, **given)
     try:
         report = run_refine(options, run.start)

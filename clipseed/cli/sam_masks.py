@@ -182,7 +182,7 @@ def sam_masks(
         factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
         existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
         batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, share=run.launch.share,
+        workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
         cluster=run.cluster,
     )  # fmt: skip
     try:

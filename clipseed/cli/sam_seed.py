@@ -122,7 +122,7 @@ def sam_seed(
     )
     options = SamSeedOptions(
         source=source, masks=masks, masks_kind=cast("Any", masks_kind), out=out, rules=rules,
-        workers=shared.auto_or_number(workers, "--workers"), overwrite=overwrite, share=run.launch.share,
+        workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
         cluster=run.cluster,
     )  # fmt: skip
     try:

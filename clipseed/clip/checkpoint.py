@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipseed.data.paths import never_ends
 from clipseed.errors import WeightsError
 
 Activation = Literal["quickgelu", "gelu"]
@@ -49,6 +50,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         WeightsError: missing, damaged, of another kind, or containing anything but plain tensors.
     """
     path = _file_in(path) if path.is_dir() else path
+    if never_ends(path):
+        raise WeightsError(f"{path}: a pipe or a device, not a file of weights")
     scripted = False
     try:
         if path.suffix == ".safetensors":

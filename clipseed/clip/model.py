@@ -26,6 +26,7 @@ from clipseed.clip.text import TextBank, Tokenizer, encode_vocabulary
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import UsageError, WeightsError
+from clipseed.runtime.launch import local_device
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DEFAULT_MODEL = "ViT-B-16"
@@ -164,7 +165,10 @@ def pick_device(device: str | torch.device) -> torch.device:
     """
     if str(device) == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            return torch.device("cuda", local_device(count)) if count > 1 else torch.device("cuda")
+        return torch.device("mps" if mps else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

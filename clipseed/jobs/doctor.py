@@ -19,6 +19,8 @@ _REQUIRED = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "open
 _EXTRAS = (("sam", "segment_anything"), ("crf", "pydensecrf.densecrf"), ("ray", "ray"))
 _HUB = "huggingface.co"
 
+_VIT_B_WIDTH = 768
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -98,7 +100,7 @@ def _device() -> Iterator[Finding]:
     from clipseed.clip.model import pick_device, pick_dtype
 
     device = pick_device("auto")
-    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    dtype = str(pick_dtype("auto", device, _VIT_B_WIDTH)).removeprefix("torch.")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 2**30

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipseed.data.paths import is_file, is_folder
 from clipseed.data.pictures import PictureOptions, PictureSet, open_pictures
 from clipseed.errors import UsageError, WeightsError
 from clipseed.jobs.engine import recorded_reader, seed_sample
@@ -157,7 +158,7 @@ def find_checkpoint(options: SamMasksOptions, dataset: str) -> Path | None:
             return None
         raise UsageError(f"--checkpoint FILE: name SAM's weights. {_WHERE}")
     path = _TOY_WEIGHTS if named == TOY else Path(named)
-    if not path.is_file():
+    if not (is_file(path) or (options.factory and is_folder(path))):  # what a factory reads is its own matter
         raise WeightsError(f"--checkpoint {named}: no such file. {_WHERE}")
     return path
 

@@ -24,6 +24,8 @@ from clipseed.store.layout import R, RecordFormat
 from clipseed.store.records import SeedMap, classes_of, seed_format
 
 _BLOCK = 4096
+_LIBVER = ("v110", "v110")
+"""HDF5 1.10 (2016) and later put checksums on their own structures: damage is an error instead of a crash."""
 
 
 def write_shard(path: Path, manifest: str, records: Sequence[R], form: RecordFormat[R]) -> None:
@@ -35,7 +37,7 @@ def write_shard(path: Path, manifest: str, records: Sequence[R], form: RecordFor
         StoreError: it cannot be written there.
     """
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
+    with h5py.File(buffer, "w", libver=_LIBVER) as file:
         _fill(file, manifest, records, form, _id_bytes(record.id for record in records))
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
@@ -60,7 +62,7 @@ def write_portable(
     with storage_errors(path):
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
+    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False, libver=_LIBVER) as file:
         _fill(file, manifest, records, form, _id_bytes(ids))
 
 

@@ -87,6 +87,8 @@ class RecordWriter(Generic[R]):
             raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for shards")
         if self.portable and out.is_dir():
             raise UsageError(f"--out {out}: is a folder; give the name of a file in it")
+        if not self.portable and _foreign(out):
+            raise UsageError(f"--out {out}: a folder that holds other things; choose a new one")
         if overwrite and not share.whole:
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {out} first")
 
@@ -100,6 +102,8 @@ class RecordWriter(Generic[R]):
             self._prepare()
         except BaseException:
             self._release()
+            if self.portable and not any(path.suffix for path in self.folder.iterdir()):  # locks at most
+                shutil.rmtree(self.folder, ignore_errors=True)
             raise
         return self
 
@@ -114,19 +118,25 @@ class RecordWriter(Generic[R]):
             if self.portable:
                 self.out.unlink(missing_ok=True)
         plan = self.folder / "manifest.json"
-        write_text_once(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
-        try:
-            stored = json.loads(plan.read_text(encoding="utf-8"))
-            self._unit_size = int(stored["unit_size"])
-            refuse_differences(stored["manifest"], self.manifest, str(self.folder))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
+        if plan.is_file():
+            self._read_plan(plan)
         # Shards first: they are newer than a finished file that corrected labels or new pictures are added to.
         for shard in self._shards():
             if self._share.takes(unit_number(shard)):
                 self._take_stock(shard)
         if self.portable and self.out.is_file():
             self._take_stock(self.out)
+        # Written once nothing is to be refused any more; of several runs the first one's counts.
+        write_text_once(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
+        self._read_plan(plan)
+
+    def _read_plan(self, plan: Path) -> None:
+        try:
+            stored = json.loads(plan.read_text(encoding="utf-8"))
+            self._unit_size = int(stored["unit_size"])
+            refuse_differences(stored["manifest"], self.manifest, str(self.folder))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
 
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob(SHARD_PATTERN))
@@ -245,3 +255,14 @@ class RecordWriter(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._release()
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether something is in a folder, and it is no output of records."""
+    if not folder.is_dir() or not any(folder.iterdir()) or any(folder.glob(SHARD_PATTERN)):
+        return False
+    try:
+        return "unit_size" not in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        # A run that was stopped before it wrote anything leaves a lock at most.
+        return not all(path.name.startswith(("lock", ".tmp-")) for path in folder.iterdir())
