@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.C
         total += len(wanted)
     assert total > 20
     assert f"{total} masks, {total / 5:.1f} per picture" in said
-    assert "limited by device (cpu)" in said
+    assert re.search(r"limited by (decode|device|write) \(cpu\)", said)
     manifest = cache.manifest
     assert manifest["method"] == "grid"
     assert manifest["options"]["points_per_side"] == 3
@@ -583,7 +584,7 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
     """Killed in the middle, the same command goes on, and the bytes are those of an undisturbed run."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    for number in range(20):
+    for number in range(14):
         picture(number, 40 + number % 3 * 10, 48).save(photos / f"{number:02d}.png")
     code = (
         "import sys\n"

@@ -81,8 +81,8 @@ def test_training_never_sees_scored_scenes(monkeypatch: pytest.MonkeyPatch) -> N
         return lay_out(seed, index)
 
     monkeypatch.setattr(train_sam, "lay_out", recorded)
-    train_sam.lesson(0, 64, train_sam.Plan())
-    train_sam.lesson(123456, 64, train_sam.Plan())
+    train_sam.lesson(0, SMALL, train_sam.Plan())
+    train_sam.lesson(123456, SMALL, train_sam.Plan())
     assert set(drawn) == {train_sam.FIRST_SEED}
     of_clip = range(train_clip.FIRST_SEED, train_clip.FIRST_SEED + len(train_clip.STAGES))
     assert train_sam.FIRST_SEED != HELD_OUT_SEED
@@ -178,22 +178,49 @@ def test_losses_equal_a_plain_computation() -> None:
             assert found[name].item() == pytest.approx(value, rel=1e-4), (name, balance)
 
 
-def test_kinship_is_least_when_embeddings_follow_things() -> None:
-    shown = sam_targets.view(_two_materials(), 64)
-    things = torch.from_numpy(shown.labels[2][8::16, 8::16].astype(np.int64))
-    apart = F.pad(F.one_hot(things, 8).permute(2, 0, 1).float(), (0, 4 - things.shape[1], 0, 4 - things.shape[0]))
-    same = torch.ones(1, 8, 4, 4)
-    assert train_sam.kinship_loss(apart[None], [shown], 16) < 0.02
-    assert train_sam.kinship_loss(same, [shown], 16) > 2
+def test_cells_are_the_pixels_of_the_low_resolution_masks() -> None:
+    shown = sam_targets.view(_two_materials(), 96)
+    things = train_sam.cell_things(shown, 8)
+    np.testing.assert_array_equal(things, shown.labels[2][1::2, 1::2])
+    cells = train_sam.some_cells(shown, np.random.default_rng(0), 400, 8)
+    assert (cells >= 0).all()
+    assert (cells < things.shape).all()
+    near = []
+    for row, column in cells:
+        tile = things[row // 4 * 4 : row // 4 * 4 + 4, column // 4 * 4 : column // 4 * 4 + 4]
+        near.append(len(np.unique(tile)) > 1)
+    assert np.mean(near[:200]) == 1
+    assert np.mean(near[200:]) < 0.7
+    head = train_sam.CellHead(6, 3)
+    embedding = torch.randn(6, 5, 5)
+    spread = head(embedding)
+    assert spread.shape == (20, 20, 3)
+    single = F.linear(embedding[:, 2, 3], head.weight, head.bias).view(4, 4, 3)
+    torch.testing.assert_close(spread[8:12, 12:16], single)
+
+
+def test_kinship_is_least_when_features_follow_things() -> None:
+    taught = train_sam.lesson(1, SMALL, train_sam.Plan())
+    things = torch.from_numpy(train_sam.cell_things(taught.view, 16).astype(np.int64))
+    assert len(torch.unique(things)) > 1
+    apart = F.pad(F.one_hot(things, 8).permute(2, 0, 1).float(), (0, 16 - things.shape[1], 0, 16 - things.shape[0]))
+    same = torch.ones(8, 16, 16)
+
+    def as_head(embedding: torch.Tensor) -> torch.Tensor:
+        return embedding.permute(1, 2, 0)
+
+    assert train_sam.kinship_loss(as_head, apart[None], [taught], 16) < 0.02
+    assert train_sam.kinship_loss(as_head, same[None], [taught], 16) > 2
 
 
 def test_steps_reduce_the_loss() -> None:
     sam = train_sam.build(SMALL)
-    lessons = [train_sam.lesson(number, 64, train_sam.Plan()) for number in range(2)]
-    optimiser = torch.optim.AdamW(sam.parameters(), lr=3e-3)
+    head = train_sam.CellHead(SMALL.out_chans)
+    lessons = [train_sam.lesson(number, SMALL, train_sam.Plan()) for number in range(2)]
+    optimiser = torch.optim.AdamW([*sam.parameters(), *head.parameters()], lr=3e-3)
     totals = []
     for _ in range(25):
-        found = train_sam.step_losses(sam, lessons, 1.0)
+        found = train_sam.step_losses(sam, head, lessons, 1.0)
         total = found["cross"] + found["kinship"]
         optimiser.zero_grad()
         total.backward()

@@ -76,7 +76,7 @@ class Talker:
                 last = now
                 rate = done / (now - began)
                 left = (total - done) / rate
-                self.note(f"{title} {done}/{total}, {rate:.1f} images/s, {left:.0f} s left {detail()}".rstrip())
+                self.note(f"{title} {done}/{total}, {rate:.1f} images/s, {duration(left)} left {detail()}".rstrip())
 
         return advance
 
@@ -85,6 +85,16 @@ class Talker:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``42 s``, ``3 min 5 s``, ``2 h 40 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def print_json(data: Any) -> None:

@@ -156,7 +156,7 @@ def _run(
         stats.skipped.extend((sample.id, "no labels are given for it") for sample in unlabelled)
         if tags is not None:
             stats.skipped = [(key, tags.skipped.get(key, reason)) for key, reason in stats.skipped]
-        refuse_if_nothing(stats, writer.done)
+        refuse_if_nothing(stats, writer.done, options.share)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             finished = writer.finish(ids, stats.skipped)
     return CamReport(

@@ -126,7 +126,7 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
             with interruptible(lambda: hint):
                 advance = start(sum(len(task.samples) for task in tasks), found) if start else None
                 stats = engine.run(tasks, lambda task, masks: sinks.write(task.index, masks), advance)
-            refuse_if_nothing(stats, sinks.done)
+            refuse_if_nothing(stats, sinks.done, options.share)
             with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
                 finished = sinks.finish(list(seeds), stats.skipped)
         return CrfReport(

@@ -21,6 +21,7 @@ from clipseed.runtime.work import Engine, Here, Recipe
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
+from clipseed.store.share import WHOLE, Share
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,9 +66,9 @@ def open_engine(recipe: Recipe[R], cluster: ClusterOptions | None) -> Engine[R]:
     return OnRay(recipe, cluster)
 
 
-def refuse_if_nothing(stats: StreamStats, done: Collection[str]) -> None:
-    """Raise :class:`~clipseed.errors.InputError` when a run had to skip everything."""
-    if stats.skipped and not done:
+def refuse_if_nothing(stats: StreamStats, done: Collection[str], share: Share = WHOLE) -> None:
+    """Raise :class:`~clipseed.errors.InputError` when a run of the whole had to skip everything."""
+    if stats.skipped and not done and share.whole:
         key, reason = stats.skipped[0]
         raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
 

@@ -92,7 +92,7 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
             with interruptible(lambda: hint):
                 advance = start(todo, found) if start else None
                 stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done)
+            refuse_if_nothing(stats, writer.done, options.share)
             with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
                 finished = writer.finish(list(seeds), stats.skipped)
         return RefineReport(

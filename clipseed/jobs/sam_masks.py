@@ -226,6 +226,7 @@ class _Existing(_Masks):
         super().__init__(recipe, torch.device("cpu"))
         assert self.options.existing is not None
         open_masks(self.options.existing, self.options.existing_kind)  # refused before workers start
+        _existing.cache_clear()  # an earlier run of this process may have found other files there
 
     def about(self) -> dict[str, Any]:
         """No model."""

@@ -277,6 +277,12 @@ def _ids(path: Path, kind: Kind) -> frozenset[str]:
     return _masks(path, kind).ids()
 
 
+def _forget() -> None:
+    """Close what is open: the next run of this process may find other files under these names."""
+    for opened in (_seeds, _masks, _ids):
+        opened.cache_clear()
+
+
 @dataclass(frozen=True)
 class Seeder:
     """Labels one picture, from opening its maps and masks to the finished label mask; runs in worker processes."""
@@ -351,6 +357,16 @@ class _SeedWork(Work[Seeded, Seeded]):
     def loader(self) -> Seeder:
         """Labels pictures."""
         return self._seeder
+
+    def run(
+        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[Seeded]], None], advance: Advance | None = None
+    ) -> StreamStats:
+        """Run all tasks in this process."""
+        _forget()
+        try:
+            return super().run(tasks, write, advance)
+        finally:
+            _forget()
 
     def compute(self, items: Sequence[Seeded]) -> list[Seeded]:
         """What was labelled."""

@@ -1,0 +1,127 @@
+"""What a run says while it goes on and when it is through: progress, --report, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clipseed.cli import console
+from clipseed.cli.console import Talker
+from clipseed.cli.main import main
+from clipseed.cli.running import RunOptions, prepare
+from clipseed.runtime.stream import StreamStats
+
+from conftest import picture
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five pictures, one of them broken, one without labels."""
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        picture(number, 48, 64).save(tmp_path / "photos" / f"{number}.jpg")
+    (tmp_path / "photos" / "2.jpg").write_bytes(b"\xff\xd8\xff broken")
+    (tmp_path / "labels.csv").write_text("id,label\n0,car\n1,tree\n2,car\n3,cup\n")
+    (tmp_path / "classes.txt").write_text("car\ntree\ncup\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CAM = ["cam", "--dataset", "folder", "--images", "photos", "--labels", "labels.csv", "--classes", "classes.txt",
+       "--weights", "toy", "--device", "cpu"]  # fmt: skip
+
+
+def test_run_reports(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CAM, "--report", "cam.json", "--json"]) == 3
+    printed = json.loads(capsys.readouterr().out)
+    report = json.loads((photos / "cam.json").read_text())
+    assert {key: report[key] for key in printed} == printed
+    assert (report["command"], report["images"], report["found"], report["computed"]) == ("cam", 5, 0, 3)
+    broken, unlabelled = report["skipped"]
+    assert broken["id"] == "2"
+    assert "2.jpg" in broken["reason"]
+    assert unlabelled == {"id": "4", "reason": "no labels are given for it"}
+    assert set(report["waits"]) == {"decode", "device", "write"}
+    assert 0 < sum(report["waits"].values()) <= report["seconds"]
+    assert report["bottleneck"] == max(report["waits"], key=report["waits"].get)
+    assert report["images_per_second"] == pytest.approx(3 / report["seconds"], rel=0.01)
+    assert report["peak_memory_mb"] > 50
+    assert report["versions"]["torch"]
+    assert report["finished"].startswith("20")
+
+    assert main(["refine", "caa", "--device", "cpu", "--report", "caa.json"]) == 0
+    assert main(["crf", "--device", "cpu", "--report", "crf.json"]) == 0
+    commands = [json.loads((photos / f"{name}.json").read_text())["command"] for name in ("caa", "crf")]
+    assert commands == ["refine caa", "crf"]
+
+
+def test_torchrun_is_not_told_of_skipped_pictures(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would stop the other processes; the list of skipped pictures is there all the same."""
+    for rank in (1, 0):
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", "2")
+            assert main(CAM) == 0
+    assert "2 pictures skipped" in capsys.readouterr().err
+    assert (photos / "cams.skipped.csv").read_text().startswith("id,reason\n2,")
+
+
+def test_a_share_may_have_nothing_but_broken_pictures(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole may not."""
+    (photos / "split.txt").write_text("2\n")
+    assert main([*CAM, "--split", "split.txt", "--shard", "1/2"]) == 3
+    assert main([*CAM, "--split", "split.txt", "--out", "other.h5"]) == 1
+    assert "none of the 1 pictures could be used" in capsys.readouterr().err
+
+
+class Clock:
+    """Time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a terminal: a line every ten seconds, with rate, time left, what limits, and how many were skipped."""
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    run = prepare("cam", RunOptions(shard="2/3"))
+    advance = run.start(4000, 100, "voc train", 4100)
+    stats = StreamStats()
+    stats.waits.update(decode=5.0, device=1.0)
+    for _ in range(4):
+        clock.now += 4
+        advance(8, stats)
+    stats.skipped.append(("a", "broken"))
+    stats.waits["device"] = 9.0
+    clock.now += 10
+    advance(8, stats)
+    assert capsys.readouterr().err.splitlines() == [
+        "voc train: share 2/3 (--shard): 4100 pictures, 4000 to do, 100 done already",
+        "cam 24/4000, 2.0 images/s, 33 min 8 s left (limited by decode)",
+        "cam 40/4000, 1.5 images/s, 42 min 54 s left (limited by device, 1 skipped)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (3599, "59 min 59 s"), (3700, "1 h 1 min"),
+     (90_000, "25 h 0 min"), (1e6, "277 h 46 min")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    talker = Talker(quiet=True)
+    talker.note("a")
+    talker.warn("b")
+    talker.track("c", 10)(5)
+    assert capsys.readouterr() == ("", "")
