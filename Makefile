@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+JOBS ?= 2
 
 .PHONY: help install demo test test-fast lint format bench results toy-clip toy-report clean
 
@@ -20,6 +21,8 @@ $(VENV)/.dev: $(BIN)/clipseed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[crf]' \
 	  || echo "pydensecrf2 could not be built (no C++ compiler?): the tests that compare with it are skipped"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]' \
+	  || echo "Ray could not be installed: the tests of --engine ray are skipped"
 	@touch $@
 
 install: $(BIN)/clipseed  ## make .venv and install clipseed into it
@@ -27,11 +30,11 @@ install: $(BIN)/clipseed  ## make .venv and install clipseed into it
 demo: $(BIN)/clipseed  ## run the main job on the built-in toy world, offline
 	$(BIN)/clipseed demo --out $(DEMO)
 
-test: $(VENV)/.dev  ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## run all tests, JOBS=2 at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-fast: $(VENV)/.dev  ## run the tests that take no more than a few seconds each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m 'not slow'
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .
@@ -45,9 +48,11 @@ format: $(VENV)/.dev  ## format the code
 bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (docs/performance.md)
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_refine.py
+	$(BIN)/python tests/bench_sam.py
+	$(BIN)/python tests/bench_scale.py --count 2000
 
-results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; with PHOTOS=DEVKIT docs/results-photos.md)
-	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS))
+results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; PHOTOS=DEVKIT or COCO=DIR SEGMENTS=PATH: on photographs)
+	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(COCO),--coco $(COCO) --segments $(SEGMENTS))
 
 toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)
 	$(BIN)/python -m clipseed.toy.train_clip --out runs/toy-clip

@@ -2,7 +2,7 @@
 
 On the built-in world the whole chain runs from pictures and labels. On photographs (`--photos DEVKIT`) no pretrained
 CLIP is needed: ground truth blurred to something like a class activation map is refined, which says what PAR and the
-dense CRF do with real colours and edges. The photographs stay where they are; pictures go to the working folder only.
+dense CRF do with real colours and edges, and what seeding makes of segments (`--coco`, `--segments`). The photographs stay where they are; pictures go to the working folder only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from clipseed.jobs.evaluate import evaluate
 from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.jobs.refine import run_refine
 from clipseed.jobs.refine_options import RefineOptions
+from clipseed.jobs.sam_masks import run_sam_masks
+from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
+from clipseed.jobs.seed_rules import RuleOptions
 from clipseed.refine.crf import CLIP_ES, IRN
 from clipseed.store.manifest import package_versions
 from clipseed.store.masks import read_mask, voc_palette
@@ -138,14 +142,14 @@ def quirks(toy: Toy, made: dict[str, Path]) -> list[str]:
     return rows
 
 
-def blobs(devkit: Path, out: Path, sigma: float) -> Path:
+def blobs(data: DatasetOptions, out: Path, sigma: float) -> Path:
     """Seeds from blurred ground truth: what a class activation map of a good CLIP looks like."""
     import cv2
 
-    images = open_dataset(DatasetOptions("voc", root=devkit))
+    images = open_dataset(data)
     records = []
     for sample in images.samples:
-        mask = read_mask(devkit / "SegmentationClass" / f"{sample.id}.png")
+        mask = read_mask(Path(str(images.ground_truth)) / f"{sample.id}.png")
         height, width = mask.shape
         grid = (-(-height // 16), -(-width // 16))
         classes = [int(k) - 1 for k in np.unique(mask) if 0 < k < 255]
@@ -159,8 +163,8 @@ def blobs(devkit: Path, out: Path, sigma: float) -> Path:
     manifest = {
         "kind": "cam", "method": "blurred ground truth", "options": {"sigma": sigma, "paper": False, "exif": False},
         "model": {}, "weights": None, "vocabulary": images.vocabulary.as_dict(), "versions": package_versions(),
-        "dataset": {"name": "voc", "root": str(images.root), "split": images.split, "ground_truth": images.ground_truth,
-                    **images.source},
+        "dataset": {"name": images.name, "root": str(images.root), "split": images.split,
+                    "ground_truth": images.ground_truth, **images.source},
     }  # fmt: skip
     with SeedWriter(out, manifest, "float16", 64, overwrite=True) as writer:
         writer.write(0, records)
@@ -170,7 +174,7 @@ def blobs(devkit: Path, out: Path, sigma: float) -> Path:
 
 def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     """The table on photographs; pictures of five of them go to the working folder."""
-    maps = blobs(devkit, folder / "blobs.h5", sigma)
+    maps = blobs(DatasetOptions("voc", root=devkit), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
     run_refine(RefineOptions("par", maps, par, overwrite=True))
     made = {"blurred ground truth": maps, "+ PAR": par}
@@ -193,7 +197,8 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
         native = folder / f"native-{made[name].name}"
         run_crf(CrfOptions(maps, native, engine="pydensecrf", parameters=parameters, overwrite=True))
         rows.append(f"| {name.split(', ')[1]} | {100 * agreement(made[name], native):.5f} % |")
-    show(devkit, folder, made)
+    columns = [maps, par, made["+ CRF, CLIP-ES's kernels"]]
+    show(devkit / "SegmentationClass", columns, folder / "photographs.png", 5)
     return rows
 
 
@@ -207,26 +212,56 @@ def agreement(one: Path, other: Path) -> float:
     return same / total
 
 
-def show(devkit: Path, folder: Path, made: dict[str, Path]) -> None:
-    """Five photographs: picture, truth, maps at their best threshold, PAR, CRF."""
-    seeds = {name: open_seeds(made[name]) for name in ("blurred ground truth", "+ PAR")}
-    best = {name: miou(made[name]).threshold or 0.5 for name in seeds}
-    find = picture_finder(seeds["+ PAR"].manifest["dataset"])
+def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str]:
+    """The table on photographs with segments that people drew; pictures of six of them go to the working folder."""
+    maps = blobs(DatasetOptions("coco", root=coco), folder / "blobs.h5", sigma)
+    par = folder / "blobs-par.h5"
+    run_refine(RefineOptions("par", maps, par, overwrite=True))
+    run_sam_masks(SamMasksOptions(folder / "masks.h5", seeds=maps, existing=existing, overwrite=True))
+    run_crf(CrfOptions(maps, folder / "crf", alpha=2.0, overwrite=True))
+    made = {"blurred ground truth": maps, "+ PAR": par, "+ CRF, background (1 - max)^2": folder / "crf"}
+    for name, source, rules in (
+        ("+ segments, FMA-WSSS's seeding", maps, RuleOptions("fma")),
+        ("+ segments, as released (`--paper`)", maps, RuleOptions("fma", paper=True)),
+        ("+ segments, what none covers from the maps (`--uncovered cam`)", maps, RuleOptions("fma", uncovered="cam")),
+        ("+ segments, votes of the maps' labels (SEPL)", maps, RuleOptions("vote")),
+        ("+ CRF, then votes of its labels", folder / "crf", RuleOptions("vote")),
+    ):
+        out = folder / f"seeds-{len(made)}"
+        run_sam_seed(SamSeedOptions(source, folder / "masks.h5", out, rules=rules, overwrite=True))
+        made[name] = out
+    rows = ["| step | mIoU | threshold |", "| --- | --- | --- |"]
+    for name, path in made.items():
+        report = miou(path)
+        rows.append(f"| {name} | {100 * report.scores.miou:.1f} | {report.threshold or 'none'} |")
+    columns = [maps, folder / "crf", made["+ segments, FMA-WSSS's seeding"]]
+    show(Path(str(open_dataset(DatasetOptions("coco", root=coco)).ground_truth)), columns, folder / "segments.png", 6)
+    return rows
+
+
+def show(truth: Path, columns: list[Path], out: Path, count: int) -> None:
+    """Some photographs: picture, truth, and one tile per output, maps at their best threshold."""
+    opened = {path: open_seeds(path) for path in columns if not path.is_dir()}
+    best = {path: miou(path).threshold or 0.5 for path in opened}
+    first = opened[columns[0]]
+    find = picture_finder(first.manifest["dataset"])
     palette = voc_palette()
-    ids = list(seeds["+ PAR"])
+    ids = list(first)
     rows = []
-    for key in ids[:: max(1, len(ids) // 5)][:5]:
-        tiles = [np.asarray(find(key)), palette[read_mask(devkit / "SegmentationClass" / f"{key}.png")]]
-        for name, opened in seeds.items():
-            seed = opened[key]
-            heat = seed.upsampled()
-            labels = np.where(heat.max(axis=0) > best[name], seed.classes[heat.argmax(axis=0)] + 1, 0)
+    for key in ids[:: max(1, len(ids) // count)][:count]:
+        tiles = [np.asarray(find(key)), palette[read_mask(truth / f"{key}.png")]]
+        for path in columns:
+            if path in opened:
+                seed = opened[path][key]
+                heat = np.concatenate([np.full((1, *seed.size), best[path], np.float32), seed.upsampled()])
+                labels = np.concatenate([[0], seed.classes + 1])[heat.argmax(axis=0)]
+            else:
+                labels = read_mask(path / f"{key}.png")
             tiles.append(palette[labels])
-        tiles.append(palette[read_mask(made["+ CRF, CLIP-ES's kernels"] / f"{key}.png")])
         rows.append(
             np.concatenate([np.asarray(Image.fromarray(t.astype(np.uint8)).resize((250, 188))) for t in tiles], 1)
         )
-    Image.fromarray(np.concatenate(rows)).save(folder / "photographs.png")
+    Image.fromarray(np.concatenate(rows)).save(out)
 
 
 def main() -> None:
@@ -236,12 +271,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first scenes, to try it out")
     parser.add_argument("--photos", type=Path, help="a VOC devkit; writes results-photos.md instead")
     parser.add_argument("--sigma", type=float, default=4.0, help="blur of the ground truth in patches")
+    parser.add_argument("--coco", type=Path, help="a COCO folder; with --segments: writes results-segments.md instead")
+    parser.add_argument("--segments", type=Path, help="its segments: panoptic JSON, or a folder of instance maps")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     if chosen.photos:
         sections = {"TABLE": photographs(chosen.photos.resolve(), chosen.work, chosen.sigma)}
         name = "results-photos"
+    elif chosen.coco:
+        table = segments(chosen.coco.resolve(), chosen.segments.resolve(), chosen.work, chosen.sigma)
+        sections, name = {"TABLE": table}, "results-segments"
     else:
         toy = Toy(chosen.work, chosen.limit)
         rows, made = chain(toy)

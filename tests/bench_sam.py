@@ -44,7 +44,7 @@ def measured_options(backend: ModelBackend, picture: np.ndarray, points: int) ->
         decoded = backend.decode_prompts(embedding, points=batch[:, None])
         ious.append(decoded.iou.flatten())
         for logits in decoded.logits:
-            stabilities.append(stability_score(backend.upsample(embedding, logits), 0.0, OFFSET))
+            stabilities.append(stability_score(backend.upsample(embedding, logits), backend.mask_threshold, OFFSET))
     iou, stability = torch.cat(ious), torch.cat(stabilities)
     # A stock threshold of 0 or less is no filter, so the scores must be positive where it cuts.
     threshold = float(iou.quantile(1 - PASS_IOU))

@@ -21,6 +21,7 @@ from clipseed.runtime.stream import BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 @pytest.fixture(scope="module")

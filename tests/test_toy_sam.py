@@ -22,13 +22,13 @@ from clipseed.toy.world import Scene, lay_out
 
 SMALL = SamConfig(
     image_size=64,
-    embed_dim=32,
+    embed_dim=64,
     depth=2,
     heads=2,
     mlp_ratio=2.0,
     window_size=0,
     global_attn_indexes=(),
-    out_chans=32,
+    out_chans=64,
     decoder_heads=2,
     decoder_mlp_dim=32,
     iou_head_hidden_dim=32,
@@ -178,6 +178,20 @@ def test_losses_equal_a_plain_computation() -> None:
             assert found[name].item() == pytest.approx(value, rel=1e-4), (name, balance)
 
 
+def test_a_model_starts_with_the_colours_of_cells() -> None:
+    """Before training: the colours of a patch's cells are in its embedding, and each cell's features are its own."""
+    config = replace(train_sam.CONFIG, image_size=64)
+    sam = train_sam.build(config)
+    picture = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    picture = picture.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)  # a colour for each patch
+    picture[:, 16:24, 20:24] = 255 - picture[:, 16:24, 20:24]  # but two for that in row 2, column 2
+    with torch.no_grad():
+        channels = sam.image_encoder.patch_embed(sam.preprocess(picture)[None])[0, 2, 2, :48].view(4, 4, 3)
+        expected = F.avg_pool2d(sam.preprocess(picture)[:, 16:24, 16:24], 2).permute(1, 2, 0)
+    torch.testing.assert_close(channels, expected, atol=1e-4, rtol=1e-4)
+    assert (channels[:, 1] - channels[:, 2]).abs().max() > 0.1
+
+
 def test_cells_are_the_pixels_of_the_low_resolution_masks() -> None:
     shown = sam_targets.view(_two_materials(), 96)
     things = train_sam.cell_things(shown, 8)
@@ -191,8 +205,8 @@ def test_cells_are_the_pixels_of_the_low_resolution_masks() -> None:
         near.append(len(np.unique(tile)) > 1)
     assert np.mean(near[:200]) == 1
     assert np.mean(near[200:]) < 0.7
-    head = train_sam.CellHead(6, 3)
-    embedding = torch.randn(6, 5, 5)
+    head = train_sam.CellHead(50, 3)
+    embedding = torch.randn(50, 5, 5)
     spread = head(embedding)
     assert spread.shape == (20, 20, 3)
     single = F.linear(embedding[:, 2, 3], head.weight, head.bias).view(4, 4, 3)

@@ -98,7 +98,10 @@ def sam_masks(
         ),
     ] = "auto",
     preset: Annotated[
-        str, typer.Option(help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).")
+        str,
+        typer.Option(
+            help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).", rich_help_panel=GRID
+        ),
     ] = "fma",
     points_per_side: Annotated[
         Optional[int], typer.Option(help="Points along a side.", rich_help_panel=GRID, min=1, show_default=False)
@@ -206,7 +209,8 @@ def _finish(run: Running, done: SamMasksReport) -> int:
         empty = f", {counters['without']} pictures without any" if counters["without"] else ""
         bytes_each = counters["bytes"] / max(1, done.masks)
         summary += (
-            f"; {done.masks} masks, {done.per_picture:.1f} per picture, {bytes_each:.0f} bytes each{empty}; "
+            f", {done.seconds_each:.2g} s each; {done.masks} masks, {done.per_picture:.1f} per picture, "
+            f"{bytes_each:.0f} bytes each{empty}; "
             f"limited by {stats.bottleneck} ({done.device})"
         )
     facts = {

@@ -8,19 +8,15 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
 from clipseed.clip.model import pick_device
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ClipseedError, ImageError, InputError
+from clipseed.errors import ClipseedError, ImageError
 from clipseed.jobs.engine import default_workers, misfit, open_engine, refuse_if_nothing
+from clipseed.jobs.sam_loading import ExistingLoader, LoadedForSam, ShrinkingLoader, Stored, existing_masks
 from clipseed.jobs.sam_options import (
     SamMasksOptions,
     SamMasksReport,
@@ -33,10 +29,9 @@ from clipseed.jobs.sam_options import (
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, Task
 from clipseed.runtime.work import Work
-from clipseed.sam.backend import Embedding, fitted_size
+from clipseed.sam.backend import Embedding
 from clipseed.sam.cached import pack_proposals
 from clipseed.sam.generator import Limits, generate
-from clipseed.sam.importers import Kind, MaskImport, open_masks
 from clipseed.sam.load import load_sam
 from clipseed.sam.prompted import prompted_masks
 from clipseed.store.mask_records import MaskRecord, mask_format
@@ -101,92 +96,6 @@ def run_sam_masks(options: SamMasksOptions, start: Start | None = None) -> SamMa
 
 
 @dataclass(frozen=True)
-class LoadedForSam:
-    """A decoded picture, shrunk to what SAM sees of it: ``(h, w, 3)`` uint8."""
-
-    sample: Sample
-    size: tuple[int, int]
-    pixels: npt.NDArray[np.uint8]
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Pictures of all sizes are encoded together."""
-        return ()
-
-    @property
-    def cost(self) -> int:
-        """Each is as much work as any other, because SAM's input has one size."""
-        return 1
-
-
-@dataclass(frozen=True)
-class ShrinkingLoader:
-    """Decodes a sample, and shrinks what is longer than ``max_side`` as SAM itself would; runs in worker processes."""
-
-    reader: ImageReader
-    max_side: int
-
-    def __call__(self, sample: Sample) -> LoadedForSam:
-        """Decode one sample.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
-        image = self.reader(sample)
-        size = (image.height, image.width)
-        if self.max_side and max(size) > self.max_side:
-            height, width = fitted_size(size, self.max_side)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return LoadedForSam(sample, size, np.asarray(image).copy())
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A picture's masks, from a worker process that found or made them."""
-
-    record: MaskRecord
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Nothing is computed together any more."""
-        return ()
-
-    @property
-    def cost(self) -> int:
-        """None is left."""
-        return 1
-
-
-@lru_cache(maxsize=2)
-def _existing(path: Path, kind: Kind) -> MaskImport:
-    """Opened once per worker process."""
-    return open_masks(path, kind)
-
-
-@dataclass(frozen=True)
-class ExistingLoader:
-    """Reads a picture's masks from files, after looking at the picture for its size; runs in worker processes."""
-
-    reader: ImageReader
-    path: Path
-    kind: Kind
-
-    def __call__(self, sample: Sample) -> Stored:
-        """Read and compress one picture's masks.
-
-        Raises:
-            ImageError: picture or masks are missing, damaged, or do not fit each other.
-        """
-        image = self.reader(sample)
-        size = (image.height, image.width)
-        try:
-            proposals = _existing(self.path, self.kind).read(sample.id, size)
-        except InputError as error:  # one damaged file is no reason to stop
-            raise ImageError(str(error)) from error
-        return Stored(pack_proposals(sample.id, size, proposals))
-
-
-@dataclass(frozen=True)
 class MasksRecipe:
     """Loads what a run needs."""
 
@@ -225,8 +134,8 @@ class _Existing(_Masks):
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe, torch.device("cpu"))
         assert self.options.existing is not None
-        open_masks(self.options.existing, self.options.existing_kind)  # refused before workers start
-        _existing.cache_clear()  # an earlier run of this process may have found other files there
+        existing_masks.cache_clear()  # an earlier run of this process may have found other files there
+        existing_masks(self.options.existing.resolve(), self.options.existing_kind)  # refused before workers start
 
     def about(self) -> dict[str, Any]:
         """No model."""

@@ -102,6 +102,11 @@ class SamMasksReport:
         return self.stats.counters["masks"]
 
     @property
+    def seconds_each(self) -> float:
+        """Time that a picture took."""
+        return self.seconds / max(1, self.stats.computed)
+
+    @property
     def per_picture(self) -> float:
         """Masks per picture of this run."""
         return self.masks / max(1, self.stats.computed)

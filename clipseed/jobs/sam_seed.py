@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +15,21 @@ import numpy as np
 
 from clipseed.data.paths import is_folder
 from clipseed.data.types import Sample
-from clipseed.errors import ImageError, InputError, UsageError
+from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
-from clipseed.jobs.engine import misfit, open_engine, refuse_if_nothing, usable_cores
-from clipseed.jobs.seed_rules import RuleOptions, Rules, decide, seed_labels, voted_labels
+from clipseed.jobs.engine import open_engine, refuse_if_nothing, usable_cores
+from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
+from clipseed.jobs.seed_rules import RuleOptions, Rules, decide
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
-from clipseed.sam.cached import CachedMasks, unpack_proposals
-from clipseed.sam.importers import Kind, MaskImport, open_masks
-from clipseed.sam.proposals import Proposals, from_masks
+from clipseed.sam.cached import CachedMasks
+from clipseed.sam.importers import Kind
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import holds_cache
 from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
-from clipseed.store.mask_records import NO_CLASS
-from clipseed.store.masks import IGNORE, Labels, mask_classes
+from clipseed.store.masks import IGNORE, mask_classes
 from clipseed.store.reader import SHARD_PATTERN, Seeds, class_names
 from clipseed.store.share import WHOLE, Share
 
@@ -106,6 +105,14 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
     _refuse_places(options)
+    forget()
+    try:
+        return _run(options, start)
+    finally:
+        forget()
+
+
+def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     began = time.perf_counter()
     source = _look_at_source(options.source)
     asked, about_masks, known = _look_at_masks(options, source)
@@ -171,7 +178,7 @@ def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict
     if options.rules.method == "pixel":
         return False, {}, None
     if not holds_cache(options.masks):
-        found = open_masks(options.masks, options.masks_kind)
+        found = masks_at(options.masks.resolve(), options.masks_kind)
         return False, {"masks": str(options.masks.resolve()), "format": options.masks_kind}, found.ids()
     if options.masks_kind != "auto":
         raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a mask cache")
@@ -240,102 +247,6 @@ def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
         writer.write(result.id, result.labels, result.classes)
 
 
-@dataclass(frozen=True)
-class Seeded:
-    """A finished picture."""
-
-    id: str
-    labels: Labels
-    classes: tuple[int, ...]
-    masks: int
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Nothing is computed together."""
-        return ()
-
-    @property
-    def cost(self) -> int:
-        """Nothing is left to do."""
-        return 1
-
-
-@lru_cache(maxsize=2)
-def _seeds(path: Path) -> Seeds:
-    """Opened once per process."""
-    return Seeds(path, verify=False)
-
-
-@lru_cache(maxsize=2)
-def _masks(path: Path, kind: Kind) -> MaskImport:
-    """Opened once per process."""
-    return CachedMasks(path, verify=False) if holds_cache(path) else open_masks(path, kind)
-
-
-@lru_cache(maxsize=2)
-def _ids(path: Path, kind: Kind) -> frozenset[str]:
-    return _masks(path, kind).ids()
-
-
-def _forget() -> None:
-    """Close what is open: the next run of this process may find other files under these names."""
-    for opened in (_seeds, _masks, _ids):
-        opened.cache_clear()
-
-
-@dataclass(frozen=True)
-class Seeder:
-    """Labels one picture, from opening its maps and masks to the finished label mask; runs in worker processes."""
-
-    source: Path
-    masks: Path
-    kind: Kind
-    rules: Rules
-    label_map: bool
-
-    def __call__(self, sample: Sample) -> Seeded:
-        """Label one picture.
-
-        Raises:
-            ImageError: its maps or masks cannot be used.
-            StoreError: a file is damaged.
-        """
-        try:
-            return self._voted(sample) if self.label_map else self._seeded(sample)
-        except InputError as error:  # one damaged file is no reason to stop
-            raise ImageError(str(error)) from error
-
-    def _voted(self, sample: Sample) -> Seeded:
-        labels = MaskFolder(self.source).read(sample.id)
-        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]))
-        found = voted_labels(self.rules, labels, proposals.masks)
-        classes = sample.labels
-        if classes is None:
-            classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
-        return Seeded(sample.id, found, classes, len(proposals))
-
-    def _seeded(self, sample: Sample) -> Seeded:
-        seed = _seeds(self.source)[sample.id]
-        problem = misfit(seed, seed.size)
-        if problem is not None:
-            raise problem
-        proposals, asked = self._proposals(sample.id, seed.size)
-        labels = seed_labels(self.rules, seed, proposals, asked)
-        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), len(proposals))
-
-    def _proposals(self, identifier: str, size: tuple[int, int]) -> tuple[Proposals, Any]:
-        """Masks of a picture, none where there are none, and the class that each was asked for."""
-        if self.rules.method == "pixel" or identifier not in _ids(self.masks, self.kind):
-            found = from_masks(np.zeros((0, *size), bool))
-            return found, np.zeros(0, np.int32)
-        masks = _masks(self.masks, self.kind)
-        if isinstance(masks, CachedMasks):
-            record = masks.record(identifier, size)
-            return unpack_proposals(record), record.class_id
-        found = masks.read(identifier, size)
-        return found, np.full(len(found), NO_CLASS, np.int32)
-
-
 class _SeedWork(Work[Seeded, Seeded]):
     """Maps and masks to label masks; everything happens where pictures are loaded."""
 
@@ -357,16 +268,6 @@ class _SeedWork(Work[Seeded, Seeded]):
     def loader(self) -> Seeder:
         """Labels pictures."""
         return self._seeder
-
-    def run(
-        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[Seeded]], None], advance: Advance | None = None
-    ) -> StreamStats:
-        """Run all tasks in this process."""
-        _forget()
-        try:
-            return super().run(tasks, write, advance)
-        finally:
-            _forget()
 
     def compute(self, items: Sequence[Seeded]) -> list[Seeded]:
         """What was labelled."""

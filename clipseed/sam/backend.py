@@ -37,8 +37,9 @@ class Decoded:
     """Answers to P prompts, with M masks each: 3 (sub-part, part, whole) or 1 (whole).
 
     Attributes:
-        masks: ``(P, M, h, w)`` float32, logits at the decoder's resolution; or a function that draws those of chosen
-            masks, see :meth:`drawn`, because most masks are dropped for their predicted IoU and need not be drawn.
+        masks: ``(P, M, h, w)`` float32, logits at the decoder's resolution, with or without what is padding of the
+            crop; or a function that draws those of chosen masks, see :meth:`drawn`, because most masks are dropped for
+            their predicted IoU and need not be drawn.
         iou: ``(P, M)`` float32, predicted IoU; a regression that may exceed 1.
     """
 
@@ -55,7 +56,8 @@ class Decoded:
         """Logits ``(P, M, h, w)`` of all masks."""
         if isinstance(self.masks, Tensor):
             return self.masks
-        return self.masks(torch.arange(self.iou.numel(), device=self.iou.device)).unflatten(0, self.iou.shape)
+        drawn = self.masks(torch.arange(self.iou.numel(), device=self.iou.device))
+        return drawn.view(*self.iou.shape, *drawn.shape[1:])
 
 
 class SamBackend(Protocol):
@@ -93,7 +95,7 @@ class SamBackend(Protocol):
         ...
 
     def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:
-        """Logits of chosen masks at the crop's size: ``(S, h, w)`` to ``(S, H, W)``."""
+        """Logits of chosen masks, as :meth:`Decoded.drawn` gives them, at the crop's size: ``(S, H, W)``."""
         ...
 
     def manifest(self) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def _scaled(values: Floats | None, size: tuple[int, int], side: int, device: tor
 
 
 def checked(logits: Tensor, iou: Tensor, count: int) -> Decoded:
-    """A decoder's answer, in float32.
+    """A foreign decoder's answer, in float32.
 
     Raises:
         WeightsError: not three masks, or one, for each prompt.

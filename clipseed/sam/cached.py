@@ -106,8 +106,7 @@ def enlarged(values: npt.NDArray[T], size: tuple[int, int]) -> npt.NDArray[T]:
     """Labels or masks ``(…, h, w)`` at another size ``(…, H, W)``: each pixel takes the value of the nearest one."""
     if values.shape[-2:] == size:
         return values
-    rows, columns = (
-        ((np.arange(long) + 0.5) * (short / long)).astype(np.int64)
-        for long, short in zip(size, values.shape[-2:], strict=True)
+    rows, columns = (  # whole numbers, because pixels between two others must not depend on rounding
+        (2 * np.arange(long) + 1) * short // (2 * long) for long, short in zip(size, values.shape[-2:], strict=True)
     )
     return values[..., rows[:, None], columns]

@@ -67,7 +67,7 @@ def passing(
 ) -> Candidates:
     """Masks that pass the thresholds, are not cut off by the crop and not empty; by point, then level.
 
-    The predicted IoU is looked at first: most masks fail there, and only the others are enlarged.
+    The predicted IoU is looked at first: most masks fail there, and only the others are drawn and enlarged.
 
     Args:
         backend: The model that answered.
@@ -80,22 +80,21 @@ def passing(
     """
     per_point = decoded.iou.shape[1]
     level = (torch.arange(LEVELS) if per_point == LEVELS else torch.tensor([WHOLE])).repeat(len(points))
-    iou, logits = decoded.iou.flatten().cpu(), decoded.logits.flatten(0, 1)
+    iou = decoded.iou.flatten().cpu()
     chosen = torch.arange(len(iou))
     if options.pred_iou_threshold > 0:
         chosen = chosen[iou + torch.tensor(options.level_bonus)[level] > options.pred_iou_threshold]
     height, width = embedding.size
     step = max(1, _WORKING_FLOATS // (backend.working_pixels + 2 * height * width))
     parts = [_nothing(embedding.size)]
-    for some in torch.split(chosen, step):
-        if len(some):
-            full = backend.upsample(embedding, logits[some.to(logits.device)])
-            good, stability, box, packed = _good(full, backend.mask_threshold, crop, picture, options)
-            some = some[good]
-            point = points[some.numpy() // per_point]
-            parts.append(
-                Candidates(packed, level[some].numpy().astype(np.int8), iou[some].numpy(), stability, box, point)
-            )
+    if not len(chosen):
+        return parts[0]
+    for some, logits in zip(torch.split(chosen, step), torch.split(decoded.drawn(chosen), step), strict=True):
+        full = backend.upsample(embedding, logits)
+        good, stability, box, packed = _good(full, backend.mask_threshold, crop, picture, options)
+        some = some[good]
+        point = points[some.numpy() // per_point]
+        parts.append(Candidates(packed, level[some].numpy().astype(np.int8), iou[some].numpy(), stability, box, point))
     return Candidates.joined(parts)
 
 

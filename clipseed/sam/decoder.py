@@ -23,9 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipseed.sam.backend import Decoded
+from clipseed.sam.options import LEVELS
 
-_PROMPTS_AT_ONCE = {"cpu": 4}
+_PROMPTS_AT_ONCE = {"cpu": 2}
 """Prompts that go through the transformer together. On a CPU their places (4 MB each) should stay in its cache."""
+
+
+FINER = 4
+"""Masks have this many times as many rows and columns as the grid of places."""
 
 
 @dataclass(frozen=True)
@@ -34,100 +39,67 @@ class ImageSide:
 
     Attributes:
         places: ``(1, N, E)`` image features and the code for "no mask given".
-        coded: ``(1, N, E)`` the same with position code.
         keys: ``(1, H, N, d)`` of the first layer's attention from tokens to places.
         values: ``(1, H, N, d)`` likewise.
         queries: ``(1, H, N, d)`` of the first layer's attention from places to tokens.
     """
 
     places: Tensor
-    coded: Tensor
     keys: Tensor
     values: Tensor
     queries: Tensor
 
 
-def is_plain(sam: Any) -> bool:
-    """Whether prompt encoder and mask decoder are segment_anything's own, down to every layer, and nothing hooks in.
-
-    Subclasses and look-alikes may compute something else: they run their own code.
-    """
-    try:
-        from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
-        from segment_anything.modeling.common import LayerNorm2d, MLPBlock
-        from segment_anything.modeling.mask_decoder import MLP
-        from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
-    except ImportError:
-        return False
-    own = {MaskDecoder, TwoWayTransformer, TwoWayAttentionBlock, Attention, MLPBlock, MLP, LayerNorm2d}
-    torch_own = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.ConvTranspose2d, nn.Sequential, nn.ModuleList, nn.GELU, nn.ReLU}
-    decoder = sam.mask_decoder
-    return (
-        type(decoder) is MaskDecoder
-        and type(decoder.transformer) is TwoWayTransformer
-        and type(sam.prompt_encoder) is PromptEncoder
-        and all(type(module) in own | torch_own and _untouched(module) for module in decoder.modules())
-        and _untouched(sam.prompt_encoder)
-    )
-
-
-def _untouched(module: nn.Module) -> bool:
-    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
-
-
 class PlainDecoder:
-    """The decoder of a model for which :func:`is_plain` holds, in its own weights.
+    """The decoder of a model for which :func:`~clipseed.sam.plain.has_plain_decoder` holds, in its own weights.
 
     Args:
-        decoder: ``MaskDecoder`` of segment_anything, in evaluation mode.
+        decoder: ``MaskDecoder`` of segment_anything, float32.
         code: ``(1, E, h, w)`` position code of the places.
+        dtype: In which places are kept and multiplied; tokens are float32 always.
     """
 
-    def __init__(self, decoder: Any, code: Tensor) -> None:
+    def __init__(self, decoder: Any, code: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
         self._decoder, self._transformer = decoder, decoder.transformer
         self._grid = (code.shape[2], code.shape[3])
-        self._code = _rows(code)
+        self._code = _rows(code).to(dtype)
+        self._filters = decoder.output_hypernetworks_mlps[1:]
         self._own_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
 
     def image_side(self, features: Tensor, dense: Tensor) -> ImageSide:
         """What prompts share about features ``(1, E, h, w)``; ``dense`` is the code for no mask, ``(1, E, h, w)``."""
         places = _rows(features + dense)
-        coded = places + self._code
+        coded = places + self._code.float()
         first = self._transformer.layers[0]
         into, back = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         return ImageSide(
-            places=places,
-            coded=coded,
+            places=places.to(self._dtype),
             keys=_heads(into, into.k_proj(coded)),
             values=_heads(into, into.v_proj(places)),
             queries=_heads(back, back.q_proj(coded)),
         )
 
-    def answer(self, image: ImageSide, sparse: Tensor) -> Decoded:
+    def answer(self, image: ImageSide, sparse: Tensor, shown: tuple[int, int]) -> Decoded:
         """Three masks for each prompt, drawn only where they are asked for.
 
         Args:
             image: From :meth:`image_side`.
             sparse: ``(P, n, E)`` tokens of the prompts.
+            shown: Rows and columns of places that are to be drawn, from the upper left.
         """
-        own = self._own_tokens.expand(len(sparse), -1, -1)
-        prompts = torch.cat([own, sparse], dim=1)
-        step = _PROMPTS_AT_ONCE.get(sparse.device.type, len(prompts))
-        parts = [self._transform(image, some) for some in prompts.split(step)]
+        prompts = torch.cat([self._own_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
+        at_once = _PROMPTS_AT_ONCE.get(sparse.device.type, len(prompts))
+        parts = [self._transform(image, some) for some in torch.split(prompts, at_once)]
         tokens = torch.cat([part[0] for part in parts])
-        places = [part[1] for part in parts]
+        places = [one.unflatten(0, self._grid)[: shown[0], : shown[1]] for part in parts for one in part[1]]
         iou = self._decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
-        masks = tokens[:, 2 : 1 + self._decoder.num_mask_tokens]
-
-        def draw(index: Tensor) -> Tensor:
-            return self._draw(places, step, masks, index)
-
-        return Decoded(draw, iou)
+        return Decoded(lambda index: self._drawn(places, tokens[:, 2:], index), iou)
 
     def _transform(self, image: ImageSide, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens ``(P, T, E)`` and places ``(P, N, E)`` after the two-way transformer."""
         transformer = self._transformer
-        tokens, places, coded = prompts, image.places, image.coded
+        tokens, places, coded = prompts, image.places, image.places
         for index, layer in enumerate(transformer.layers):
             query = tokens if layer.skip_first_layer_pe else tokens + prompts
             seen = _attention(layer.self_attn, query, query, tokens)
@@ -143,36 +115,43 @@ class PlainDecoder:
                 scores = _scores_of_shared(back, tokens + prompts, image.queries)
             else:
                 scores = _scores(back, tokens + prompts, coded)
-            places = layer.norm4(_told(back, scores, tokens, places))
+            places = _normal(layer.norm4, _told(back, scores, tokens, places))
             coded = places + self._code
         seen = _look(transformer.final_attn_token_to_image, tokens + prompts, places, coded)
         return transformer.norm_final_attn(tokens + seen), places
 
-    def _draw(self, places: Sequence[Tensor], step: int, masks: Tensor, index: Tensor) -> Tensor:
-        """Logits ``(S, 4h, 4w)`` of the masks with these numbers among P·3: each prompt's places are enlarged once."""
-        count = masks.shape[1]
-        height, width = self._grid
-        logits = masks.new_empty(len(index), 4 * height, 4 * width)
-        prompts, which = torch.unique(index // count, return_inverse=True)
-        for number, prompt in enumerate(prompts.tolist()):
-            rows = torch.nonzero(which == number)[:, 0]
-            wide = self._enlarged(places[prompt // step][prompt % step])
-            numbers = (index[rows] % count).tolist()
-            mlps = self._decoder.output_hypernetworks_mlps
-            filters = torch.stack([mlps[1 + mask](masks[prompt, mask]) for mask in numbers])
-            drawn = filters @ wide.T
-            # The pixels of a place, two by two, and of each of those, two by two, into rows and columns.
-            logits[rows] = drawn.view(-1, height, width, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 4 * height, 4 * width)
+    def _drawn(self, places: Sequence[Tensor], tokens: Tensor, index: Tensor) -> Tensor:
+        """Logits ``(S, 4h, 4w)`` of the masks with these numbers; each prompt's places are enlarged once.
+
+        Args:
+            places: ``(h, w, E)`` of each prompt.
+            tokens: ``(P, n, E)``, beginning with those of the masks.
+            index: ``(S,)`` prompt times 3 plus mask.
+        """
+        filters = torch.stack([mlp(tokens[:, mask]) for mask, mlp in enumerate(self._filters)], dim=1)
+        height, width = places[0].shape[:2]
+        logits = tokens.new_empty(len(index), FINER * height, FINER * width)
+        prompts, owner = torch.unique(index // LEVELS, return_inverse=True)
+        at_once = _PROMPTS_AT_ONCE.get(tokens.device.type, len(prompts))
+        for start, some in zip(range(0, len(prompts), at_once), prompts.split(at_once), strict=True):
+            wide = self._enlarged(torch.stack([places[prompt] for prompt in some.tolist()]))
+            drawn = torch.bmm(filters[some].to(wide.dtype), wide.transpose(1, 2)).flatten(0, 1)
+            rows = torch.nonzero((owner >= start) & (owner < start + at_once))[:, 0]
+            drawn = drawn[(owner[rows] - start) * LEVELS + index[rows] % LEVELS]
+            # A place has two by two pixels, and each of those again.
+            pixels = drawn.view(-1, height, width, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+            logits[rows] = pixels.reshape(-1, *logits.shape[1:]).float()
         return logits
 
     def _enlarged(self, places: Tensor) -> Tensor:
-        """Features of every fine pixel, ``(N · 16, E / 8)``: place, then row and column in it, then once more.
+        """Features of every fine pixel, ``(P, N · 16, E / 8)`` of ``(P, h, w, E)``: place, row and column, and again.
 
         A transposed convolution by 2 with stride 2 is a product for every place on its own.
         """
         first, norm, activation, second, last = self._decoder.output_upscaling
-        wide = activation(F.layer_norm(_spread(first, places), (first.out_channels,), norm.weight, norm.bias, norm.eps))
-        return last(_spread(second, wide))
+        wide = activation(_normal(norm, _spread(first, places.flatten(0, 2))))
+        enlarged: Tensor = last(_spread(second, wide)).unflatten(0, (len(places), -1))
+        return enlarged
 
 
 def _rows(image: Tensor) -> Tensor:
@@ -182,32 +161,41 @@ def _rows(image: Tensor) -> Tensor:
 
 def _spread(convolution: nn.ConvTranspose2d, rows: Tensor) -> Tensor:
     """``(n, E)`` to ``(4n, F)``: each row's four pixels, row by row."""
-    weight = convolution.weight.permute(2, 3, 1, 0).reshape(-1, convolution.in_channels)
-    assert convolution.bias is not None
-    return F.linear(rows, weight, convolution.bias.repeat(4)).view(-1, convolution.out_channels)
+    weight = convolution.weight.permute(2, 3, 1, 0).reshape(-1, convolution.in_channels).to(rows.dtype)
+    bias = None if convolution.bias is None else convolution.bias.repeat(4).to(rows.dtype)
+    return F.linear(rows, weight, bias).view(-1, convolution.out_channels)
+
+
+def _normal(norm: Any, rows: Tensor) -> Tensor:
+    """A layer norm over the last axis in the rows' own precision."""
+    weight, bias = norm.weight.to(rows.dtype), norm.bias.to(rows.dtype)
+    return F.layer_norm(rows, rows.shape[-1:], weight, bias, norm.eps)
 
 
 def _heads(attention: Any, values: Tensor) -> Tensor:
     """``(P, n, H · d)`` to ``(P, H, n, d)``."""
-    return values.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+    return values.view(*values.shape[:2], attention.num_heads, -1).transpose(1, 2)
 
 
 def _by_head(attention: Any, weight: Tensor) -> Tensor:
     """A projection's weight ``(H · d, E)`` as ``(H, d, E)``."""
-    return weight.unflatten(0, (attention.num_heads, -1))
+    return weight.reshape(attention.num_heads, -1, *weight.shape[1:])
 
 
 def _attention(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     projected = attention.q_proj(query), attention.k_proj(key), attention.v_proj(value)
-    seen = F.scaled_dot_product_attention(*(_heads(attention, values) for values in projected))
-    return attention.out_proj(seen.transpose(1, 2).flatten(2))
+    asked, known, content = (_heads(attention, values) for values in projected)
+    seen = F.scaled_dot_product_attention(asked, known, content)
+    output: Tensor = attention.out_proj(seen.transpose(1, 2).flatten(2))
+    return output
 
 
 def _look_at_shared(attention: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of tokens ``(P, T, E)`` to places that all prompts share: their tokens stand in one row."""
     flat = _heads(attention, attention.q_proj(query.flatten(0, 1)[None]))
     seen = F.scaled_dot_product_attention(flat, keys, values)
-    return attention.out_proj(seen[0].transpose(0, 1).flatten(1)).view(query.shape)
+    output: Tensor = attention.out_proj(seen[0].transpose(0, 1).flatten(1)).view(query.shape)
+    return output
 
 
 def _look(attention: Any, query: Tensor, places: Tensor, coded: Tensor) -> Tensor:
@@ -215,17 +203,19 @@ def _look(attention: Any, query: Tensor, places: Tensor, coded: Tensor) -> Tenso
     asked = _heads(attention, attention.q_proj(query))
     heads, width = asked.shape[1], asked.shape[3]
     folded = torch.einsum("phtd,hde->phte", asked, _by_head(attention, attention.k_proj.weight)).flatten(1, 2)
-    mean = F.scaled_dot_product_attention(folded[:, None], coded[:, None], places[:, None], scale=width**-0.5)
-    mean = mean[:, 0].unflatten(1, (heads, -1))
+    # Fused attention with so few, so wide queries is no faster, and without AMX far slower in bfloat16.
+    weights = torch.bmm((folded * width**-0.5).to(coded.dtype), coded.transpose(1, 2)).softmax(dim=2)
+    mean = torch.bmm(weights, places).float().view(len(query), heads, query.shape[1], -1)
     seen = torch.einsum("phte,hde->pthd", mean, _by_head(attention, attention.v_proj.weight)).flatten(2)
-    return attention.out_proj(seen + attention.v_proj.bias)
+    output: Tensor = attention.out_proj(seen + attention.v_proj.bias)
+    return output
 
 
 def _scores_of_shared(attention: Any, key: Tensor, queries: Tensor) -> Tensor:
     """Scores ``(P, H, T, N)`` of tokens ``(P, T, E)`` for places that all prompts share."""
     keys = _heads(attention, attention.k_proj(key.flatten(0, 1)[None]))[0]
     scores = keys * keys.shape[2] ** -0.5 @ queries[0].transpose(1, 2)
-    return scores.unflatten(1, key.shape[:2]).transpose(0, 1)
+    return scores.view(len(scores), *key.shape[:2], -1).transpose(0, 1)
 
 
 def _scores(attention: Any, key: Tensor, coded: Tensor) -> Tensor:
@@ -234,13 +224,14 @@ def _scores(attention: Any, key: Tensor, coded: Tensor) -> Tensor:
     keys = keys * keys.shape[3] ** -0.5
     folded = torch.einsum("phtd,hde->phte", keys, _by_head(attention, attention.q_proj.weight)).flatten(1, 2)
     offset = torch.einsum("phtd,hd->pht", keys, _by_head(attention, attention.q_proj.bias)).flatten(1)[:, :, None]
-    return torch.baddbmm(offset, folded, coded.transpose(1, 2)).unflatten(1, keys.shape[1:3])
+    scores = torch.baddbmm(offset.to(coded.dtype), folded.to(coded.dtype), coded.transpose(1, 2))
+    return scores.view(*keys.shape[:3], -1)
 
 
 def _told(attention: Any, scores: Tensor, value: Tensor, places: Tensor) -> Tensor:
     """Places ``(P, N, E)`` with what the tokens ``(P, T, E)`` tell them."""
-    weights = scores.softmax(dim=2).flatten(1, 2)
+    weights = scores.softmax(dim=2).to(places.dtype).flatten(1, 2)
     values = _heads(attention, attention.v_proj(value))
     output = _by_head(attention, attention.out_proj.weight.T)
     told = torch.einsum("phtd,hde->phte", values, output) + attention.out_proj.bias / attention.num_heads
-    return torch.baddbmm(places, weights.transpose(1, 2), told.flatten(1, 2))
+    return torch.baddbmm(places, weights.transpose(1, 2), told.flatten(1, 2).to(places.dtype))

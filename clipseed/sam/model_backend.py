@@ -1,8 +1,9 @@
-"""Masks straight from a plain SAM: crops encoded together, only the wanted masks enlarged."""
+"""Masks straight from a plain SAM: crops encoded together, only the wanted masks drawn and enlarged."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from clipseed.errors import ImageError, UsageError
 from clipseed.sam.backend import Decoded, Embedding, Floats, Picture, checked, fit_prompts, fitted_size
+from clipseed.sam.decoder import FINER, ImageSide, PlainDecoder
+from clipseed.sam.encoder import PlainEncoder
+from clipseed.sam.plain import has_plain_decoder, has_plain_encoder
 
 _PIXELS_AT_ONCE = {"cpu": 1024 * 1024}
 _GPU_PIXELS_AT_ONCE = 8 * 1024 * 1024
@@ -62,6 +66,14 @@ class ModelBackend:
         self.working_pixels = self.side**2
         with torch.inference_mode():
             self._dense_code: Tensor = self.sam.prompt_encoder.get_dense_pe()
+            self._plain = None
+            if has_plain_decoder(sam):
+                # Only bfloat16 has float32's range; in float16 a score may become NaN unnoticed.
+                places = dtype if dtype is torch.bfloat16 else torch.float32
+                self._plain = PlainDecoder(self.sam.mask_decoder, self._dense_code, places)
+        self._encoder = PlainEncoder(self.sam.image_encoder) if has_plain_encoder(sam) else self.sam.image_encoder
+        self._patch = self.side // self._dense_code.shape[-1]
+        self._current: tuple[Embedding, ImageSide] | None = None
 
     @torch.inference_mode()
     def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
@@ -71,7 +83,7 @@ class ModelBackend:
             ImageError: half precision is not enough for a crop.
         """
         batch = torch.stack([self._prepare(crop) for crop in crops])
-        features = self.sam.image_encoder(batch.to(self.dtype)).float()
+        features = self._encoder(batch.to(self.dtype)).float()
         if self.dtype is not torch.float32 and not torch.isfinite(features).all():
             raise ImageError("SAM's features exceed half precision; give --precision fp32")
         return [Embedding(_size(crop), features[i : i + 1]) for i, crop in enumerate(crops)]
@@ -84,13 +96,18 @@ class ModelBackend:
         points: Floats | None = None,
         point_labels: npt.NDArray[np.integer] | None = None,
     ) -> Decoded:
-        """Logits ``(P, 3, 4h, 4w)`` and predicted IoU ``(P, 3)``; see :class:`~clipseed.sam.backend.SamBackend`."""
+        """Three masks for each prompt; see :class:`~clipseed.sam.backend.SamBackend`."""
         prompts = fit_prompts(embedding.size, self.side, self.device, boxes, points, point_labels)
         if prompts.number == 0:
             height, width = (4 * length for length in embedding.content.shape[-2:])
             return Decoded(embedding.content.new_zeros(0, 3, height, width), embedding.content.new_zeros(0, 3))
         pairs = None if prompts.points is None else (prompts.points, prompts.labels)
         sparse, dense = self.sam.prompt_encoder(points=pairs, boxes=prompts.boxes, masks=None)
+        if self._plain:
+            current = self._current
+            if current is None or current[0] is not embedding:
+                self._current = current = embedding, self._plain.image_side(embedding.content, dense[:1])
+            return self._plain.answer(current[1], sparse, self._shown(embedding.size))
         logits, iou = self.sam.mask_decoder(
             image_embeddings=embedding.content,
             image_pe=self._dense_code,
@@ -104,9 +121,21 @@ class ModelBackend:
     def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:
         """Bilinear in SAM's two steps: to the square that the encoder saw, without its padding to the crop's size."""
         height, width = fitted_size(embedding.size, self.side)
-        square = F.interpolate(logits[None], (self.side, self.side), mode="bilinear", align_corners=False)
-        fitted = square[..., :height, :width]
+        square = (self.side, self.side)
+        if self._plain:  # the padding may be missing
+            square = (logits.shape[1] * self._patch // FINER, logits.shape[2] * self._patch // FINER)
+        fitted = F.interpolate(logits[None], square, mode="bilinear", align_corners=False)[..., :height, :width]
         return F.interpolate(fitted, embedding.size, mode="bilinear", align_corners=False)[0]
+
+    def _shown(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of places that a crop's masks depend on, the others being padding.
+
+        A pixel depends on the fine pixels, ``FINER`` to a place, on both sides of it: on less than half a place more.
+        """
+        if self._patch % FINER:  # a part of the square would have no whole number of pixels
+            return (self.side // self._patch, self.side // self._patch)
+        height, width = (math.ceil(length / self._patch + 0.5) for length in fitted_size(size, self.side))
+        return (min(height, self.side // self._patch), min(width, self.side // self._patch))
 
     def manifest(self) -> dict[str, Any]:
         """Plain description for output files."""

@@ -12,7 +12,7 @@ import torch
 from clipseed.sam.backend import Embedding, SamBackend
 from clipseed.sam.candidates import stability_score
 from clipseed.sam.cleanup import remove_small_regions
-from clipseed.sam.options import ProposalOptions
+from clipseed.sam.options import LEVELS, ProposalOptions
 from clipseed.sam.pixels import Scores
 from clipseed.sam.prompts import box_prompts, point_prompts
 from clipseed.sam.proposals import Proposals, from_masks
@@ -60,19 +60,19 @@ def prompted_masks(
             points=None if points is None else points[some],
             point_labels=None if point_labels is None else point_labels[some],
         )
-        last = decoded.iou.shape[1] - 1
-        best = decoded.iou.argmax(dim=1) if boxes is not None else torch.full_like(decoded.iou[:, 0], last).long()
-        each = torch.arange(len(best), device=best.device)
-        full = backend.upsample(embedding, decoded.logits[each, best])
+        many = decoded.iou.shape[1]
+        each = torch.arange(len(decoded.iou), device=decoded.iou.device)
+        best = torch.full_like(each, many - 1) if boxes is None else decoded.iou.argmax(dim=1)
+        full = backend.upsample(embedding, decoded.drawn(each * many + best))
         masks[some] = (full > backend.mask_threshold).cpu().numpy()
         stability[some] = stability_score(full, backend.mask_threshold, options.stability_offset).cpu().numpy()
         iou[some] = decoded.iou[each, best].cpu().numpy()
-        level[some] = (best + 2 - last).cpu().numpy()  # a model with one mask per prompt gives wholes
+        level[some] = (best + LEVELS - many).cpu().numpy()  # a model with one mask per prompt gives wholes
     if options.min_region_area > 0:
         for mask in masks:
             mask[:] = remove_small_regions(mask, options.min_region_area)[0]
     kept = np.flatnonzero(masks.any(axis=(1, 2)))
     found = replace(from_masks(masks[kept]), level=level[kept], iou=iou[kept], stability=stability[kept])
-    if points is not None:
+    if points is not None and len(kept):
         found = replace(found, point=points[kept, 0])
     return found, row[kept]

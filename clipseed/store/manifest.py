@@ -19,7 +19,7 @@ def package_versions() -> dict[str, str]:
     """Versions of everything that has a part in the numbers."""
     from clipseed import __version__
 
-    names = ("torch", "open_clip_torch", "numpy", "pillow", "h5py", "opencv-python-headless")
+    names = ("torch", "open_clip_torch", "numpy", "pillow", "h5py", "opencv-python-headless", "segment-anything")
     versions = {"clipseed": __version__, "python": platform.python_version()}
     for name in names:
         try:

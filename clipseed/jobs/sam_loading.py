@@ -1,0 +1,104 @@
+"""What ``clipseed sam-masks`` does with a picture in a decoding process: open and shrink it, or read its masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clipseed.data.types import ImageReader, Sample
+from clipseed.errors import ImageError, InputError
+from clipseed.sam.backend import fitted_size
+from clipseed.sam.cached import pack_proposals
+from clipseed.sam.importers import Kind, MaskImport, open_masks
+from clipseed.store.mask_records import MaskRecord
+
+
+@dataclass(frozen=True)
+class LoadedForSam:
+    """A decoded picture, shrunk to what SAM sees of it: ``(h, w, 3)`` uint8."""
+
+    sample: Sample
+    size: tuple[int, int]
+    pixels: npt.NDArray[np.uint8]
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Pictures of all sizes are encoded together."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """Each is as much work as any other, because SAM's input has one size."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ShrinkingLoader:
+    """Decodes a sample, and shrinks what is longer than ``max_side`` as SAM itself would; runs in worker processes."""
+
+    reader: ImageReader
+    max_side: int
+
+    def __call__(self, sample: Sample) -> LoadedForSam:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        image = self.reader(sample)
+        size = (image.height, image.width)
+        if self.max_side and max(size) > self.max_side:
+            height, width = fitted_size(size, self.max_side)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return LoadedForSam(sample, size, np.asarray(image).copy())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture's masks, from a worker process that found or made them."""
+
+    record: MaskRecord
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Nothing is computed together any more."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """None is left."""
+        return 1
+
+
+@lru_cache(maxsize=2)
+def existing_masks(path: Path, kind: Kind) -> MaskImport:
+    """Opened once per worker process."""
+    return open_masks(path, kind)
+
+
+@dataclass(frozen=True)
+class ExistingLoader:
+    """Reads a picture's masks from files, after looking at the picture for its size; runs in worker processes."""
+
+    reader: ImageReader
+    path: Path
+    kind: Kind
+
+    def __call__(self, sample: Sample) -> Stored:
+        """Read and compress one picture's masks.
+
+        Raises:
+            ImageError: picture or masks are missing, damaged, or do not fit each other.
+        """
+        image = self.reader(sample)
+        size = (image.height, image.width)
+        try:
+            proposals = existing_masks(self.path, self.kind).read(sample.id, size)
+        except InputError as error:  # one damaged file is no reason to stop
+            raise ImageError(str(error)) from error
+        return Stored(pack_proposals(sample.id, size, proposals))
