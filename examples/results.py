@@ -2,7 +2,8 @@
 
 On the built-in world the whole chain runs from pictures and labels. On photographs (`--photos DEVKIT`) no pretrained
 CLIP is needed: ground truth blurred to something like a class activation map is refined, which says what PAR and the
-dense CRF do with real colours and edges, and what seeding makes of segments (`--coco`, `--segments`). The photographs stay where they are; pictures go to the working folder only.
+dense CRF do with real colours and edges, and with `--coco` and `--segments` what seeding makes of segments. The
+photographs stay where they are; pictures go to the working folder only.
 """
 
 from __future__ import annotations

@@ -20,7 +20,20 @@ from clipseed.store.reader import open_seeds
 
 from conftest import Runner, picture
 
-COMMANDS = ("cam", "refine", "crf", "evaluate", "report", "inspect", "prompts", "demo", "doctor")
+COMMANDS = (
+    "cam",
+    "refine",
+    "crf",
+    "sam-masks",
+    "sam-seed",
+    "merge",
+    "evaluate",
+    "report",
+    "inspect",
+    "prompts",
+    "demo",
+    "doctor",
+)
 
 
 @pytest.fixture

@@ -76,6 +76,24 @@ def test_voc_commands(devkit: Path, weights: Path) -> None:
 
 
 @pytest.mark.slow
+def test_segments(devkit: Path, weights: Path) -> None:
+    """The SAM commands, with seeded random weights of a small model in place of Meta's."""
+    import torch
+
+    from clipseed.sam.architecture import SamConfig, build_sam
+
+    torch.manual_seed(0)
+    small = SamConfig(image_size=64, embed_dim=32, depth=2, heads=2, window_size=0, global_attn_indexes=(0, 1))
+    torch.save(build_sam(small).state_dict(), devkit / "sam_vit_h_4b8939.pth")
+    (script,) = [block for block in blocks("sh") if "sam-masks" in block]
+    assert [line.split()[1] for line in script.strip().splitlines()] == ["sam-masks", "sam-seed", "evaluate"]
+    shown = run(f"clipseed cam --dataset voc --split val --out cams.h5\n{script}", devkit, weights)
+    assert "masks.h5: 2 of 2 pictures" in shown
+    assert "seeds: 2 of 2 masks" in shown
+    assert re.search(r"seeds.*mean IoU|mean IoU.*seeds", shown, re.DOTALL)
+
+
+@pytest.mark.slow
 def test_own_pictures(tmp_path: Path, weights: Path) -> None:
     (script,) = [block for block in blocks("sh") if "--dataset folder" in block]
     (tmp_path / "photos").mkdir()

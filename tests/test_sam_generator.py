@@ -15,15 +15,18 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from torch import Tensor, nn
 
 from clipseed.errors import ImageError, UsageError, WeightsError
+from clipseed.sam import decoder, encoder
 from clipseed.sam.architecture import SamConfig, build_sam
 from clipseed.sam.backend import Decoded, Embedding, as_picture, fitted_size
 from clipseed.sam.cleanup import remove_small_regions
+from clipseed.sam.decoder import PlainDecoder
 from clipseed.sam.generator import Limits, generate
 from clipseed.sam.grid import crops_of, point_grid
 from clipseed.sam.levels import filter_levels, intersections
 from clipseed.sam.model_backend import ModelBackend, SamInfo
 from clipseed.sam.nms import mask_boxes, suppress
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
+from clipseed.sam.plain import has_plain_decoder, has_plain_encoder
 from clipseed.sam.predictor_backend import PredictorBackend
 from clipseed.sam.proposals import Proposals
 
@@ -662,6 +665,91 @@ def test_features_beyond_half_precision() -> None:
     sam.image_encoder.patch_embed.proj.weight.data *= 1e7
     with pytest.raises(ImageError, match="--precision fp32"):
         ModelBackend(sam, CPU, torch.float16, INFO).encode([photo(70, 100)])
+
+
+# The faster programs for the package's own modules --------------------------------------------------------------------
+
+
+def lively_sam(image_size: int = 64) -> Any:
+    """No parameter is 0, as fresh biases and relative positions are."""
+    sam = tiny_sam(image_size)
+    with torch.no_grad():
+        for parameter in sam.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return sam
+
+
+@pytest.mark.parametrize("size", [(64, 64), (30, 200), (200, 30), (90, 128)])
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_plain_decoder_equals_the_packages(
+    size: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the padding of thin crops is not drawn."""
+    monkeypatch.setitem(decoder._PROMPTS_AT_ONCE, "cpu", at_once)
+    image, points = photo(*size), np.random.default_rng(1).uniform(0, 30, (7, 2, 2))
+    predictor, backend = SamPredictor(lively_sam(128)), backend_of(lively_sam(128))
+    predictor.set_image(image)
+    fitted = torch.from_numpy(predictor.transform.apply_coords(points, size))
+    full, iou, _ = predictor.predict_torch(fitted, torch.ones(7, 2, dtype=torch.int), return_logits=True)
+    (embedding,) = backend.encode([image])
+    decoded = backend.decode_prompts(embedding, points=points)
+    torch.testing.assert_close(decoded.iou, iou, atol=2e-5, rtol=2e-5)
+    chosen = torch.tensor([20, 3, 4, 5, 11, 3])
+    found = backend.upsample(embedding, decoded.drawn(chosen))
+    torch.testing.assert_close(found, full.flatten(0, 1)[chosen], atol=2e-4, rtol=2e-4)
+    assert full.std() > 0.1
+    assert (decoded.logits.shape[2] < 32 or decoded.logits.shape[3] < 32) == (size[0] != size[1])
+
+
+def test_bfloat16_of_the_decoder_is_close() -> None:
+    exact, half = backend_of(lively_sam()), backend_of(lively_sam())
+    half._plain = PlainDecoder(half.sam.mask_decoder, half._dense_code, torch.bfloat16)
+    image, points = photo(70, 100), np.random.default_rng(1).uniform(0, 70, (9, 1, 2))
+    first, second = (model.decode_prompts(model.encode([image])[0], points=points) for model in (exact, half))
+    assert second.logits.dtype == second.iou.dtype == torch.float32
+    assert 0 < (first.logits - second.logits).abs().mean() < 0.02 * first.logits.std()
+    torch.testing.assert_close(first.iou, second.iou, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("limit", [1, 40, 200, 1_000, 1 << 20])
+def test_plain_encoder_equals_the_packages(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and rows in pieces, the last ones smaller; windows with and without padding."""
+    monkeypatch.setitem(encoder._SCORES_AT_ONCE, "cpu", limit)
+    module = lively_sam(80).image_encoder.eval()
+    images = torch.randn(2, 3, 80, 80)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.PlainEncoder(module)(images), module(images), atol=1e-4, rtol=1e-4)
+
+
+def test_only_wanted_prompts_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    whole = PlainDecoder._enlarged
+    monkeypatch.setattr(PlainDecoder, "_enlarged", lambda self, one: drawn.append(len(one)) or whole(self, one))
+    backend = backend_of(lively_sam())
+    image = photo(64, 64)
+    (embedding,) = backend.encode([image])
+    decoded = backend.decode_prompts(embedding, points=point_grid(3, (64, 64))[:, None])
+    threshold = float(decoded.iou.flatten().sort().values[-5:-3].mean())
+    assert drawn == []
+    shifted = replace(EVERYTHING, pred_iou_threshold=10.0, level_bonus=(10.0 - threshold,) * 3)
+    found = generate(backend, image, shifted)
+    assert sum(drawn) == len(set((decoded.iou > threshold).nonzero()[:, 0].tolist())) < 9
+    assert len(found) <= 4
+
+
+def test_other_models_run_their_own_code() -> None:
+    class Other(type(tiny_sam().mask_decoder)):  # type: ignore[misc]
+        pass
+
+    plain, subclass, hooked, exchanged = (tiny_sam() for _ in range(4))
+    subclass.mask_decoder.__class__ = Other
+    hooked.mask_decoder.transformer.layers[0].mlp.register_forward_hook(lambda *_: None)
+    hooked.image_encoder.blocks[0].attn.forward = lambda values: values
+    exchanged.image_encoder.blocks[1].norm1 = nn.Identity()
+    assert has_plain_decoder(plain)
+    assert has_plain_encoder(plain)
+    assert not any(has_plain_decoder(sam) for sam in (subclass, hooked, blob_sam()))
+    assert not any(has_plain_encoder(sam) for sam in (hooked, exchanged))
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------

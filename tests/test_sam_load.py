@@ -392,7 +392,7 @@ def test_factories_that_do_not_work(factory: str, message: str) -> None:
 
 
 def test_neither_checkpoint_nor_factory(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--sam FILE"):
+    with pytest.raises(UsageError, match="--checkpoint FILE"):
         load_sam(None, "cpu")
     with pytest.raises(WeightsError, match="no such SAM checkpoint"):
         load_sam(tmp_path / "none.pth", "cpu", factory="json:loads")

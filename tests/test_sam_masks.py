@@ -640,6 +640,23 @@ def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["masks"] == sum(counts)
 
 
+def test_the_cache_can_be_read_without_clipseed(photos: Path, tmp_path: Path) -> None:
+    """The ten lines in docs/formats.md."""
+    out = tmp_path / "masks.h5"
+    assert masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW) == 0
+    text = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    code = text.split("```python\n")[2].split("```")[0]
+    (tmp_path / "read.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "read.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    expected = [
+        f"{key}\t{level}\t{mask.sum()}" for key, masks in reader(tmp_path / "masks.h5").items() for level, mask in masks
+    ]
+    assert done == expected
+    assert len(done) > 5
+
+
 def test_proposals_keep_their_types() -> None:
     record = pack_proposals("x", (9, 14), from_masks(np.ones((1, 9, 14), bool)))
     found = unpack_proposals(record)

@@ -23,8 +23,8 @@ from clipseed.store.manifest import differences
 from clipseed.store.masks import read_mask, voc_palette, write_mask
 from clipseed.store.reader import Seeds, open_seeds
 from clipseed.store.records import SeedMap, seed_format
-from clipseed.store.shard import SeedFile, write_shard
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.shard import SeedFile, write_shard
 
 MANIFEST: dict[str, Any] = {
     "kind": "cam", "method": "m", "options": {"scales": [1.0]}, "model": {"sha256": "ab"},

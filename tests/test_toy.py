@@ -176,12 +176,13 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--limit", "40", "--json", "--device", "cpu"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert [stage["name"] for stage in data["stages"]] == ["gradcam", "cam", "caa", "crf"]
+    assert [stage["name"] for stage in data["stages"]] == ["gradcam", "cam", "caa", "crf", "sam"]
     scores = [stage["miou"] for stage in data["stages"]]
     assert scores == sorted(scores)  # every step is worth something
     assert scores[0] > 0.05
     assert scores[2] > scores[1] + 0.08
     assert scores[3] > 0.6
+    assert scores[4] > scores[3] + 0.03  # segments know where things end
     assert data["stages"][1]["images"] == 40
     assert (out / "preview.png").stat().st_size > 10_000
     assert len(open_seeds(out / "cams.h5")) == 40

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    seeds: Annotated[Optional[Path], typer.Argument(help="Seeds file or folder (default: the newest stage).")] = None,
+    seeds: Annotated[Optional[Path], typer.Argument(help="Seeds or mask cache (default: the newest stage).")] = None,
     preview: Annotated[
         Optional[Path], typer.Option(help="Write an overlay of some maps to this PNG.", rich_help_panel=shared.OUTPUT)
     ] = None,
@@ -32,13 +32,17 @@ def inspect(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Show what a seeds output holds: manifest, counts, and a few maps over their pictures."""
+    """Show what an output holds: manifest, counts, and a few maps or segments over their pictures."""
+    from clipseed.cli.inspect_masks import show
     from clipseed.jobs.inspect import inspect_seeds, write_preview
+    from clipseed.jobs.inspect_masks import is_mask_cache
     from clipseed.jobs.stages import newest_output
 
     if id and preview is None:
         raise UsageError("--id belongs to --preview")
     chosen = seeds or newest_output(Path())
+    if is_mask_cache(chosen):
+        return show(chosen, preview, count, tuple(id or ()), verify=verify, json=json, quiet=quiet)
     found = inspect_seeds(chosen, verify=verify)
     if json:
         print_json(found.as_dict())

@@ -147,9 +147,12 @@ def _cluster(options: RunOptions) -> ClusterOptions | None:
 
 
 def rate(report: StreamReport) -> str:
-    """`` in 12.3 s, 4.5 images/s``; nothing where nothing was computed."""
+    """`` in 12.3 s, 4.5 images/s``, or the seconds each one takes; nothing where nothing was computed."""
     computed = report.stats.computed
-    return f" in {report.seconds:.1f} s, {computed / report.seconds:.1f} images/s" if computed else ""
+    if not computed:
+        return ""
+    each = report.seconds / computed
+    return f" in {report.seconds:.1f} s, " + (f"{1 / each:.1f} images/s" if each < 2 else f"{each:.1f} s each")
 
 
 def _detail(stats: StreamStats) -> str:

@@ -209,7 +209,7 @@ def _finish(run: Running, done: SamMasksReport) -> int:
         empty = f", {counters['without']} pictures without any" if counters["without"] else ""
         bytes_each = counters["bytes"] / max(1, done.masks)
         summary += (
-            f", {done.seconds_each:.2g} s each; {done.masks} masks, {done.per_picture:.1f} per picture, "
+            f"; {done.masks} masks, {done.per_picture:.1f} per picture, "
             f"{bytes_each:.0f} bytes each{empty}; "
             f"limited by {stats.bottleneck} ({done.device})"
         )

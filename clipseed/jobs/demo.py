@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,15 @@ from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.jobs.inspect import write_preview
 from clipseed.jobs.refine import run_refine
 from clipseed.jobs.refine_options import RefineOptions
+from clipseed.jobs.sam_masks import run_sam_masks
+from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
 from clipseed.runtime.stream import StreamStats
+from clipseed.sam.options import FMA
 from clipseed.store.files import storage_errors
+
+GRID = replace(FMA, points_per_side=16, crop_layers=0)
+"""FMA-WSSS's settings for pictures of 200 pixels: fewer points, no crops."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,23 @@ def run_demo(
         options = CrfOptions(source, out, device=device, overwrite=True)
         return run_crf(options, lambda todo, done: progress(todo)).stats
 
-    plan: tuple[tuple[str, str, str, Work], ...] = (
-        ("gradcam", "Grad-CAM (no competition)", "gradcam.h5", cam("gradcam")),
-        ("cam", "softmax-GradCAM with background words", "cams.h5", cam("softmax-gradcam")),
-        ("caa", "+ class-aware attention affinity", "cams-caa.h5", caa),
-        ("crf", "+ dense CRF", "pseudo", crf),
+    def sam(source: Path, out: Path, progress: Progress) -> StreamStats:
+        segments = SamMasksOptions(folder / "masks.h5", seeds=source, proposals=GRID, device=device, overwrite=True)
+        run_sam_masks(segments, lambda todo, done: progress(todo))
+        options = SamSeedOptions(source, folder / "masks.h5", out, workers=0, overwrite=True)
+        return run_sam_seed(options, lambda todo, done: Progress("+ SAM-based seeding", begin)(todo)).stats
+
+    plan: tuple[tuple[str, str, str, str, Work], ...] = (
+        ("gradcam", "Grad-CAM (no competition)", "", "gradcam.h5", cam("gradcam")),
+        ("cam", "softmax-GradCAM with background words", "", "cams.h5", cam("softmax-gradcam")),
+        ("caa", "+ class-aware attention affinity", "cams.h5", "cams-caa.h5", caa),
+        ("crf", "+ dense CRF", "cams-caa.h5", "pseudo", crf),
+        ("sam", "instead: SAM's segments, SAM-based seeding", "cams-caa.h5", "seeds", sam),
     )
     stages: list[Stage] = []
-    for name, title, file, work in plan:
-        source = stages[-1].out if stages else folder
+    for name, title, source, file, work in plan:
         began = time.perf_counter()
-        stats = work(source, folder / file, Progress(title, begin))
+        stats = work(folder / source, folder / file, Progress(title, begin))
         seconds = time.perf_counter() - began
         scores = evaluate(EvaluateOptions(prediction=folder / file), lambda total: begin("evaluate", total))
         stages.append(Stage(name, title, folder / file, scores, stats.computed / seconds))

@@ -15,8 +15,8 @@ from typing import Literal
 
 Verdict = Literal["ok", "note", "problem"]
 _REQUIRED = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "opencv-python-headless", "h5py",
-             "typer", "rich", "pyyaml", "safetensors", "filelock")  # fmt: skip
-_EXTRAS = (("sam", "segment_anything"), ("crf", "pydensecrf.densecrf"), ("ray", "ray"))
+             "typer", "rich", "pyyaml", "safetensors", "filelock", "segment-anything")  # fmt: skip
+_EXTRAS = (("sam", "pycocotools"), ("crf", "pydensecrf.densecrf"), ("ray", "ray"))
 _HUB = "huggingface.co"
 
 _VIT_B_WIDTH = 768

@@ -39,7 +39,7 @@ def read_sam_checkpoint(path: Path) -> SamCheckpoint:
         WeightsError: missing, damaged, of another kind, or containing anything but plain tensors.
     """
     if not path.is_file():
-        raise WeightsError(f"{path}: no such SAM checkpoint file (see --sam)")
+        raise WeightsError(f"{path}: no such SAM checkpoint file (see --checkpoint)")
     if path.suffix == ".npz":
         state, config = _read_arrays(path)
         return SamCheckpoint(path, state, config, file_sha256(path))

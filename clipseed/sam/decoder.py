@@ -214,7 +214,7 @@ def _look(attention: Any, query: Tensor, places: Tensor, coded: Tensor) -> Tenso
 def _scores_of_shared(attention: Any, key: Tensor, queries: Tensor) -> Tensor:
     """Scores ``(P, H, T, N)`` of tokens ``(P, T, E)`` for places that all prompts share."""
     keys = _heads(attention, attention.k_proj(key.flatten(0, 1)[None]))[0]
-    scores = keys * keys.shape[2] ** -0.5 @ queries[0].transpose(1, 2)
+    scores: Tensor = keys * keys.shape[2] ** -0.5 @ queries[0].transpose(1, 2)
     return scores.view(len(scores), *key.shape[:2], -1).transpose(0, 1)
 
 

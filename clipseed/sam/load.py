@@ -50,10 +50,12 @@ def load_sam(
     path = None if checkpoint is None else Path(checkpoint)
     if factory is not None:
         if path is not None and not path.exists():
-            raise WeightsError(f"{path}: no such SAM checkpoint file (see --sam)")
+            raise WeightsError(f"{path}: no such SAM checkpoint file (see --checkpoint)")
         return _from_factory(factory, path, device, dtype, precision)
     if path is None:
-        raise UsageError("a SAM is needed: give its checkpoint with --sam FILE, or --sam-factory MODULE:FUNCTION")
+        raise UsageError(
+            "a SAM is needed: give its checkpoint with --checkpoint FILE, or --sam-factory MODULE:FUNCTION"
+        )
     if size is not None and size not in SIZES:
         raise UsageError(f"SAM size {size}: choose {', '.join(SIZES)}")
     read = read_sam_checkpoint(path)

@@ -48,8 +48,10 @@ class SamInfo:
 class ModelBackend:
     """A model with SAM's image encoder, prompt encoder and mask decoder (also MobileSAM's).
 
-    The encoder runs in ``dtype``, its features return to float32; prompts and decoder are float32 always, because the
-    position code of prompts is computed in it. The model is moved and cast in place.
+    The encoder runs in ``dtype``, its features return to float32; prompts are float32 always, because their position
+    code is computed in it. The model is moved and cast in place. segment_anything's own modules run as
+    :class:`~clipseed.sam.encoder.PlainEncoder` and :class:`~clipseed.sam.decoder.PlainDecoder`, the latter with its
+    places in bfloat16 where the encoder is; all others run as they are, the decoder in float32.
 
     Raises:
         UsageError: the mask decoder wants more than SAM's does.
