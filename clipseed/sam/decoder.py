@@ -28,7 +28,6 @@ from clipseed.sam.options import LEVELS
 _PROMPTS_AT_ONCE = {"cpu": 2}
 """Prompts that go through the transformer together. On a CPU their places (4 MB each) should stay in its cache."""
 
-
 FINER = 4
 """Masks have this many times as many rows and columns as the grid of places."""
 

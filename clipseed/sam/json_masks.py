@@ -147,7 +147,7 @@ def _fill(polygons: list[Any], size: tuple[int, int], where: str) -> npt.NDArray
         if np.abs(found).max() > 4 * max(height, width) + 100:
             raise ImageError(f"{where}: a polygon lies far outside a picture of {width}x{height} pixels")
     try:
-        from pycocotools import mask as coco  # type: ignore[import-untyped]
+        from pycocotools import mask as coco
     except ImportError as error:
         raise UsageError(f"{where}: polygons need pycocotools; pip install 'clipseed[sam]'") from error
     filled: npt.NDArray[np.bool_] = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)

@@ -236,9 +236,9 @@ def losses(logits: Tensor, iou: Tensor, targets: Tensor, side: int, balance: flo
         balance: 1 if the pixels inside and outside of a mask shall count the same in all, 0 if each pixel shall.
 
     Returns:
-        ``cross`` (binary cross-entropy, near borders more than elsewhere) and ``dice`` of the masks against the share of each cell that the target
-        covers, and ``iou``: the squared error of the predicted IoU against that of the mask thresholded at 0. Each is
-        a mean over prompts, weighted by output.
+        ``cross`` (binary cross-entropy, near borders more than elsewhere) and ``dice`` of the masks against the share
+        of each cell that the target covers, and ``iou``: the squared error of the predicted IoU against that of the
+        mask thresholded at 0. Each is a mean over prompts, weighted by output.
     """
     cell = side // logits.shape[-1]
     height, width = (-(-length // cell) for length in targets.shape[-2:])
