@@ -27,6 +27,8 @@ from clipseed.sam.options import ProposalOptions
 from clipseed.sam.proposals import Proposals
 
 PASS_IOU, PASS_STABILITY, INSIDE = 0.15, 0.67, 0.97
+NO_SUPPRESSION = 1.1
+"""So that all masks that pass are compared, in their order; one in the end would say little."""
 GAIN = 4.0
 """Of the tied projections: with 1, attention is nearly even."""
 OFFSET = 0.01
@@ -62,6 +64,7 @@ def measured_options(backend: ModelBackend, picture: np.ndarray, points: int) ->
         pred_iou_threshold=threshold,
         stability_threshold=float(good.quantile(1 - PASS_STABILITY)),
         stability_offset=OFFSET,
+        box_nms_threshold=NO_SUPPRESSION,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipseed.data.dataset import picture_finder
+from clipseed.data.paths import is_folder, never_ends
 from clipseed.errors import ImageError, InputError, StoreError
 from clipseed.report.overlay import Pixels, contact_sheet, label_overlay
 from clipseed.sam.cached import enlarged, unpack_proposals
@@ -58,7 +59,9 @@ class MaskInspection:
 
 def is_mask_cache(path: Path) -> bool:
     """Whether a file or folder of shards holds masks rather than seeds; false where nothing can be read."""
-    files = sorted(path.glob(SHARD_PATTERN)) if path.is_dir() else [path]
+    files = sorted(path.glob(SHARD_PATTERN)) if is_folder(path) else [path]
+    if never_ends(files[0] if files else path):
+        return False
     try:
         return bool(files) and format_of(files[0]).name == mask_format().name
     except StoreError:
