@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from clipseed.sam.architecture import SamConfig
 from clipseed.sam.generator import generate
 from clipseed.sam.load import load_sam
-from clipseed.toy import sam_targets, train_clip, train_sam
+from clipseed.toy import sam_objective, sam_start, sam_targets, train_clip, train_sam
 from clipseed.toy.dataset import HELD_OUT_SEED
 from clipseed.toy.measure_sam import GRID, TOY_SAM, iou, measure
 from clipseed.toy.world import Scene, lay_out
@@ -50,7 +50,7 @@ def _two_materials() -> Scene:
 def test_shipped_weights_are_small_and_load() -> None:
     assert TOY_SAM.stat().st_size < 12_000_000
     backend = load_sam(TOY_SAM, "cpu")
-    assert backend.side == train_sam.CONFIG.image_size
+    assert backend.side == sam_start.CONFIG.image_size
 
 
 def test_points_and_boxes_find_whole_objects() -> None:
@@ -154,7 +154,7 @@ def test_losses_equal_a_plain_computation() -> None:
     targets = (torch.rand(2, 3, 12, 15, generator=generator) > 0.6).float()
     weights = np.array([1, 0.5, 0.5, 1]) / 3
     for balance in (0.0, 1.0):
-        found = train_sam.losses(logits, predicted, targets, 16, balance)
+        found = sam_objective.losses(logits, predicted, targets, 16, balance)
         expected = {"cross": 0.0, "dice": 0.0, "iou": 0.0}
         for prompt in range(2):
             for output, level in enumerate((2, 0, 1, 2)):
@@ -183,8 +183,8 @@ def test_losses_equal_a_plain_computation() -> None:
 
 def test_a_model_starts_with_the_colours_of_cells() -> None:
     """Before training: the colours of a patch's cells are in its embedding, and each cell's features are its own."""
-    config = replace(train_sam.CONFIG, image_size=64)
-    sam = train_sam.build(config)
+    config = replace(sam_start.CONFIG, image_size=64)
+    sam = sam_start.build(config)
     picture = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     picture = picture.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)  # a colour for each patch
     picture[:, 16:24, 20:24] = 255 - picture[:, 16:24, 20:24]  # but two for that in row 2, column 2
@@ -197,9 +197,9 @@ def test_a_model_starts_with_the_colours_of_cells() -> None:
 
 def test_cells_are_the_pixels_of_the_low_resolution_masks() -> None:
     shown = sam_targets.view(_two_materials(), 96)
-    things = train_sam.cell_things(shown, 8)
+    things = sam_objective.cell_things(shown, 8)
     np.testing.assert_array_equal(things, shown.labels[2][1::2, 1::2])
-    cells = train_sam.some_cells(shown, np.random.default_rng(0), 400, 8)
+    cells = sam_objective.some_cells(shown, np.random.default_rng(0), 400, 8)
     assert (cells >= 0).all()
     assert (cells < things.shape).all()
     near = []
@@ -208,7 +208,7 @@ def test_cells_are_the_pixels_of_the_low_resolution_masks() -> None:
         near.append(len(np.unique(tile)) > 1)
     assert np.mean(near[:200]) == 1
     assert np.mean(near[200:]) < 0.7
-    head = train_sam.CellHead(50, 3)
+    head = sam_start.CellHead(50, 3)
     embedding = torch.randn(50, 5, 5)
     spread = head(embedding)
     assert spread.shape == (20, 20, 3)
@@ -218,7 +218,7 @@ def test_cells_are_the_pixels_of_the_low_resolution_masks() -> None:
 
 def test_kinship_is_least_when_features_follow_things() -> None:
     taught = train_sam.lesson(1, SMALL, train_sam.Plan())
-    things = torch.from_numpy(train_sam.cell_things(taught.view, 16).astype(np.int64))
+    things = torch.from_numpy(sam_objective.cell_things(taught.view, 16).astype(np.int64))
     assert len(torch.unique(things)) > 1
     apart = F.pad(F.one_hot(things, 8).permute(2, 0, 1).float(), (0, 16 - things.shape[1], 0, 16 - things.shape[0]))
     same = torch.ones(8, 16, 16)
@@ -226,13 +226,25 @@ def test_kinship_is_least_when_features_follow_things() -> None:
     def as_head(embedding: torch.Tensor) -> torch.Tensor:
         return embedding.permute(1, 2, 0)
 
-    assert train_sam.kinship_loss(as_head, apart[None], [taught], 16) < 0.02
-    assert train_sam.kinship_loss(as_head, same[None], [taught], 16) > 2
+    assert sam_objective.kinship_loss(as_head, apart[None], [taught], 16) < 0.02
+    assert sam_objective.kinship_loss(as_head, same[None], [taught], 16) > 2
+
+
+def test_sharper_masks_are_the_same_masks() -> None:
+    backend = load_sam(TOY_SAM, "cpu")
+    scene = lay_out(HELD_OUT_SEED, 1)
+    embedding = backend.encode([scene.image()])[0]
+    points = np.array([[[40.0, 50.0]], [[100.0, 90.0]]])
+    before = backend.decode_prompts(embedding, points=points)
+    sam_start.sharpen(backend.sam, 2.0)
+    after = backend.decode_prompts(embedding, points=points)
+    torch.testing.assert_close(after.logits, 2 * before.logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.iou, before.iou)
 
 
 def test_steps_reduce_the_loss() -> None:
-    sam = train_sam.build(SMALL)
-    head = train_sam.CellHead(SMALL.out_chans)
+    sam = sam_start.build(SMALL)
+    head = sam_start.CellHead(SMALL.out_chans)
     lessons = [train_sam.lesson(number, SMALL, train_sam.Plan()) for number in range(2)]
     optimiser = torch.optim.AdamW([*sam.parameters(), *head.parameters()], lr=3e-3)
     totals = []
@@ -267,6 +279,6 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     resumed = train_sam.train(parts, plan, SMALL, keep_every=2)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
-    fresh = train_sam.build(SMALL).state_dict()
+    fresh = sam_start.build(SMALL).state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in expected.state_dict().items())
     shutil.rmtree(whole)

@@ -58,7 +58,7 @@ class Talker:
         def advance(count: int) -> None:
             done = progress.tasks[0].completed + count
             rate = done / max(1e-9, time.perf_counter() - began)
-            progress.update(task, advance=count, rate=f"{rate:.1f} images/s {detail()}".rstrip())
+            progress.update(task, advance=count, rate=f"{speed(rate)} {detail()}".rstrip())
             if done >= total:
                 self.close()
 
@@ -76,7 +76,7 @@ class Talker:
                 last = now
                 rate = done / (now - began)
                 left = (total - done) / rate
-                self.note(f"{title} {done}/{total}, {rate:.1f} images/s, {duration(left)} left {detail()}".rstrip())
+                self.note(f"{title} {done}/{total}, {speed(rate)}, {duration(left)} left {detail()}".rstrip())
 
         return advance
 
@@ -85,6 +85,11 @@ class Talker:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def speed(per_second: float) -> str:
+    """``4.5 images/s``, or how long each one takes where that is more than two seconds."""
+    return f"{per_second:.1f} images/s" if per_second >= 0.5 else f"{1 / max(1e-9, per_second):.1f} s each"
 
 
 def duration(seconds: float) -> str:

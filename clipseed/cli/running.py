@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipseed.cli.console import Talker, print_json, some
+from clipseed.cli.console import Talker, print_json, some, speed
 from clipseed.cli.options import auto_or_number
 from clipseed.errors import UsageError
 
@@ -151,8 +151,7 @@ def rate(report: StreamReport) -> str:
     computed = report.stats.computed
     if not computed:
         return ""
-    each = report.seconds / computed
-    return f" in {report.seconds:.1f} s, " + (f"{1 / each:.1f} images/s" if each < 2 else f"{each:.1f} s each")
+    return f" in {report.seconds:.1f} s, {speed(computed / max(1e-9, report.seconds))}"
 
 
 def _detail(stats: StreamStats) -> str:
