@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from clipseed.sam.architecture import SamConfig, save_sam
-from clipseed.toy.sam_objective import CellHead, Lesson, some_cells, step_losses
-from clipseed.toy.sam_start import CONFIG, build, sharpen
+from clipseed.toy.sam_objective import Lesson, some_cells, step_losses
+from clipseed.toy.sam_start import CONFIG, CellHead, build, sharpen
 from clipseed.toy.sam_targets import boxes, several_points, single_points, view
 from clipseed.toy.world import lay_out
 
