@@ -21,6 +21,7 @@ from clipseed.data.dataset import DatasetOptions, open_dataset, picture_finder
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
+from clipseed.jobs.demo import GRID
 from clipseed.jobs.evaluate import evaluate
 from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.jobs.refine import run_refine
@@ -125,6 +126,25 @@ def methods(toy: Toy) -> list[str]:
         maps = toy.cam(f"m-{method}", method)
         outputs = (maps, toy.refine(maps, "caa"), toy.refine(maps, "js"))
         rows.append(f"| {method} | " + " | ".join(f"{100 * miou(path).scores.miou:.1f}" for path in outputs) + " |")
+    return rows
+
+
+def with_segments(toy: Toy, made: dict[str, Path]) -> list[str]:
+    """What the tiny SAM's segments make of the refined maps."""
+    caa = made["+ CAA"]
+    masks = toy.folder / "masks.h5"
+    run_sam_masks(SamMasksOptions(masks, seeds=caa, proposals=GRID, overwrite=True))
+    rows = ["| labels | mIoU |", "| --- | --- |", f"| + CAA, best threshold | {100 * miou(caa).scores.miou:.1f} |"]
+    for name, source, rules in (
+        ("segments, FMA-WSSS's seeding", caa, RuleOptions("fma")),
+        ("segments, as released (`--paper`)", caa, RuleOptions("fma", paper=True)),
+        ("segments, what none covers from the maps (`--uncovered cam`)", caa, RuleOptions("fma", uncovered="cam")),
+        ("segments, votes of the maps' labels (SEPL)", caa, RuleOptions("vote")),
+        ("+ CRF, then votes of its labels", made["+ CAA + CRF"], RuleOptions("vote")),
+    ):
+        out = toy.folder / f"seeds-{len(rows)}"
+        run_sam_seed(SamSeedOptions(source, masks, out, rules=rules, workers=0, overwrite=True))
+        rows.append(f"| {name} | {100 * miou(out).scores.miou:.1f} |")
     return rows
 
 
@@ -286,7 +306,10 @@ def main() -> None:
     else:
         toy = Toy(chosen.work, chosen.limit)
         rows, made = chain(toy)
-        sections = {"CHAIN": rows, "FIXED": fixed_threshold(made), "METHODS": methods(toy), "QUIRKS": quirks(toy, made)}
+        sections = {
+            "CHAIN": rows, "SEGMENTS": with_segments(toy, made), "FIXED": fixed_threshold(made),
+            "METHODS": methods(toy), "QUIRKS": quirks(toy, made),
+        }  # fmt: skip
         name = "results"
     text = (Path(__file__).parent / f"{name}.in.md").read_text(encoding="utf-8")
     for key, rows in sections.items():
