@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 JOBS ?= 2
 
-.PHONY: help install demo test test-fast lint format bench results toy-clip toy-report clean
+.PHONY: help install demo test test-fast lint format bench results toy-clip toy-sam toy-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,8 +57,12 @@ results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; 
 toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)
 	$(BIN)/python -m clipseed.toy.train_clip --out runs/toy-clip
 
-toy-report: $(BIN)/clipseed  ## measure the tiny CLIP on the held-out scenes
+toy-sam: $(BIN)/clipseed  ## train the tiny SAM again (an hour; docs/toy.md)
+	$(BIN)/python -m clipseed.toy.train_sam --out runs/toy-sam
+
+toy-report: $(BIN)/clipseed  ## measure the tiny CLIP and the tiny SAM on the held-out scenes
 	$(BIN)/python -m clipseed.toy.measure
+	$(BIN)/python -m clipseed.toy.measure_sam
 
 clean:  ## remove caches and outputs, keep .venv
 	rm -rf build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -32,7 +32,7 @@ CONFIG = SamConfig(
 _COLOURS = 48
 """Channels that start as the colours of a patch's 4 x 4 cells."""
 _GAIN = 3.0
-"""The least whole number for which most wholes of training scenes have a stability score of 0.95 or above."""
+"""The least whole number for which nine of ten good wholes have a stability score of 0.95 or above (docs/toy.md)."""
 
 
 def build(config: SamConfig = CONFIG) -> Any:
