@@ -121,6 +121,20 @@ def test_shares_cover_everything_once(tmp_path: Path) -> None:
     assert sorted(seen) == ids
 
 
+@pytest.mark.parametrize("index", range(3))
+def test_the_temporary_files_of_other_shares_stay(index: int, tmp_path: Path) -> None:
+    """They may be in work; those of the share's own units are left over."""
+    manifest = {"kind": "cam", "vocabulary": {}}
+    with SeedWriter(tmp_path / "out", manifest, "float16", 5, share=Share((index + 1) % 3, 3)):
+        pass
+    names = [".tmp-9-once-manifest.json", ".tmp-9-share-1-of-3.json", *(f".tmp-9-unit-{k:06d}.h5" for k in range(6))]
+    for name in names:
+        (tmp_path / "out" / name).touch()
+    with SeedWriter(tmp_path / "out", manifest, "float16", 5, share=Share(index, 3)):
+        left = {path.name for path in (tmp_path / "out").glob(".tmp-*")}
+    assert left == {name for k, name in enumerate(names) if k < 2 or (k - 2) % 3 != index}
+
+
 @dataclass
 class Done:
     returncode: int

@@ -108,7 +108,7 @@ class RecordWriter(Generic[R]):
         return self
 
     def _prepare(self) -> None:
-        remove_leftovers(self.folder, lambda path: self._share.whole or self._share.takes(unit_number(path)))
+        remove_leftovers(self.folder, self._is_ours)
         if self.portable and self._share.whole:
             remove_leftovers_of(self.out)
         self._roll.withdraw()
@@ -129,6 +129,11 @@ class RecordWriter(Generic[R]):
         # Written once nothing is to be refused any more; of several runs the first one's counts.
         write_text_once(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
         self._read_plan(plan)
+
+    def _is_ours(self, leftover: Path) -> bool:
+        """Whether no other run can be writing this temporary file: with shares, those of other units may be alive."""
+        number = unit_number(leftover)
+        return self._share.whole or (number >= 0 and self._share.takes(number))
 
     def _read_plan(self, plan: Path) -> None:
         try:
