@@ -23,7 +23,8 @@ from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSwe
 from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.reader import SHARD_PATTERN, Seeds
+from clipseed.store.reader import Seeds
+from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.records import SeedMap
 
 T = TypeVar("T")

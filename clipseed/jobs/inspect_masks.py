@@ -18,7 +18,8 @@ from clipseed.store.formats import format_of
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_cache import MaskCache
 from clipseed.store.mask_records import NO_CLASS, mask_format
-from clipseed.store.reader import SHARD_PATTERN, class_names
+from clipseed.store.reader import class_names
+from clipseed.store.record_set import SHARD_PATTERN
 
 _LEVELS = ("sub-part", "part", "whole")
 _COLOURS = 254

@@ -16,7 +16,7 @@ from clipseed.store.gather import gathered
 from clipseed.store.layout import RecordFormat
 from clipseed.store.manifest import Manifest, differences, dumps
 from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
-from clipseed.store.reader import SHARD_PATTERN
+from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.shard import RecordFile, write_portable
 from clipseed.store.share import WHOLE, lock_output
 

@@ -30,7 +30,8 @@ from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import holds_cache
 from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
 from clipseed.store.masks import IGNORE, mask_classes
-from clipseed.store.reader import SHARD_PATTERN, Seeds, class_names
+from clipseed.store.reader import Seeds, class_names
+from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.share import WHOLE, Share
 
 if TYPE_CHECKING:

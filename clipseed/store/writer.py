@@ -22,7 +22,7 @@ from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
-from clipseed.store.reader import SHARD_PATTERN
+from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.shard import RecordFile, write_portable, write_shard
 from clipseed.store.share import WHOLE, RollCall, Share, Skipped, lock_output, unit_number
 
