@@ -90,7 +90,7 @@ def test_kill_dash_nine(command: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption(number: signal.Signals, code: int, command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "cams.h5"
-    process = start(command, out)
+    process = start(command, out, pause=0.2)
     wait_for_shards(out, 2, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

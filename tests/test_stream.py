@@ -185,6 +185,20 @@ def test_a_dying_worker_costs_one_picture() -> None:
     assert stats.skipped == [("5", "5.png: the decoder crashed on it"), ("7", "7.png: unreadable")]
 
 
+@pytest.mark.slow
+def test_a_worker_that_dies_between_two_looks() -> None:
+    """The pool is known to be broken before the next sample is handed to it."""
+    with DecodePool(dying_load, 1, ahead=2) as pool:
+        stream = pool.stream(iter(samples(9)[4:]))
+        assert isinstance(next(stream)[1], Item)
+        deadline = time.monotonic() + 60
+        while not pool._executor._broken:  # type: ignore[attr-defined]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        outcomes = [(sample.id, isinstance(outcome, Item)) for sample, outcome in stream]
+    assert outcomes == [("5", False), ("6", True), ("7", False), ("8", True)]
+
+
 def test_decoding_stays_a_bounded_number_ahead() -> None:
     loaded: list[str] = []
 

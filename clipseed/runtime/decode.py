@@ -49,7 +49,7 @@ class DecodePool(Generic[T]):
         waiting: deque[tuple[Sample, Future[T]]] = deque()
         while True:
             for sample in itertools.islice(source, self._ahead - len(waiting)):
-                waiting.append((sample, self._executor.submit(self._load, sample)))
+                waiting.append((sample, self._submit(sample)))
             if not waiting:
                 return
             sample, future = waiting.popleft()
@@ -63,6 +63,14 @@ class DecodePool(Generic[T]):
                 self._executor = self._start(self._workers)
             else:
                 yield sample, outcome
+
+    def _submit(self, sample: Sample) -> Future[T]:
+        try:
+            return self._executor.submit(self._load, sample)
+        except BrokenProcessPool as error:  # a worker died since the last look; the sample waits with the suspects
+            future: Future[T] = Future()
+            future.set_exception(error)
+            return future
 
     def _one_by_one(self, suspects: Iterable[Sample]) -> Iterator[Outcome[T]]:
         """Decode samples alone, to learn which of them kills its worker."""
