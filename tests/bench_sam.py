@@ -24,7 +24,7 @@ from clipseed.sam.generator import generate
 from clipseed.sam.grid import crops_of, point_grid
 from clipseed.sam.model_backend import ModelBackend, SamInfo
 from clipseed.sam.options import ProposalOptions
-from clipseed.sam.proposals import Proposals
+from clipseed.segments import Proposals
 
 PASS_IOU, PASS_STABILITY, INSIDE = 0.15, 0.67, 0.97
 NO_SUPPRESSION = 1.1

@@ -28,7 +28,7 @@ from clipseed.sam.nms import mask_boxes, suppress
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
 from clipseed.sam.plain import has_plain_decoder, has_plain_encoder
 from clipseed.sam.predictor_backend import PredictorBackend
-from clipseed.sam.proposals import Proposals
+from clipseed.segments import Proposals
 
 from conftest import DATA
 

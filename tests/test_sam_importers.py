@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipseed import segments
 from clipseed.errors import ClipseedError, ImageError, InputError, UsageError
-from clipseed.sam import json_masks
-from clipseed.sam.importers import KINDS, open_masks
-from clipseed.sam.json_masks import CocoInstances, Sa1b
-from clipseed.sam.png_masks import CocoPanoptic, InstanceMaps, MaskFolders
-from clipseed.store.rle import decode_counts, unpack_counts
+from clipseed.formats.coco import CocoInstances
+from clipseed.formats.instance_maps import InstanceMaps
+from clipseed.formats.open import KINDS, open_masks
+from clipseed.formats.panoptic import CocoPanoptic
+from clipseed.formats.rle import decode_counts, unpack_counts
+from clipseed.formats.sa1b import Sa1b
+from clipseed.formats.segment_folders import MaskFolders
 
 SIZE = (13, 17)
 
@@ -266,7 +269,7 @@ def test_sa_1b(tmp_path: Path) -> None:
 
 
 def test_more_masks_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_masks, "MAX_MASK_BYTES", 10 * 13 * 17)
+    monkeypatch.setattr(segments, "MAX_MASK_BYTES", 10 * 13 * 17)
     segmentation = {"size": list(SIZE), "counts": [13 * 17]}
     few = open_masks(instances(tmp_path / "few.json", [segmentation] * 10))
     assert len(few.read("a/one", SIZE)) == 0  # all are empty

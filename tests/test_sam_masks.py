@@ -29,20 +29,20 @@ from clipseed.cli.inspect_masks import show
 from clipseed.cli.main import main
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import StoreError
+from clipseed.formats.open import open_masks
+from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
 from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_picture
 from clipseed.sam.cached import pack_proposals, unpack_proposals
 from clipseed.sam.generator import generate
-from clipseed.sam.importers import open_masks
 from clipseed.sam.options import FMA, STOCK
 from clipseed.sam.prompts import box_prompts, point_prompts
-from clipseed.sam.proposals import Proposals, from_masks
+from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import MaskCache
 from clipseed.store.mask_records import MaskRecord, mask_format
 from clipseed.store.records import SeedMap
-from clipseed.store.rle import compress, expand, runs_of
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.writer import RecordWriter
 

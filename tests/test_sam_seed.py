@@ -19,9 +19,9 @@ from clipseed.jobs.seed_rules import RuleOptions, decide
 from clipseed.sam.cached import enlarged, pack_proposals
 from clipseed.sam.pixels import Background, label_pixels
 from clipseed.sam.prompts import label_from_prompted_masks
-from clipseed.sam.proposals import Proposals, from_masks
 from clipseed.sam.seeding import PRESETS, seed_from_masks
 from clipseed.sam.voting import VotingOptions, vote
+from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_records import MaskRecord, mask_format
 from clipseed.store.masks import mask_classes, read_mask, write_mask
 from clipseed.store.records import SeedMap

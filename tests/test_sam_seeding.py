@@ -17,9 +17,9 @@ from clipseed.refine.caa import FMA_WSSS, CaaOptions, caa, caa_of_raw
 from clipseed.sam.pixels import Background, label_pixels, unit_range
 from clipseed.sam.pooling import mask_sums
 from clipseed.sam.prompts import PADDING, box_prompts, label_from_prompted_masks, peaks, point_prompts
-from clipseed.sam.proposals import Proposals, from_masks
 from clipseed.sam.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.sam.voting import VotingOptions, vote
+from clipseed.segments import Proposals, from_masks
 
 from conftest import DATA
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
-from typing import Any
 
+from clipseed.data.json_fields import integer, records
 from clipseed.data.labels import Labels, read_json
 from clipseed.data.listing import clean_id
 from clipseed.data.paths import is_folder
@@ -58,7 +57,7 @@ def read_instances(
     data = read_json(path, "a COCO annotation file")
     if not isinstance(data, dict):
         raise InputError(f"{path}: not a COCO annotation file (no mapping at the top)")
-    categories = sorted(_records(data, "categories", path), key=lambda item: _integer(item, "id", path))
+    categories = sorted(records(data, "categories", path), key=lambda item: integer(item, "id", str(path)))
     if vocabulary is None:
         vocabulary = Vocabulary(path.stem, tuple(ClassText(str(item.get("name", ""))) for item in categories))
     if len(categories) != len(vocabulary.classes):
@@ -66,38 +65,24 @@ def read_instances(
             f"{path}: {len(categories)} categories, but vocabulary {vocabulary.name!r} has "
             f"{len(vocabulary.classes)} classes; give a fitting list with --classes"
         )
-    class_of = {_integer(item, "id", path): position for position, item in enumerate(categories)}
+    class_of = {integer(item, "id", str(path)): position for position, item in enumerate(categories)}
     if len(class_of) < len(categories):
         raise InputError(f"{path}: two categories have the same id")
     present: dict[int, set[int]] = {}
-    for item in _records(data, "annotations", path):
-        category = class_of.get(_integer(item, "category_id", path))
+    for item in records(data, "annotations", path):
+        category = class_of.get(integer(item, "category_id", str(path)))
         if category is None:
             raise InputError(f"{path}: an annotation has the unknown category_id {item['category_id']}")
-        present.setdefault(_integer(item, "image_id", path), set()).add(category)
+        present.setdefault(integer(item, "image_id", str(path)), set()).add(category)
     samples: dict[str, Sample] = {}
-    for item in _records(data, "images", path):
+    for item in records(data, "images", path):
         file_name = item.get("file_name")
         if not isinstance(file_name, str):
             raise InputError(f"{path}: an image has no file_name")
         identifier = clean_id(file_name, str(path))
         if identifier in samples:
             raise InputError(f"{path}: two images have the id {identifier!r} (file_name without suffix)")
-        found = tuple(sorted(present.get(_integer(item, "id", path), ())))
+        found = tuple(sorted(present.get(integer(item, "id", str(path)), ())))
         known = found if labels is None else labels.get(identifier)
         samples[identifier] = Sample(identifier, images / file_name, known)
     return vocabulary, list(samples.values())
-
-
-def _records(data: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
-    records = data.get(key)
-    if not isinstance(records, list) or not all(isinstance(item, dict) for item in records):
-        raise InputError(f"{path}: not a COCO annotation file ({key!r} is not a list of mappings)")
-    return records
-
-
-def _integer(item: dict[str, Any], key: str, path: Path) -> int:
-    value = item.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{path}: {key!r} is not an integer in {reprlib.repr(item)}")
-    return value

@@ -56,6 +56,12 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
             yield Path(entry.path)
 
 
+def ids_below(folder: Path, suffix: str) -> frozenset[str]:
+    """Paths without suffix of all files below a folder that have this suffix, hidden ones left out."""
+    found = (path.relative_to(folder) for path in folder.rglob(f"*{suffix}"))
+    return frozenset(path.with_suffix("").as_posix() for path in found if not path.name.startswith("."))
+
+
 def strip_image_suffix(name: str) -> str:
     """``a/b.JPG`` to ``a/b``; names without a picture suffix stay as they are."""
     for suffix in IMAGE_SUFFIXES:

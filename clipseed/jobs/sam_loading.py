@@ -12,9 +12,9 @@ from PIL import Image
 
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ImageError, InputError
+from clipseed.formats.open import Kind, MaskImport, open_masks
 from clipseed.sam.backend import fitted_size
 from clipseed.sam.cached import pack_proposals
-from clipseed.sam.importers import Kind, MaskImport, open_masks
 from clipseed.store.mask_records import MaskRecord
 
 

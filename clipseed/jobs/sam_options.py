@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.pictures import PictureOptions, PictureSet, open_pictures
 from clipseed.errors import UsageError, WeightsError
+from clipseed.formats.open import Kind
 from clipseed.jobs.engine import recorded_reader, seed_sample
 from clipseed.runtime.stream import Advance, StreamStats
-from clipseed.sam.importers import Kind
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
 from clipseed.sam.prompted import PROMPTS, Prompting
 from clipseed.store.manifest import Manifest, package_versions

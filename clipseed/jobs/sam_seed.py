@@ -17,6 +17,7 @@ from clipseed.data.paths import is_folder
 from clipseed.data.types import Sample
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
+from clipseed.formats.open import Kind
 from clipseed.jobs.engine import open_engine, refuse_if_nothing, usable_cores
 from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
 from clipseed.jobs.seed_rules import RuleOptions, Rules, decide
@@ -24,7 +25,6 @@ from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
 from clipseed.sam.cached import CachedMasks
-from clipseed.sam.importers import Kind
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import holds_cache

@@ -12,11 +12,11 @@ import numpy as np
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.sources import MaskFolder
+from clipseed.formats.open import Kind, MaskImport, open_masks
 from clipseed.jobs.engine import misfit
 from clipseed.jobs.seed_rules import Rules, seed_labels, voted_labels
 from clipseed.sam.cached import CachedMasks, unpack_proposals
-from clipseed.sam.importers import Kind, MaskImport, open_masks
-from clipseed.sam.proposals import Proposals, from_masks
+from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import holds_cache
 from clipseed.store.mask_records import NO_CLASS
 from clipseed.store.masks import IGNORE, Labels

@@ -11,12 +11,11 @@ import numpy.typing as npt
 
 from clipseed.errors import UsageError
 from clipseed.sam.cached import enlarged
-from clipseed.sam.json_masks import room_for
 from clipseed.sam.pixels import Background, Labels, label_pixels
 from clipseed.sam.prompts import label_from_prompted_masks
-from clipseed.sam.proposals import Proposals
 from clipseed.sam.seeding import PRESETS, Policy, SeedingOptions, seed_from_masks
 from clipseed.sam.voting import VotingOptions, vote
+from clipseed.segments import Proposals, room_for
 from clipseed.store.mask_records import NO_CLASS
 from clipseed.store.masks import IGNORE
 from clipseed.store.records import SeedMap

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import ImageError
-from clipseed.sam.json_masks import room_for
-from clipseed.sam.proposals import Proposals
+from clipseed.formats.rle import compress
+from clipseed.segments import Proposals, room_for
 from clipseed.store.mask_cache import MaskCache
 from clipseed.store.mask_records import NO_CLASS, MaskRecord
-from clipseed.store.rle import compress
 
 T = TypeVar("T", bound=np.generic)
 
@@ -67,7 +66,7 @@ def unpack_proposals(record: MaskRecord) -> Proposals:
 
 
 class CachedMasks:
-    """A mask cache as a :class:`~clipseed.sam.importers.MaskImport`. Its masks may be smaller than their picture."""
+    """A mask cache as a :class:`~clipseed.formats.open.MaskImport`. Its masks may be smaller than their picture."""
 
     def __init__(self, path: Path, *, verify: bool | None = None) -> None:
         self.cache = MaskCache(path, verify=verify)

@@ -14,7 +14,7 @@ from clipseed.sam.backend import Decoded, Embedding, SamBackend
 from clipseed.sam.grid import Crop
 from clipseed.sam.nms import cut_off, mask_boxes
 from clipseed.sam.options import LEVELS, ProposalOptions
-from clipseed.sam.proposals import WHOLE
+from clipseed.segments import WHOLE
 
 _WORKING_FLOATS = 1 << 25
 """Masks enlarged at once need about this many floats (128 MB)."""

@@ -18,7 +18,7 @@ from clipseed.sam.grid import Crop, crops_of, point_grid
 from clipseed.sam.levels import filter_levels
 from clipseed.sam.nms import mask_boxes, suppress
 from clipseed.sam.options import ProposalOptions
-from clipseed.sam.proposals import Proposals
+from clipseed.segments import Proposals
 
 
 @dataclass

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipseed.sam.proposals import PART, SUB_PART, WHOLE
+from clipseed.segments import PART, SUB_PART, WHOLE
 
 _CHUNK_FLOATS = 1 << 24
 """Masks are multiplied in slices of the picture of this many floats (64 MB), small enough to count exactly."""

@@ -15,7 +15,7 @@ from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.options import LEVELS, ProposalOptions
 from clipseed.sam.pixels import Scores
 from clipseed.sam.prompts import box_prompts, point_prompts
-from clipseed.sam.proposals import Proposals, from_masks
+from clipseed.segments import Proposals, from_masks
 
 Prompting = Literal["points", "boxes"]
 PROMPTS: tuple[Prompting, ...] = ("points", "boxes")

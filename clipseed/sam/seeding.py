@@ -35,7 +35,7 @@ from clipseed.sam.pixels import (
     unit_range,
 )
 from clipseed.sam.pooling import Masks, mask_sums
-from clipseed.sam.proposals import WHOLE, Proposals
+from clipseed.segments import WHOLE, Proposals
 from clipseed.store.masks import IGNORE
 
 Normalise = Literal["clip", "signed", "double", "none"]

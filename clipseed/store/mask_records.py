@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import InputError, StoreError
+from clipseed.formats.rle import expand
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
-from clipseed.store.rle import expand
 
 if TYPE_CHECKING:
     from clipseed.store.shard import RecordFile

@@ -20,7 +20,7 @@ from clipseed.sam.candidates import stability_score
 from clipseed.sam.generator import generate
 from clipseed.sam.load import load_sam
 from clipseed.sam.options import STOCK, ProposalOptions
-from clipseed.sam.proposals import WHOLE
+from clipseed.segments import WHOLE
 from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
 from clipseed.toy.world import Scene, lay_out
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.sam.proposals import WHOLE
+from clipseed.segments import WHOLE
 from clipseed.toy.sam_start import CellHead
 from clipseed.toy.sam_targets import Prompts, View
 

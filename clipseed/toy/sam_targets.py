@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.sam.proposals import PART, SUB_PART, WHOLE
+from clipseed.segments import PART, SUB_PART, WHOLE
 from clipseed.toy.world import Scene
 
 Rng = np.random.Generator

@@ -1,4 +1,4 @@
-"""What mask proposals of one picture are in memory."""
+"""The segments of one image in memory, whether a SAM proposed them or a file held them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.errors import ImageError
+
+MAX_MASK_BYTES = 2**31
+"""Masks of one picture that are held in memory together, one byte a pixel."""
 SUB_PART, PART, WHOLE = 0, 1, 2
 """Levels: which of the three masks of a point a mask is."""
 
@@ -68,6 +72,18 @@ def from_masks(masks: npt.NDArray[np.bool_]) -> Proposals:
         point=np.full((count, 2), np.nan, np.float32),
         crop_box=np.tile(np.array([0, 0, width, height], np.int32), (count, 1)),
     )
+
+
+def room_for(count: int, size: tuple[int, int], where: str) -> npt.NDArray[np.bool_]:
+    """Empty masks ``(count, H, W)``.
+
+    Raises:
+        ImageError: they would take more than ``MAX_MASK_BYTES``.
+    """
+    height, width = size
+    if count * height * width > MAX_MASK_BYTES:
+        raise ImageError(f"{where}: {count} masks of {width}x{height} pixels need more than 2 GiB; shrink the picture")
+    return np.zeros((count, height, width), bool)
 
 
 def _bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:

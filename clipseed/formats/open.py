@@ -9,9 +9,13 @@ import numpy as np
 
 from clipseed.data.labels import read_json
 from clipseed.errors import InputError, UsageError
-from clipseed.sam.json_masks import CocoInstances, Sa1b
-from clipseed.sam.png_masks import CocoPanoptic, InstanceMaps, MaskFolders, read_values
-from clipseed.sam.proposals import Proposals
+from clipseed.formats.coco import CocoInstances
+from clipseed.formats.instance_maps import InstanceMaps
+from clipseed.formats.panoptic import CocoPanoptic
+from clipseed.formats.png import read_values
+from clipseed.formats.sa1b import Sa1b
+from clipseed.formats.segment_folders import MaskFolders
+from clipseed.segments import Proposals
 
 Kind = Literal["auto", "coco-panoptic", "coco-instances", "instance-maps", "mask-folders", "sa-1b"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

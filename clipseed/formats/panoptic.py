@@ -1,0 +1,66 @@
+"""COCO's panoptic format: colour PNGs whose colours are segment ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from clipseed.data.json_fields import integer, records
+from clipseed.data.labels import read_json
+from clipseed.data.listing import clean_id, ids_below
+from clipseed.errors import ImageError, InputError
+from clipseed.formats.png import read_values, split_regions
+from clipseed.segments import Proposals
+
+
+class CocoPanoptic:
+    """COCO's panoptic format: colour PNGs in which a segment's id is R + 256 G + 65536 B; 0 belongs to no segment.
+
+    The source is the JSON file, whose PNGs lie in the folder of the same name beside it, or such a folder itself.
+    """
+
+    def __init__(self, source: Path) -> None:
+        """List the pictures.
+
+        Raises:
+            InputError: a malformed JSON file, or no PNG folder beside it.
+        """
+        if source.is_dir():
+            self._files = {identifier: source / f"{identifier}.png" for identifier in ids_below(source, ".png")}
+            return
+        data = read_json(source, "a COCO panoptic file")
+        folder = source.with_suffix("")
+        if not folder.is_dir():
+            raise InputError(f"{source}: its PNG files should be in {folder}, which is no folder")
+        names = {}
+        for number, item in enumerate(records(data, "images", source)):
+            names[integer(item, "id", f"{source}: images[{number}]")] = item.get("file_name")
+        self._files = {}
+        for number, item in enumerate(records(data, "annotations", source)):
+            where = f"{source}: annotations[{number}]"
+            png = item.get("file_name")
+            picture = names.get(integer(item, "image_id", where))
+            if not isinstance(png, str) or not isinstance(picture, str):
+                raise InputError(f"{where}: 'file_name', or that of its image, is missing")
+            self._files[clean_id(picture, where)] = folder / f"{clean_id(png, where)}.png"
+
+    def ids(self) -> frozenset[str]:
+        """Ids of all pictures that have a PNG."""
+        return frozenset(self._files)
+
+    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+        """Segments of a picture of this height and width, by ascending id.
+
+        Raises:
+            ImageError: no such picture, another size, or too many segments for the memory.
+            InputError: damaged, or not in colours.
+        """
+        path = self._files.get(identifier)
+        if path is None:
+            raise ImageError(f"no panoptic PNG for the picture {identifier!r}")
+        colours = read_values(path, size)
+        if colours.ndim != 3:
+            raise InputError(f"{path}: panoptic maps are RGB; this one has palette indices or grey values")
+        wide = colours.astype(np.int32)
+        return split_regions(wide[..., 0] + 256 * wide[..., 1] + 65536 * wide[..., 2], 0, str(path))
