@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import ImageError
+
+T = TypeVar("T", bound=np.generic)
 
 MAX_MASK_BYTES = 2**31
 """Masks of one picture that are held in memory together, one byte a pixel."""
@@ -84,6 +87,16 @@ def room_for(count: int, size: tuple[int, int], where: str) -> npt.NDArray[np.bo
     if count * height * width > MAX_MASK_BYTES:
         raise ImageError(f"{where}: {count} masks of {width}x{height} pixels need more than 2 GiB; shrink the picture")
     return np.zeros((count, height, width), bool)
+
+
+def enlarged(values: npt.NDArray[T], size: tuple[int, int]) -> npt.NDArray[T]:
+    """Labels or masks ``(…, h, w)`` at another size ``(…, H, W)``: each pixel takes the value of the nearest one."""
+    if values.shape[-2:] == size:
+        return values
+    rows, columns = (  # whole numbers, because pixels between two others must not depend on rounding
+        (2 * np.arange(long) + 1) * short // (2 * long) for long, short in zip(size, values.shape[-2:], strict=True)
+    )
+    return values[..., rows[:, None], columns]
 
 
 def _bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:

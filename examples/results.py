@@ -29,7 +29,7 @@ from clipseed.jobs.refine_options import RefineOptions
 from clipseed.jobs.sam_masks import run_sam_masks
 from clipseed.jobs.sam_options import SamMasksOptions
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
-from clipseed.jobs.seed_rules import RuleOptions
+from clipseed.pseudo.rules import RuleOptions
 from clipseed.refine.crf import CLIP_ES, IRN
 from clipseed.store.manifest import package_versions
 from clipseed.store.masks import read_mask, voc_palette

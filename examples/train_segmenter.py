@@ -36,8 +36,9 @@ from clipseed.data.images import read_image
 from clipseed.data.listing import list_images, read_split
 from clipseed.errors import ClipseedError, InputError
 from clipseed.store.files import remove_leftovers, replacing
-from clipseed.store.masks import IGNORE, read_mask, write_mask
+from clipseed.store.masks import read_mask, write_mask
 from clipseed.train import ConfidenceGuidedLoss
+from clipseed.types import IGNORE
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's backbones were trained with these
 SCALES = (0.5, 1.5)

@@ -35,13 +35,12 @@ from clipseed.jobs import sam_masks
 from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_picture
-from clipseed.sam.cached import pack_proposals, unpack_proposals
+from clipseed.sam.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.generator import generate
 from clipseed.sam.options import FMA, STOCK
-from clipseed.sam.prompts import box_prompts, point_prompts
 from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import MaskCache
-from clipseed.store.mask_records import MaskRecord, mask_format
+from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals, unpack_proposals
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.writer import RecordWriter

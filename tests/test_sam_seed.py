@@ -15,14 +15,13 @@ from test_sam_masks import bump, small_manifest, write_seeds
 from clipseed.cli.main import main
 from clipseed.errors import UsageError
 from clipseed.jobs import sam_seed
-from clipseed.jobs.seed_rules import RuleOptions, decide
-from clipseed.sam.cached import enlarged, pack_proposals
-from clipseed.sam.pixels import Background, label_pixels
-from clipseed.sam.prompts import label_from_prompted_masks
-from clipseed.sam.seeding import PRESETS, seed_from_masks
-from clipseed.sam.voting import VotingOptions, vote
-from clipseed.segments import Proposals, from_masks
-from clipseed.store.mask_records import MaskRecord, mask_format
+from clipseed.pseudo.pixels import Background, label_pixels
+from clipseed.pseudo.prompted import label_from_prompted_masks
+from clipseed.pseudo.rules import RuleOptions, decide
+from clipseed.pseudo.seeding import PRESETS, seed_from_masks
+from clipseed.pseudo.voting import VotingOptions, vote
+from clipseed.segments import Proposals, enlarged, from_masks
+from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
 from clipseed.store.masks import mask_classes, read_mask, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.writer import RecordWriter

@@ -110,8 +110,8 @@ def sam_seed(
       clipseed sam-seed cams-caa.h5 --masks annotations/panoptic_val2017.json
     """
     from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
-    from clipseed.jobs.seed_rules import RuleOptions
     from clipseed.jobs.stages import newest_output
+    from clipseed.pseudo.rules import RuleOptions
 
     run = prepare("sam-seed", RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet))
     if source is None:

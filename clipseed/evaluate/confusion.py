@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import InputError
+from clipseed.types import IGNORE, LabelMask
 
-IGNORE = 255
 Counts = npt.NDArray[np.int64]
-Labels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Scores:
     pixels: int
 
 
-def confusion(truth: Labels, prediction: Labels, classes: int) -> Counts:
+def confusion(truth: LabelMask, prediction: LabelMask, classes: int) -> Counts:
     """Confusion matrix ``(classes, classes)``, rows truth, columns prediction; truth 255 is left out.
 
     Both arrays have the same shape and hold values below ``classes`` (see :func:`check_labels`).
@@ -49,7 +48,7 @@ def confusion(truth: Labels, prediction: Labels, classes: int) -> Counts:
     return np.bincount(index, minlength=classes * classes).reshape(classes, classes)
 
 
-def check_labels(labels: Labels, classes: int, where: str, *, allow_ignore: bool) -> None:
+def check_labels(labels: LabelMask, classes: int, where: str, *, allow_ignore: bool) -> None:
     """Raise :class:`InputError` when a mask holds a value that is no class (and not an allowed 255)."""
     values = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
     bad = [int(v) for v in values if v >= classes and not (allow_ignore and v == IGNORE)]

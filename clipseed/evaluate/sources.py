@@ -10,9 +10,9 @@ from typing import Protocol
 from clipseed.data.listing import read_split
 from clipseed.data.paths import is_file, is_folder
 from clipseed.errors import InputError
-from clipseed.evaluate.confusion import Labels
 from clipseed.store.masks import read_mask
 from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED, toy_id, toy_mask
+from clipseed.types import LabelMask
 
 
 class MaskSource(Protocol):
@@ -31,7 +31,7 @@ class MaskSource(Protocol):
         """Whether this id has a mask (cheaper than :meth:`ids`)."""
         ...
 
-    def read(self, identifier: str) -> Labels:
+    def read(self, identifier: str) -> LabelMask:
         """The mask ``(H, W)``.
 
         Raises:
@@ -56,7 +56,7 @@ class MaskFolder:
         """Whether the file exists."""
         return is_file(self._path(identifier))
 
-    def read(self, identifier: str) -> Labels:
+    def read(self, identifier: str) -> LabelMask:
         """Read one mask."""
         return read_mask(self._path(identifier))
 
@@ -80,7 +80,7 @@ class ToyTruth:
         number = identifier.removeprefix("toy_")
         return number != identifier and number.isdecimal() and len(number) <= 20
 
-    def read(self, identifier: str) -> Labels:
+    def read(self, identifier: str) -> LabelMask:
         """Draw one mask."""
         return toy_mask(self.seed, identifier)
 

@@ -36,12 +36,12 @@ from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_folder import MaskWriter
-from clipseed.store.masks import IGNORE, Labels
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.share import WHOLE, Share
 from clipseed.store.writer import Finished
+from clipseed.types import IGNORE, LabelMask
 
 if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
@@ -194,7 +194,7 @@ class Mask:
 
     id: str
     classes: tuple[int, ...]
-    labels: Labels
+    labels: LabelMask
     soft: SeedMap | None
 
 
@@ -314,7 +314,7 @@ class _CrfWork(Work[Any, Mask]):
 
     def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
         keys = np.concatenate([[0], seed.classes + 1]).astype(np.uint8)
-        labels: Labels = keys[posterior.argmax(axis=0)]
+        labels: LabelMask = keys[posterior.argmax(axis=0)]
         if self.options.confidence is not None:
             unsure = posterior.max(axis=0) < self.options.confidence
             labels[unsure] = IGNORE

@@ -17,7 +17,7 @@ import numpy as np
 from clipseed.data.paths import is_file, is_folder, never_ends
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.errors import InputError, UsageError
-from clipseed.evaluate.confusion import IGNORE, Counts, Labels, check_labels, confusion, score
+from clipseed.evaluate.confusion import Counts, check_labels, confusion, score
 from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
 from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
@@ -26,13 +26,14 @@ from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import Seeds
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.records import SeedMap
+from clipseed.types import IGNORE, LabelMask
 
 T = TypeVar("T")
 
 
 Advance = Callable[[int], None]
 Start = Callable[[int], Advance]
-Each = Callable[[str, Counts, Labels, Labels], None]
+Each = Callable[[str, Counts, LabelMask, LabelMask], None]
 
 
 def holds_masks(path: Path) -> bool:
@@ -123,7 +124,7 @@ def _report(
 class _Sweep(Protocol):
     settings: tuple[float, ...]
 
-    def update(self, seed: SeedMap, truth: Labels) -> None: ...
+    def update(self, seed: SeedMap, truth: LabelMask) -> None: ...
 
     def matrices(self) -> list[Counts]: ...
 
@@ -146,7 +147,7 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None,
         sweep = ThresholdSweep(len(names), settings, half=half)
     advance = start(len(match.ids) * (2 if each else 1)) if start else (lambda count: None)
 
-    def load(identifier: str) -> tuple[SeedMap, Labels]:
+    def load(identifier: str) -> tuple[SeedMap, LabelMask]:
         seed, mask = seeds[identifier], truth.read(identifier)
         check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
         if mask.shape != seed.size:
@@ -175,7 +176,7 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None,
     return report
 
 
-def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> Labels:
+def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> LabelMask:
     """Mask ``(H, W)`` of one picture at one setting of a sweep, pixel for pixel as the sweep counts it."""
     if power:
         return power_labels(seed, setting)
@@ -213,7 +214,7 @@ def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | 
     counts = np.zeros((len(names), len(names)), np.int64)
     excluded = 0
 
-    def load(identifier: str) -> tuple[Labels, Labels]:
+    def load(identifier: str) -> tuple[LabelMask, LabelMask]:
         prediction, mask = predictions.read(identifier), truth.read(identifier)
         check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
         where = f"{predictions.name}/{identifier}.png"
@@ -252,7 +253,7 @@ def _size_error(identifier: str, predicted: Sequence[int], truth: Sequence[int])
     )
 
 
-def _resized(labels: Labels, shape: tuple[int, ...]) -> Labels:
+def _resized(labels: LabelMask, shape: tuple[int, ...]) -> LabelMask:
     """Nearest neighbour."""
     from PIL import Image
 

@@ -12,14 +12,15 @@ from clipseed.data.dataset import picture_finder
 from clipseed.data.paths import is_folder, never_ends
 from clipseed.errors import ImageError, InputError, StoreError
 from clipseed.report.overlay import Pixels, contact_sheet, label_overlay
-from clipseed.sam.cached import enlarged, unpack_proposals
+from clipseed.segments import enlarged
 from clipseed.store.files import replacing
 from clipseed.store.formats import format_of
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_cache import MaskCache
-from clipseed.store.mask_records import NO_CLASS, mask_format
+from clipseed.store.mask_records import mask_format, unpack_proposals
 from clipseed.store.reader import class_names
 from clipseed.store.record_set import SHARD_PATTERN
+from clipseed.types import NO_CLASS
 
 _LEVELS = ("sub-part", "part", "whole")
 _COLOURS = 254

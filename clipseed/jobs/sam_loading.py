@@ -14,8 +14,7 @@ from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.formats.open import Kind, MaskImport, open_masks
 from clipseed.sam.backend import fitted_size
-from clipseed.sam.cached import pack_proposals
-from clipseed.store.mask_records import MaskRecord
+from clipseed.store.mask_records import MaskRecord, pack_proposals
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,10 @@ from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, Task
 from clipseed.runtime.work import Work
 from clipseed.sam.backend import Embedding
-from clipseed.sam.cached import pack_proposals
 from clipseed.sam.generator import Limits, generate
 from clipseed.sam.load import load_sam
 from clipseed.sam.prompted import prompted_masks
-from clipseed.store.mask_records import MaskRecord, mask_format
+from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
 from clipseed.store.reader import Seeds
 from clipseed.store.writer import RecordWriter
 

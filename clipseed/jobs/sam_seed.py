@@ -20,19 +20,19 @@ from clipseed.evaluate.sources import MaskFolder
 from clipseed.formats.open import Kind
 from clipseed.jobs.engine import open_engine, refuse_if_nothing, usable_cores
 from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
-from clipseed.jobs.seed_rules import RuleOptions, Rules, decide
+from clipseed.pseudo.rules import RuleOptions, Rules, decide
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
-from clipseed.sam.cached import CachedMasks
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_cache import holds_cache
+from clipseed.store.mask_cache import MaskCache, holds_cache
 from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
-from clipseed.store.masks import IGNORE, mask_classes
+from clipseed.store.masks import mask_classes
 from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.share import WHOLE, Share
+from clipseed.types import IGNORE
 
 if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
@@ -183,8 +183,8 @@ def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict
         return False, {"masks": str(options.masks.resolve()), "format": options.masks_kind}, found.ids()
     if options.masks_kind != "auto":
         raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a mask cache")
-    masks = CachedMasks(options.masks)
-    manifest = masks.cache.manifest
+    masks = MaskCache(options.masks)
+    manifest = masks.manifest
     asked = bool(manifest["vocabulary"])
     if asked and not source.label_map:
         theirs, ours = class_names(manifest, options.masks), class_names(source.manifest, options.source)
@@ -196,7 +196,7 @@ def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict
         key: manifest[key] for key in ("kind", "method", "options", "source", "model") if key in manifest
     }
     ids = masks.ids()
-    masks.cache.close()
+    masks.close()
     return asked, about, ids
 
 

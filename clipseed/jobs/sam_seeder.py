@@ -14,13 +14,12 @@ from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.sources import MaskFolder
 from clipseed.formats.open import Kind, MaskImport, open_masks
 from clipseed.jobs.engine import misfit
-from clipseed.jobs.seed_rules import Rules, seed_labels, voted_labels
-from clipseed.sam.cached import CachedMasks, unpack_proposals
+from clipseed.pseudo.rules import Rules, seed_labels, voted_labels
 from clipseed.segments import Proposals, from_masks
-from clipseed.store.mask_cache import holds_cache
-from clipseed.store.mask_records import NO_CLASS
-from clipseed.store.masks import IGNORE, Labels
+from clipseed.store.mask_cache import MaskCache, holds_cache
+from clipseed.store.mask_records import unpack_proposals
 from clipseed.store.reader import Seeds
+from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Seeded:
     """A finished picture."""
 
     id: str
-    labels: Labels
+    labels: LabelMask
     classes: tuple[int, ...]
     masks: int
 
@@ -52,7 +51,7 @@ def _seeds(path: Path) -> Seeds:
 @lru_cache(maxsize=2)
 def masks_at(path: Path, kind: Kind) -> MaskImport:
     """Opened once per process."""
-    return CachedMasks(path, verify=False) if holds_cache(path) else open_masks(path, kind)
+    return MaskCache(path, verify=False) if holds_cache(path) else open_masks(path, kind)
 
 
 @lru_cache(maxsize=2)
@@ -112,7 +111,7 @@ class Seeder:
             found = from_masks(np.zeros((0, *size), bool))
             return found, np.zeros(0, np.int32)
         masks = masks_at(self.masks, self.kind)
-        if isinstance(masks, CachedMasks):
+        if isinstance(masks, MaskCache):
             record = masks.record(identifier, size)
             return unpack_proposals(record), record.class_id
         found = masks.read(identifier, size)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipseed.evaluate.confusion import Counts, Labels, score
+from clipseed.evaluate.confusion import Counts, score
 from clipseed.report.markup import shrunk
+from clipseed.types import LabelMask
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Example:
     id: str
     score: float
     size: tuple[int, int]
-    truth: Labels
-    prediction: Labels
+    truth: LabelMask
+    prediction: LabelMask
     labels: tuple[int, ...]
 
 
@@ -48,7 +49,7 @@ class Gallery:
         self.unscored = 0
         self._digest = 0
 
-    def add(self, identifier: str, counts: Counts, truth: Labels, prediction: Labels) -> None:
+    def add(self, identifier: str, counts: Counts, truth: LabelMask, prediction: LabelMask) -> None:
         """Take in one picture: its id, its own confusion matrix and both masks ``(H, W)``."""
         name = hashlib.blake2b(identifier.encode("utf-8", "surrogateescape"), digest_size=16).digest()
         self._digest ^= int.from_bytes(name, "big")
@@ -81,7 +82,7 @@ class Gallery:
         return [int(count) for count in np.histogram(self.scores, bins=bins, range=(0.0, 1.0))[0]]
 
 
-def _example(identifier: str, value: float, truth: Labels, prediction: Labels) -> Example:
+def _example(identifier: str, value: float, truth: LabelMask, prediction: LabelMask) -> Example:
     present = np.bincount(truth.ravel(), minlength=256) + np.bincount(prediction.ravel(), minlength=256)
     labels = tuple(int(label) for label in np.flatnonzero(present))
     size = (int(truth.shape[0]), int(truth.shape[1]))

@@ -17,10 +17,11 @@ import numpy as np
 from PIL.Image import Image
 
 from clipseed.errors import ClipseedError
-from clipseed.evaluate.confusion import IGNORE, Counts, Scores
+from clipseed.evaluate.confusion import Counts, Scores
 from clipseed.report.charts import HUES, Curve, bar, confusion_chart, curve_chart, histogram_chart
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.markup import colour, mask_uri, percent, photo_uri, text
+from clipseed.types import IGNORE
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

@@ -10,7 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from clipseed.store.masks import Labels, voc_palette
+from clipseed.store.masks import voc_palette
+from clipseed.types import LabelMask
 
 THUMBNAIL = 360
 """Longer side of the pictures in a page, in pixels."""
@@ -36,7 +37,7 @@ def percent(fraction: float, digits: int = 2) -> str:
     return "–" if math.isnan(fraction) else f"{100 * fraction:.{digits}f}"
 
 
-def mask_uri(labels: Labels) -> str:
+def mask_uri(labels: LabelMask) -> str:
     """A mask ``(H, W)`` in VOC colours as a PNG data URI."""
     image = Image.fromarray(labels)
     image.putpalette(voc_palette().tobytes())
@@ -50,7 +51,7 @@ def photo_uri(picture: Image.Image) -> str:
     return _uri(small, "JPEG", quality=85)
 
 
-def shrunk(labels: Labels) -> Labels:
+def shrunk(labels: LabelMask) -> LabelMask:
     """A mask no larger than :data:`THUMBNAIL`, by nearest neighbour."""
     height, width = labels.shape
     scale = THUMBNAIL / max(height, width)

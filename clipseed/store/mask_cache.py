@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipseed.data.paths import is_folder
-from clipseed.errors import StoreError
-from clipseed.store.mask_records import MaskRecord, mask_format
+from clipseed.errors import ImageError, StoreError
+from clipseed.segments import Proposals
+from clipseed.store.mask_records import MaskRecord, mask_format, unpack_proposals
 from clipseed.store.record_set import SHARD_PATTERN, RecordSet
 from clipseed.store.shard import RecordFile
 
@@ -16,7 +17,8 @@ _PARTS = ("options", "model", "dataset", "vocabulary", "source")
 class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
     """Masks of a data set: sample id to :class:`~clipseed.store.mask_records.MaskRecord`, in stored order.
 
-    See :class:`~clipseed.store.record_set.RecordSet`.
+    See :class:`~clipseed.store.record_set.RecordSet`. Also a :class:`~clipseed.formats.open.MaskImport`, whose masks
+    may be smaller than their picture.
     """
 
     what, content, maker = "a mask cache", "masks", "clipseed sam-masks"
@@ -24,6 +26,35 @@ class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
 
     def _file(self, path: Path, *, verify: bool) -> RecordFile[MaskRecord]:
         return RecordFile(path, mask_format(), verify=verify)
+
+    def ids(self) -> frozenset[str]:
+        """Ids of all pictures that were looked at, with or without masks."""
+        return frozenset(self)
+
+    def record(self, identifier: str, size: tuple[int, int]) -> MaskRecord:
+        """What is stored of a picture of this height and width.
+
+        Raises:
+            ImageError: nothing, or the picture had another size.
+        """
+        if identifier not in self:
+            raise ImageError(f"{self.path}: holds no picture {identifier!r}")
+        found = self[identifier]
+        if found.size != size:
+            raise ImageError(
+                f"{self.path}: its masks were made for a picture of {found.size[1]}x{found.size[0]} pixels, not "
+                f"{size[1]}x{size[0]}"
+            )
+        return found
+
+    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+        """Masks of a picture of this height and width, as they are stored.
+
+        Raises:
+            ImageError: none, or for another size, or too many for the memory.
+            StoreError: damaged.
+        """
+        return unpack_proposals(self.record(identifier, size))
 
     def _check(self) -> None:
         odd = [part for part in _PARTS if not isinstance(self.manifest.get(part), dict)]

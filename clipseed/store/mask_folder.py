@@ -13,9 +13,10 @@ from clipseed.data.types import check_id
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
-from clipseed.store.masks import Labels, mask_classes, write_mask
+from clipseed.store.masks import mask_classes, write_mask
 from clipseed.store.share import WHOLE, RollCall, Share, lock_output
 from clipseed.store.writer import Finished
+from clipseed.types import LabelMask
 
 MANIFEST = "manifest.json"
 
@@ -100,7 +101,7 @@ class MaskWriter:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
         refuse_differences(stored, self._manifest, str(self.folder))
 
-    def write(self, identifier: str, labels: Labels, classes: tuple[int, ...]) -> None:
+    def write(self, identifier: str, labels: LabelMask, classes: tuple[int, ...]) -> None:
         """Store one mask ``(H, W)``, and inside it the classes that it was made for."""
         path = self._path(check_id(identifier, str(self.folder)))
         with storage_errors(path):

@@ -29,13 +29,14 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import InputError, StoreError
-from clipseed.formats.rle import expand
+from clipseed.formats.rle import compress, expand
+from clipseed.segments import Proposals, room_for
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
+from clipseed.types import NO_CLASS
 
 if TYPE_CHECKING:
     from clipseed.store.shard import RecordFile
 
-NO_CLASS = -1
 _MOST_CLASSES = 254
 _PER_MASK = {
     "level": ("i1", ()),
@@ -100,6 +101,53 @@ class MaskRecord:
             except InputError as error:
                 raise StoreError(f"damaged mask cache: {error}") from error
         return found
+
+
+def pack_proposals(
+    identifier: str, size: tuple[int, int], proposals: Proposals, classes: Sequence[int] | None = None
+) -> MaskRecord:
+    """Masks of a picture as they are stored.
+
+    Args:
+        identifier: Sample id.
+        size: The picture's height and width; the masks may be smaller.
+        proposals: Its masks.
+        classes: Class index that each mask was asked for.
+    """
+    codes = [compress(mask) for mask in proposals.masks]
+    return MaskRecord(
+        id=identifier,
+        size=size,
+        grid=proposals.size,
+        rle_length=np.array([len(code) for code in codes], np.int32),
+        rle=np.frombuffer(b"".join(codes), np.uint8),
+        level=proposals.level,
+        iou=proposals.iou,
+        stability=proposals.stability,
+        box=proposals.box,
+        point=np.where(np.isnan(proposals.point), np.float32(-1), proposals.point),  # NaN is not equal to itself
+        crop_box=proposals.crop_box,
+        class_id=np.full(len(codes), NO_CLASS, np.int32) if classes is None else np.array(classes, np.int32),
+    )
+
+
+def unpack_proposals(record: MaskRecord) -> Proposals:
+    """Masks of a stored record.
+
+    Raises:
+        ImageError: there are more than fit into memory.
+        StoreError: a code is damaged.
+    """
+    room_for(len(record), record.grid, record.id)
+    return Proposals(
+        masks=record.masks(),
+        level=record.level,
+        iou=record.iou,
+        stability=record.stability,
+        box=record.box,
+        point=np.where(record.point < 0, np.float32(np.nan), record.point),
+        crop_box=record.crop_box,
+    )
 
 
 def mask_format() -> RecordFormat[MaskRecord]:

@@ -14,13 +14,12 @@ from PIL.PngImagePlugin import PngInfo
 from clipseed.data.paths import never_ends
 from clipseed.errors import InputError
 from clipseed.store.files import replacing
+from clipseed.types import LabelMask
 
-IGNORE = 255
 _CLASSES = "clipseed-classes"
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _ROWS = 1 << 22
 """Pixels whose colours are looked up at once."""
-Labels = npt.NDArray[np.uint8]
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +33,7 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     return colours
 
 
-def write_mask(path: Path, labels: Labels, classes: Sequence[int] | None = None) -> None:
+def write_mask(path: Path, labels: LabelMask, classes: Sequence[int] | None = None) -> None:
     """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
 
     ``classes`` that the mask was made for go into a text chunk, where :func:`mask_classes` finds them.
@@ -68,7 +67,7 @@ def _opened(path: Path) -> Image.Image:
     return Image.open(path, formats=_FORMATS)
 
 
-def read_mask(path: Path) -> Labels:
+def read_mask(path: Path) -> LabelMask:
     """Read labels ``(H, W)``: palette indices, grey values, or RGB in VOC colours.
 
     Pillow only: OpenCV would turn palette indices into colours.
@@ -101,7 +100,7 @@ def read_mask(path: Path) -> Labels:
     raise InputError(f"{path}: masks are palette or grey PNG, not mode {mode}")
 
 
-def _narrow(values: npt.NDArray[np.generic], path: Path) -> Labels:
+def _narrow(values: npt.NDArray[np.generic], path: Path) -> LabelMask:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 255:
         raise InputError(f"{path}: label {low if low < 0 else high} does not fit into 8 bits")
@@ -116,7 +115,7 @@ def _colour_table() -> npt.NDArray[np.int32]:
     return table
 
 
-def _from_colours(pixels: npt.NDArray[np.uint8], path: Path) -> Labels:
+def _from_colours(pixels: npt.NDArray[np.uint8], path: Path) -> LabelMask:
     found = np.empty(pixels.shape[:2], np.uint8)
     rows = max(1, _ROWS // max(1, pixels.shape[1]))
     for first in range(0, len(pixels), rows):

@@ -23,10 +23,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.sam.pixels import (
+from clipseed.pseudo.pixels import (
     RELEASED_FLOOR,
     Background,
-    Labels,
     Scores,
     finite,
     label_pixels,
@@ -34,9 +33,9 @@ from clipseed.sam.pixels import (
     resize_maps,
     unit_range,
 )
-from clipseed.sam.pooling import Masks, mask_sums
+from clipseed.pseudo.pooling import Masks, mask_sums
 from clipseed.segments import WHOLE, Proposals
-from clipseed.store.masks import IGNORE
+from clipseed.types import IGNORE, LabelMask
 
 Normalise = Literal["clip", "signed", "double", "none"]
 PaintKey = Literal["level", "-level", "confidence", "-confidence", "area", "-area"]
@@ -101,11 +100,11 @@ class MaskSeed:
         order: ``(S,)`` or fewer mask indices in the order of painting, without those that were left out.
     """
 
-    labels: Labels
+    labels: LabelMask
     confidence: npt.NDArray[np.float32]
     owner: npt.NDArray[np.int32]
     scores: npt.NDArray[np.float32]
-    mask_labels: Labels
+    mask_labels: LabelMask
     mask_confidence: npt.NDArray[np.float32]
     order: npt.NDArray[np.int64]
 
@@ -240,12 +239,12 @@ def _painting_order(
 
 def _paint(
     owner: npt.NDArray[np.int32],
-    mask_labels: Labels,
+    mask_labels: LabelMask,
     mask_confidence: npt.NDArray[np.float32],
     wide: Scores,
     classes: Sequence[int] | npt.NDArray[np.integer],
     options: SeedingOptions,
-) -> tuple[Labels, npt.NDArray[np.float32]]:
+) -> tuple[LabelMask, npt.NDArray[np.float32]]:
     """Labels and confidence of every pixel from the mask that owns it, or from what ``uncovered`` says."""
     free = owner < 0
     policy = options.without_masks if free.all() else options.uncovered

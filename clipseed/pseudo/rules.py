@@ -10,15 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import UsageError
-from clipseed.sam.cached import enlarged
-from clipseed.sam.pixels import Background, Labels, label_pixels
-from clipseed.sam.prompts import label_from_prompted_masks
-from clipseed.sam.seeding import PRESETS, Policy, SeedingOptions, seed_from_masks
-from clipseed.sam.voting import VotingOptions, vote
-from clipseed.segments import Proposals, room_for
-from clipseed.store.mask_records import NO_CLASS
-from clipseed.store.masks import IGNORE
+from clipseed.pseudo.pixels import Background, label_pixels
+from clipseed.pseudo.prompted import label_from_prompted_masks
+from clipseed.pseudo.seeding import PRESETS, Policy, SeedingOptions, seed_from_masks
+from clipseed.pseudo.voting import VotingOptions, vote
+from clipseed.segments import Proposals, enlarged, room_for
 from clipseed.store.records import SeedMap
+from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
 Method = Literal["fma", "prompted", "vote", "pixel"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -147,7 +145,7 @@ def _check(options: RuleOptions, method: str, *, label_map: bool, asked: bool) -
         raise UsageError(f"--min-confidence: --method {method} gives no confidence")
 
 
-def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classes) -> Labels:
+def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classes) -> LabelMask:
     """Labels ``(H, W)`` of a picture.
 
     Everything happens at the size of the masks, and the labels are enlarged to the picture's size at the end.
@@ -176,7 +174,7 @@ def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classe
     return enlarged(labels, seed.size)
 
 
-def voted_labels(rules: Rules, labels: Labels, masks: Masks) -> Labels:
+def voted_labels(rules: Rules, labels: LabelMask, masks: Masks) -> LabelMask:
     """A label map ``(H, W)`` snapped to masks ``(S, h, w)``, which are enlarged to its size.
 
     Raises:
@@ -190,13 +188,13 @@ def voted_labels(rules: Rules, labels: Labels, masks: Masks) -> Labels:
     return labels if policy == "cam" else np.full_like(labels, IGNORE if policy == "ignore" else 0)
 
 
-def _by_pixels(rules: Rules, seed: SeedMap, size: tuple[int, int]) -> Labels:
+def _by_pixels(rules: Rules, seed: SeedMap, size: tuple[int, int]) -> LabelMask:
     options = rules.seeding
     found = label_pixels(seed.cam, seed.classes, size, options.pixel_background, paper=options.paper)
     return np.where(found.confidence < options.min_confidence, np.uint8(IGNORE), found.labels)
 
 
-def _by_prompts(rules: Rules, seed: SeedMap, masks: Masks, asked: Classes) -> Labels:
+def _by_prompts(rules: Rules, seed: SeedMap, masks: Masks, asked: Classes) -> LabelMask:
     """The class whose map is stronger inside its own mask wins; masks of classes without seeds are left out."""
     rows = {int(class_id): row for row, class_id in enumerate(seed.classes)}
     kept = [k for k, class_id in enumerate(asked) if class_id != NO_CLASS and int(class_id) in rows]

@@ -1,7 +1,7 @@
-"""Where to ask SAM for a class: points and boxes from class activation maps, and labels from its answers.
+"""Where to ask SAM for a class: points and boxes from class activation maps.
 
-A light alternative to segmenting everything: one query per class (points) or per region (boxes). The points, and the
-way answers become labels, are those of S2C (CVPR 2024).
+A light alternative to segmenting everything: one query per class (points) or per region (boxes). The points are those
+of S2C (CVPR 2024); :mod:`clipseed.pseudo.prompted` makes labels of the answers.
 
 Shapes: K classes of a picture, Q queries, P points of a query; pictures are ``(H, W)``. Coordinates are x, y in pixels
 of the picture, the middle of the first pixel being 0, 0; scaling them to SAM's input is the caller's.
@@ -9,14 +9,13 @@ of the picture, the middle of the first pixel being 0, 0; scaling them to SAM's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.pseudo.pixels import Scores, finite, resize_maps
 from clipseed.refine.boxes import boxes_of
-from clipseed.sam.pixels import Labels, Scores, finite, label_values, resize_maps
 
 PEAK_SHARE = 0.5
 PEAK_DISTANCE = 20
@@ -142,50 +141,3 @@ def box_prompts(cams: Scores, size: tuple[int, int], share: float = BOX_SHARE, s
                 rows.append(index)
                 boxes.append(found[k])
     return BoxPrompts(np.array(rows, np.int64), np.array(boxes, np.float32).reshape(-1, 4))
-
-
-def label_from_prompted_masks(
-    logits: Scores,
-    row: npt.NDArray[np.integer],
-    cams: Scores,
-    classes: Sequence[int] | npt.NDArray[np.integer],
-    *,
-    paper: bool = False,
-) -> Labels:
-    """Labels from SAM's answers (S2C): score = mask logit times the mean of the class's map inside; the largest wins.
-
-    Of several answers for one class each pixel takes the highest score. Where no score is positive there is background.
-
-    Args:
-        logits: ``(Q, H, W)`` mask logits at the picture's size (above 0 is inside); Q may be 0.
-        row: ``(Q,)`` row of the maps that each answer belongs to.
-        cams: ``(K, h, w)``; resized, negative values cut off.
-        classes: Class index of each of the K maps.
-        paper: A score of exactly 0 is no background. An answer with an empty mask then makes everything that nobody
-            else claims its own, for it scores 0 everywhere; by default it is left out.
-
-    Returns:
-        ``(H, W)`` uint8: 0 background, class index + 1.
-
-    Raises:
-        ValueError: answers and rows differ in number, or a row is not among the maps.
-    """
-    values = label_values(classes)
-    if len(row) != len(logits) or len(cams) != len(classes):
-        raise ValueError(f"{len(logits)} answers with {len(row)} rows, {len(cams)} maps for {len(classes)} classes")
-    if len(row) and not (int(np.min(row)) >= 0 and int(np.max(row)) < len(cams)):
-        raise ValueError(f"rows must be 0 to {len(cams) - 1}, not {np.asarray(row).tolist()}")
-    size = (logits.shape[1], logits.shape[2])
-    wide = np.maximum(resize_maps(finite(cams), size), 0)
-    best = np.zeros(size, np.float32)
-    labels = np.zeros(size, np.uint8)
-    claimed = np.zeros(size, bool)
-    for query in np.argsort(np.asarray(row), kind="stable"):  # equal scores: the first class keeps the pixel
-        answer = np.asarray(logits[query], np.float32)
-        inside = answer > 0
-        weight = float(wide[row[query]][inside].mean(dtype=np.float64)) if inside.any() else 0.0
-        score = answer * np.float32(weight)
-        wins = (score >= 0) & (~claimed | (score > best)) if paper else score > best
-        labels[wins], best[wins] = values[int(row[query]) + 1], score[wins]
-        claimed |= wins
-    return labels

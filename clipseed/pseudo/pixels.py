@@ -12,10 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.store.masks import IGNORE
+from clipseed.types import IGNORE, LabelMask
 
 Scores = npt.NDArray[np.floating]
-Labels = npt.NDArray[np.uint8]
 
 RELEASED_FLOOR = 1e-7
 """What the released code adds to the range it divides by; it decides where maps are tiny."""
@@ -53,7 +52,7 @@ class PixelSeed:
         confidence: ``(H, W)`` float32 in [0, 1], the score of the label.
     """
 
-    labels: Labels
+    labels: LabelMask
     confidence: npt.NDArray[np.float32]
 
 
@@ -88,7 +87,7 @@ def unit_range(maps: Scores, *, paper: bool = False) -> npt.NDArray[np.float32]:
     return found
 
 
-def label_values(classes: Sequence[int] | npt.NDArray[np.integer]) -> Labels:
+def label_values(classes: Sequence[int] | npt.NDArray[np.integer]) -> LabelMask:
     """Label of background and of each class: ``(1 + K,)``, 0 and then class index + 1.
 
     Raises:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.sam.pooling import Masks
-from clipseed.store.masks import IGNORE
+from clipseed.pseudo.pooling import Masks
+from clipseed.types import IGNORE, LabelMask
 
-Labels = npt.NDArray[np.uint8]
 MAJORITY = 0.5
 SHARE = 0.85
 
@@ -41,7 +40,7 @@ class VotingOptions:
     paper: bool = False
 
 
-def label_counts(labels: Labels, masks: Masks) -> tuple[Labels, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def label_counts(labels: LabelMask, masks: Masks) -> tuple[LabelMask, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Foreground labels that occur ``(C,)`` ascending, their pixels in each mask ``(C, S)``, and in all ``(C,)``."""
     total = np.bincount(labels.ravel(), minlength=IGNORE + 1)
     present = np.flatnonzero(total[1:IGNORE]) + 1
@@ -50,7 +49,7 @@ def label_counts(labels: Labels, masks: Masks) -> tuple[Labels, npt.NDArray[np.i
     return present.astype(np.uint8), counts[:, present].T, total[present]
 
 
-def vote(labels: Labels, masks: Masks, options: VotingOptions | None = None) -> Labels:
+def vote(labels: LabelMask, masks: Masks, options: VotingOptions | None = None) -> LabelMask:
     """Refine a label map with masks. The order of the masks does not matter; empty masks count for nothing.
 
     Classes take masks in ascending order, a mask goes to the first that may have it, and where masks of several classes
