@@ -24,8 +24,8 @@ from clipseed.refine.caa import CaaOptions, caa
 from clipseed.refine.par import refine_par
 from clipseed.store.manifest import differences
 
-from conftest import DATA, picture
-from test_clip_es_golden import CASES, SETS, golden
+from conftest import picture
+from helpers.golden import CASES, CLIP_ES_DATA, SETS, case, vocabulary
 
 TOY = ["--dataset", "toy", "--device", "cpu", "--quiet"]
 
@@ -43,26 +43,20 @@ def test_released_maps_through_the_program(folder: str, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     names = [name for case_folder, name in CASES if case_folder == folder]
-    labels = {name: [int(key) for key in golden(folder, name)["keys"]] for name in names}
+    labels = {name: [int(key) for key in case(folder, name)["keys"]] for name in names}
     for name in names:
-        Image.fromarray(golden(folder, name)["image"]).save(images / f"{name}.png")
+        Image.fromarray(case(folder, name)["image"]).save(images / f"{name}.png")
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     assert main([
         "cam", "--dataset", "folder", "--images", str(images), "--labels", str(tmp_path / "labels.json"),
-        "--classes", SETS[folder], "--weights", str(DATA / "clip_es" / folder / "weights.npz"), "--paper",
+        "--classes", vocabulary(folder), "--weights", str(CLIP_ES_DATA / folder / "weights.npz"), "--paper",
         "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path / "cams.h5"), "--quiet",
     ]) == 0  # fmt: skip
     assert main(["refine", "caa", str(tmp_path / "cams.h5"), "--quiet", "--device", "cpu"]) == 0
     seeds = clipseed.open_seeds(tmp_path / "cams-caa.h5")
-    assert seeds.manifest["options"]["box_threshold"] == {"voc": 0.4, "coco": 0.7}[SETS[folder]]
-    compared = 0
+    assert seeds.manifest["options"]["box_threshold"] == {"voc": 0.4, "coco": 0.7}[vocabulary(folder)]
     for name in names:
-        with np.load(DATA / "clip_es" / folder / f"{name.replace('img_', 'refine_')}.npz") as arrays:
-            if "attn_highres_fp16" in arrays.files:
-                released = arrays["attn_highres_fp16"].astype(np.float32)
-                np.testing.assert_allclose(seeds[name].upsampled(), released, atol=6e-4, rtol=0)  # half precision
-                compared += 1
-    assert compared >= 2
+        np.testing.assert_allclose(seeds[name].upsampled(), case(folder, name)["attn_highres"], atol=5e-5, rtol=0)
 
 
 def test_one_pass_equals_two_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +174,7 @@ def test_par_and_js_through_the_program(tmp_path: Path, monkeypatch: pytest.Monk
         (["--power", "0"], 2, "--power 0"),
         (["--rounds", "-1"], 2, "--rounds -1"),
         (["--weights", "MISSING.npz"], 1, "no such file"),
-        (["--weights", str(DATA / "clip_es" / "voc_deep" / "weights.npz")], 1, "not the weights that"),
+        (["--weights", str(CLIP_ES_DATA / SETS[0] / "weights.npz")], 1, "not the weights that"),
         (["--out", "SOURCE"], 2, "is the file that is being refined"),
         (["--images", "NOWHERE"], 1, "none of the 2 pictures could be used"),
     ],

@@ -30,9 +30,8 @@ from clipseed.sam.plain import has_plain_decoder, has_plain_encoder
 from clipseed.sam.predictor_backend import PredictorBackend
 from clipseed.segments import Proposals
 
-from conftest import DATA
+from helpers.golden import FMA_WSSS_DATA, names, with_meta
 
-GOLDEN = DATA / "fma_wsss"
 CPU = torch.device("cpu")
 INFO = SamInfo("custom", None, None)
 EVERYTHING = ProposalOptions(points_per_side=3, pred_iou_threshold=-10, stability_threshold=-1, box_nms_threshold=1.1)
@@ -166,12 +165,15 @@ class StoredAnswers:
         return {}
 
 
+AMG = names(FMA_WSSS_DATA, "amg_*")
+
+
 @pytest.mark.parametrize("points_per_batch", [5, 64])
-@pytest.mark.parametrize("name", ["plain", "whole_first", "fma"])
-def test_released_masks(name: str, points_per_batch: int) -> None:
-    with np.load(GOLDEN / "amg_0.npz") as arrays:
-        golden = {key: arrays[key] for key in arrays.files}
-    meta = json.loads(str(golden["meta"]))
+@pytest.mark.parametrize(
+    ("file", "name"), [(file, name) for file in AMG for name in with_meta(FMA_WSSS_DATA, file)[1]["settings"]]
+)
+def test_released_masks(file: str, name: str, points_per_batch: int) -> None:
+    golden, meta = with_meta(FMA_WSSS_DATA, file)
     stated = meta["settings"][name]
     options = ProposalOptions(
         points_per_side=meta["points_per_side"],
@@ -200,9 +202,9 @@ def test_released_masks(name: str, points_per_batch: int) -> None:
     np.testing.assert_array_equal(found.area, golden[f"{name}_area"])
 
 
-def test_fma_preset_is_what_was_released() -> None:
-    with np.load(GOLDEN / "amg_0.npz") as arrays:
-        stated = json.loads(str(arrays["meta"]))["settings"]["fma"]
+@pytest.mark.parametrize("file", AMG)
+def test_fma_preset_is_what_was_released(file: str) -> None:
+    stated = with_meta(FMA_WSSS_DATA, file)[1]["settings"]["fma"]
     assert (FMA.pred_iou_threshold, FMA.stability_threshold, FMA.crop_layers, FMA.min_region_area) == (
         stated["pred_iou_thresh"],
         stated["stability_score_thresh"],
@@ -215,12 +217,11 @@ def test_fma_preset_is_what_was_released() -> None:
     assert [FMA.points_of_layer(layer) for layer in (0, 1)] == [32, 16]
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_released_level_filter(index: int) -> None:
-    with np.load(GOLDEN / f"rsw_{index}.npz") as arrays:
-        threshold = json.loads(str(arrays["meta"]))["thresh"]
-        kept = filter_levels(arrays["masks"], arrays["levels"], threshold)
-        np.testing.assert_array_equal(kept, arrays["out_kept"])
+@pytest.mark.parametrize("name", names(FMA_WSSS_DATA, "rsw_*"))
+def test_released_level_filter(name: str) -> None:
+    arrays, meta = with_meta(FMA_WSSS_DATA, name)
+    kept = filter_levels(arrays["masks"], arrays["levels"], meta["thresh"])
+    np.testing.assert_array_equal(kept, arrays["out_kept"])
 
 
 @pytest.mark.parametrize(("iou", "stability", "count"), [(0.49, 0.5, 1), (0.5, 0.5, 0), (0.49, 0.51, 0)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -22,17 +21,14 @@ from clipseed.refine.caa import FMA_WSSS, CaaOptions, caa, caa_of_raw
 from clipseed.sam.cam_prompts import PADDING, box_prompts, peaks, point_prompts
 from clipseed.segments import Proposals, from_masks
 
-from conftest import DATA
+from helpers.golden import FMA_WSSS_DATA, names, with_meta
 
-SAMS = [path.stem for path in sorted((DATA / "fma_wsss").glob("sams_*.npz"))]
 NORMALISE = {True: "clip", False: "signed", "double_norm": "double", "no_norm": "none"}
 KEYS = {"level_bigger": "level", "level_smaller": "-level", "conf_bigger": "confidence", "area_smaller": "-area"}
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with np.load(DATA / "fma_wsss" / f"{name}.npz") as arrays:
-        found = {key: arrays[key] for key in arrays.files}
-    return found, json.loads(str(found["meta"]))
+    return with_meta(FMA_WSSS_DATA, name)
 
 
 def with_levels(arrays: dict[str, np.ndarray]) -> Proposals:
@@ -57,7 +53,7 @@ def released(combo: dict[str, Any]) -> SeedingOptions:
     )
 
 
-@pytest.mark.parametrize("name", SAMS)
+@pytest.mark.parametrize("name", names(FMA_WSSS_DATA, "sams_*"))
 def test_released_seeds(name: str) -> None:
     arrays, meta = golden(name)
     for index, combo in enumerate(meta["combos"]):
@@ -69,9 +65,10 @@ def test_released_seeds(name: str) -> None:
         np.testing.assert_array_equal(ours.labels, arrays["out_seed"][index])
 
 
-def attention_of(arrays: dict[str, np.ndarray]) -> torch.Tensor:
+def attention_of(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> torch.Tensor:
+    """The ready average ``(n, n)``, or that of the last of several blocks, whose class token comes first."""
     attention = torch.from_numpy(arrays["att"].astype(np.float32))
-    return attention.mean(dim=0)[1:, 1:] if attention.ndim == 3 else attention
+    return attention[-meta["last_n_layers"] :].mean(dim=0)[1:, 1:] if attention.ndim == 3 else attention
 
 
 def caa_like(config: dict[str, Any], cam: np.ndarray, attention: torch.Tensor) -> np.ndarray:
@@ -81,10 +78,10 @@ def caa_like(config: dict[str, Any], cam: np.ndarray, attention: torch.Tensor) -
     return maps.numpy()
 
 
-@pytest.mark.parametrize("name", ["caa_0", "caa_1", "caa_2"])
+@pytest.mark.parametrize("name", names(FMA_WSSS_DATA, "caa_*"))
 def test_released_refinement(name: str) -> None:
     arrays, meta = golden(name)
-    attention = attention_of(arrays)
+    attention = attention_of(arrays, meta)
     if "aff_n1" in arrays:
         np.testing.assert_allclose(balance(attention, 1).numpy(), arrays["aff_n1"], rtol=1e-3, atol=1e-6)
     for key, config in meta["configs"].items():
@@ -92,11 +89,11 @@ def test_released_refinement(name: str) -> None:
         np.testing.assert_allclose(ours, arrays[f"out_{key}"], rtol=1e-3, atol=1e-9, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["chain_0", "chain_1", "chain_2", "chain_3"])
+@pytest.mark.parametrize("name", names(FMA_WSSS_DATA, "chain_*"))
 def test_released_chain(name: str) -> None:
     """From the raw map to the seed, with the presets' constants where there is one."""
     arrays, meta = golden(name)
-    refined = caa_like(meta["caa"], arrays["cam"], attention_of(arrays))
+    refined = caa_like(meta["caa"], arrays["cam"], attention_of(arrays, meta))
     np.testing.assert_allclose(refined, arrays["cam_refined"], rtol=1e-3, atol=1e-9)
     preset = {"voc_cls": "voc-coarse", "voc_seg": "voc-fine", "coco_cls": "coco-coarse"}.get(meta["caa_name"])
     if preset:
@@ -124,9 +121,10 @@ def test_refinement_without_released_quirks() -> None:
     assert raw.max() < 1
 
 
+@pytest.mark.parametrize("name", names(FMA_WSSS_DATA, "pixel_*"))
 @pytest.mark.parametrize("first", [True, False])
-def test_released_pixels(first: bool) -> None:
-    arrays, meta = golden("pixel_0")
+def test_released_pixels(first: bool, name: str) -> None:
+    arrays, meta = golden(name)
     size = tuple(meta["image_hw"])
     for index, method in enumerate(meta["methods"]):
         ours = label_pixels(
@@ -154,7 +152,7 @@ VOTES = {
 }
 
 
-@pytest.mark.parametrize("name", ["vote_0", "vote_1", "vote_2"])
+@pytest.mark.parametrize("name", names(FMA_WSSS_DATA, "vote_*"))
 @pytest.mark.parametrize("rule", VOTES)
 def test_released_votes(name: str, rule: str) -> None:
     arrays, _ = golden(name)

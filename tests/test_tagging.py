@@ -26,9 +26,8 @@ from clipseed.toy.dataset import save_devkit
 from clipseed.toy.shapes import CLASS_NAMES
 from clipseed.toy.textures import MATERIALS
 
-from conftest import DATA, picture
-
-CASES = sorted((DATA / "clip_es").glob("*/img_*.npz"))
+from conftest import picture
+from helpers.golden import CASES, case
 
 
 def test_the_rule_by_hand() -> None:
@@ -50,15 +49,15 @@ def test_the_rule_by_hand() -> None:
             tag(scores, classes, threshold, top_k)
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_on_released_scores(path: Path) -> None:
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_on_released_scores(folder: str, name: str) -> None:
     """Probabilities equal those of CLIP-ES's code, and the rule equals a plain loop over them."""
-    with np.load(path) as arrays, np.load(path.parent / "weights.npz") as weights:
-        count, scale = len(arrays["keys"]), float(np.exp(weights["logit_scale"]).item())
-        words = torch.from_numpy(arrays["text_features"])
-        text = TextBank(words[:count], words[count:], scale)
-        scores = word_scores(torch.from_numpy(arrays["image_feature"])[None], text)
-        golden = arrays["probs"]
+    arrays, scale = case(folder, name), float(np.exp(case(folder, "weights")["logit_scale"]).item())
+    count = len(arrays["keys"])
+    words = torch.from_numpy(arrays["text_features"])
+    text = TextBank(words[:count], words[count:], scale)
+    scores = word_scores(torch.from_numpy(arrays["image_feature"])[None], text)
+    golden = arrays["probs"]
     np.testing.assert_allclose(scores[0].numpy(), golden, rtol=0, atol=1e-5)
     for threshold in (0.05, 0.25, 0.6):
         wanted = [k for k in np.argsort(-golden[:count], kind="stable") if golden[k] >= threshold * max(golden)]
