@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from clipseed.jobs.evaluate_options import EvaluateOptions
 from clipseed.jobs.report import ReportOptions, ReportResult, write_report
 from clipseed.report.charts import HUES, confusion_chart, curve_chart
 from clipseed.report.gallery import Gallery
-from clipseed.report.markup import THUMBNAIL, percent, text
+from clipseed.report.overlay import outlined
+from clipseed.report.text import escaped, percent
+from clipseed.report.thumbnails import THUMBNAIL
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
@@ -284,12 +287,73 @@ def test_best_and_worst(world: tuple[Path, Path, Path]) -> None:
     assert sum(gallery.histogram()) == 12
     shown = page.pictures()
     assert len(shown) == 3 * 5
+    assert "background" not in [word.strip() for word in page.words[page.words.index("Worst pictures ") :]]
     for key in (*order[:3], "p00", "p01"):
+        photo = np.asarray(Image.open(masks.parent / "photos" / f"{key}.jpg").convert("RGB")).astype(float)
+        grey = photo @ [0.299, 0.587, 0.114]
         for kind, folder in (("truth", truth), ("prediction", masks)):
             labels = np.asarray(Image.open(folder / f"{key}.png"))
-            np.testing.assert_array_equal(np.asarray(shown[f"{kind} of {key}"].convert("RGB")), voc_palette()[labels])
+            inner = interior(labels)
+            expected = np.where(
+                (labels > 0)[..., None], 0.4 * grey[..., None] + 0.6 * voc_palette()[labels], grey[..., None]
+            )
+            drawn = np.asarray(shown[f"{kind} of {key}"].convert("RGB")).astype(float)
+            assert np.abs(drawn - expected)[inner].mean() < 12  # JPEG
+            if kind == "truth":
+                assert drawn[edges(labels)].min(axis=-1).mean() > drawn[inner].min(axis=-1).mean() + 60
         assert shown[f"picture {key}"].size == (60, 48)
         assert f"{key} {percent(own[key], 1)}" in page.text
+
+
+def edges(labels: np.ndarray) -> np.ndarray:
+    """Labelled pixels beside another label, one by one."""
+    found = np.zeros(labels.shape, bool)
+    for y, x in np.ndindex(*labels.shape):
+        beside = [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+        inside = [place for place in beside if 0 <= place[0] < labels.shape[0] and 0 <= place[1] < labels.shape[1]]
+        found[y, x] = labels[y, x] > 0 and any(labels[place] != labels[y, x] for place in inside)
+    return found
+
+
+def interior(labels: np.ndarray) -> np.ndarray:
+    """Pixels that are two or more away from any other label, where no line is and JPEG blurs none in."""
+    padded = np.pad(labels, 2, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5)).reshape(*labels.shape, 25)
+    return (windows == labels[..., None]).all(axis=-1)
+
+
+def test_outlines_are_on_the_inside() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (9, 11)).repeat(3, 0).repeat(3, 1).astype(np.uint8)
+    drawn = outlined(np.zeros((27, 33, 3), np.uint8), labels)
+    np.testing.assert_array_equal((drawn == 255).all(axis=-1), edges(labels))
+    assert set(np.unique(drawn)) == {0, 255}
+
+
+def test_without_photos_the_masks_are_shown_as_they_are(world: tuple[Path, Path, Path]) -> None:
+    _, masks, truth = world
+    _, page = run(world, masks, worst=1, best=1)
+    shown = page.pictures()
+    assert len(shown) == 4
+    for kind, folder in (("truth", truth), ("prediction", masks)):
+        labels = np.asarray(Image.open(folder / "p00.png"))
+        np.testing.assert_array_equal(np.asarray(shown[f"{kind} of p00"].convert("RGB")), voc_palette()[labels])
+
+
+@pytest.mark.parametrize(
+    ("limits", "parts"),
+    [((6, 6), (4, 4)), ((3, 9), (2, 6)), ((20, 20), (4, 4)), ((4, 4), (4, 4)), ((2, 2), (2, 2)), ((0, 9), (0, 8))],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_best_and_worst_share_no_picture(limits: tuple[int, int], parts: tuple[int, int], tied: bool) -> None:
+    gallery = Gallery(*limits)
+    mask = np.ones((2, 4), np.uint8)
+    order = np.random.default_rng(1).permutation(8)
+    for rank in order:
+        guess = np.where(np.arange(8).reshape(2, 4) < (4 if tied else rank), 1, 0).astype(np.uint8)
+        gallery.add(f"{rank}", confusion(mask, guess, 2), mask, guess)
+    ids = [str(k) for k in range(8)]
+    assert [item.id for item in gallery.worst] == ids[: parts[0]]
+    assert [item.id for item in gallery.best] == ids[::-1][: parts[1]]
 
 
 def test_equal_scores_go_by_id_and_none_is_lost() -> None:
@@ -299,13 +363,16 @@ def test_equal_scores_go_by_id_and_none_is_lost() -> None:
         gallery.add(key, confusion(mask, mask, 2), mask, mask)
     gallery.add("empty", np.zeros((2, 2), np.int64), np.full((4, 4), 255, np.uint8), mask)
     assert [item.id for item in gallery.worst] == ["a", "b"]
-    assert [item.id for item in gallery.best] == ["a", "b", "c"]
+    assert [item.id for item in gallery.best] == ["e", "d", "c"]
     assert (len(gallery.scores), gallery.unscored) == (5, 1)
     other = Gallery(0, 0)
     for key in ("a", "b", "c", "d", "e", "empty"):
         other.add(key, confusion(mask, mask, 2), mask, mask)
     assert other.fingerprint == gallery.fingerprint
     assert (other.worst, other.best) == ([], [])
+    alone = Gallery(6, 6)
+    alone.add("a", confusion(mask, mask, 2), mask, mask)
+    assert ([item.id for item in alone.worst], [item.id for item in alone.best]) == ([], ["a"])
 
 
 def test_memory_does_not_grow_with_the_pictures() -> None:
@@ -372,10 +439,19 @@ def test_toy_pictures_are_drawn(tmp_path: Path) -> None:
 
 
 def test_escaping() -> None:
-    assert text("<a href='x'>&\"") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;"
-    assert text("a\u202eb\x00c\udcffd\x1be\nf") == "a\ufffdb\ufffdc\ufffdd\ufffde\nf"
-    assert text("Käse 猫 🐈") == "Käse 猫 🐈"
-    text("\udcff").encode("utf-8")
+    assert escaped("<a href='x'>&\"") == "&lt;a href=&#39;x&#39;&gt;&amp;&#34;"
+    assert escaped("a\u202eb\x00c\udcffd\x1be\nf") == "a\ufffdb\ufffdc\ufffdd\ufffde\nf"
+    assert escaped("Käse 猫 🐈") == "Käse 猫 🐈"
+    escaped("\udcff").encode("utf-8")
+    assert escaped(escaped("<")) == "&lt;"  # markup stays as it is
+
+
+def test_the_template_leaves_escaping_to_the_environment() -> None:
+    """Autoescape protects quoted attributes and text only: no value is called safe, none stands in a bare attribute."""
+    source = resources.files("clipseed.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    assert re.search(r"\|\s*safe|%-?\s*autoescape", source) is None
+    assert re.search(r"=\s*\{\{", source) is None
+    assert "<script" not in source
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -610,6 +686,22 @@ def test_in_a_browser(world: tuple[Path, Path, Path]) -> None:
         assert not drawn[:, -4:].any()
     assert shades[0] > 230
     assert shades[1] < 60
+
+
+@pytest.mark.slow
+def test_matrices_of_several_inputs_stand_side_by_side(world: tuple[Path, Path, Path]) -> None:
+    seeds, masks, _ = world
+    run(world, seeds, masks, worst=0, best=0)
+    apart = {}
+    for width in (900, 500):  # at 900, words that widened the figures would leave no room for two
+        shot = seeds.parent / f"{width}.png"
+        screenshot(seeds.parent / "page.html", shot, width, 2400, "--blink-settings=preferredColorScheme=1")
+        red, green, blue = np.moveaxis(np.asarray(Image.open(shot).convert("RGB")).astype(int), -1, 0)
+        hits = (green - red > 40) & (green - blue > 15) & (blue - red > 15)  # the diagonals; no swatch is such a green
+        assert hits.sum() > 1000
+        apart[width] = max(np.ptp(np.flatnonzero(row)) for row in hits if row.any())
+    assert apart[900] > 250  # green in one row of pixels is of both matrices
+    assert apart[500] < 40  # there, of one cell
 
 
 @pytest.mark.slow

@@ -15,14 +15,14 @@ from clipseed.errors import ImageError, StoreError, UsageError
 from clipseed.jobs.evaluate import Start, evaluate, holds_masks
 from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.report.gallery import Example, Gallery
-from clipseed.report.html import Entry, render_page
+from clipseed.report.page import Entry, render_page
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import Seeds
 
 MOST_SHOWN = 200
-"""Most pictures of a kind; each takes about 30 kB of the page."""
+"""Most pictures of a kind; each takes about 120 kB of the page."""
 
 
 @dataclass(frozen=True)

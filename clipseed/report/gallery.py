@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipseed.evaluate.confusion import Counts, score
-from clipseed.report.markup import shrunk
+from clipseed.report.thumbnails import shrunk
 from clipseed.types import LabelMask
 
 
@@ -37,14 +37,15 @@ class Example:
 class Gallery:
     """The ``worst`` and ``best`` so many pictures of an input, and the scores of all of them.
 
-    Memory: eight bytes per picture, and two small masks for each of those kept. Equal scores go by id. A picture whose
-    ground truth is all ignored has no score; it is only counted.
+    No picture is among both: of fewer pictures than asked for, each side has its part. Memory: eight bytes per picture,
+    and two small masks for each of those kept. Equal scores go by id. A picture whose ground truth is all ignored has
+    no score; it is only counted.
     """
 
     def __init__(self, worst: int, best: int) -> None:
         self._limits = (worst, best)
-        self.worst: list[Example] = []
-        self.best: list[Example] = []
+        self._low: list[Example] = []  # both in order of (score, id): the beginning of all scored pictures, and the end
+        self._high: list[Example] = []
         self.scores = array("d")
         self.unscored = 0
         self._digest = 0
@@ -59,13 +60,30 @@ class Gallery:
             return
         self.scores.append(value)
         made: Example | None = None
-        for kept, sign, limit in ((self.worst, 1, self._limits[0]), (self.best, -1, self._limits[1])):
-            keys = [(sign * item.score, item.id) for item in kept]
-            place = bisect(keys, (sign * value, identifier))
-            if place < limit:
-                made = made or _example(identifier, value, truth, prediction)
-                kept.insert(place, made)
-                del kept[limit:]
+        for kept, limit, drop in ((self._low, self._limits[0], -1), (self._high, self._limits[1], 0)):
+            place = bisect([(item.score, item.id) for item in kept], (value, identifier))
+            full = len(kept) == limit
+            if full and place == (0 if drop == 0 else limit):
+                continue  # beyond those that are kept
+            made = made or _example(identifier, value, truth, prediction)
+            kept.insert(place, made)
+            if full:
+                del kept[drop]
+
+    @property
+    def worst(self) -> list[Example]:
+        """The worst pictures, the worst first."""
+        return self._low[: self._part()]
+
+    @property
+    def best(self) -> list[Example]:
+        """The best pictures, the best first."""
+        return self._high[::-1][: len(self.scores) - self._part()]
+
+    def _part(self) -> int:
+        """How many pictures the worst may be, so that none of them is among the best too."""
+        wanted = sum(self._limits)
+        return len(self.scores) * self._limits[0] // wanted if len(self.scores) < wanted else self._limits[0]
 
     @property
     def fingerprint(self) -> tuple[int, int]:

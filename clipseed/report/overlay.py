@@ -29,6 +29,14 @@ def label_overlay(picture: Pixels, labels: Pixels, strength: float = 0.6) -> Pix
     return np.where((labels > 0)[..., None], blended, picture).astype(np.uint8)
 
 
+def outlined(image: Pixels, labels: Pixels) -> Pixels:
+    """Draw a white line around what a mask ``(H, W)`` shows in an image ``(H, W, 3)``, on the inside of each area."""
+    padded = np.pad(labels, 1, mode="edge")
+    around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    edge = (labels > 0) & np.any([labels != beside for beside in around], axis=0)
+    return np.where(edge[..., None], np.uint8(255), image)
+
+
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 200) -> Image.Image:
     """Lay captioned pictures out in rows, all scaled to one height."""
     font = ImageFont.load_default(13)
