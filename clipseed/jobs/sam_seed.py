@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -252,6 +251,7 @@ class _SeedWork(Work[Seeded, Seeded]):
     """Maps and masks to label masks; everything happens where pictures are loaded."""
 
     def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, pictures: int) -> None:
+        super().__init__()
         self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
         workers = options.workers
         if workers is None:
@@ -259,7 +259,6 @@ class _SeedWork(Work[Seeded, Seeded]):
         self.workers = 0 if workers == 1 else workers
         self.ahead = 4 + 2 * self.workers
         self.batch = BatchSize(1, 1)
-        self.counters = Counter()
 
     def about(self) -> dict[str, Any]:
         """Any worker gives the same masks."""
