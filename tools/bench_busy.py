@@ -1,9 +1,9 @@
 """What every long command costs alone, and what it costs when two of them run at once.
 
 ``python tools/bench_busy.py --count 60 --repeats 3``; part of ``make bench``. Images are the first of the built-in toy
-world. Each command runs alone and beside a second one of itself, in turns; what is compared is CPU-seconds, which hardly
-change with what else the machine does, and the time on the clock. Both include the start of the program. A command whose
-threads sleep while they wait costs the same beside another one; two that share the cores take twice as long.
+world. Each command runs alone and beside a second one of itself, in turns. What is compared is CPU-seconds, which change
+little with what else the machine does, and the time on the clock; both include the start of the program. A command whose
+threads sleep while they wait costs the same beside another one; two that share the cores take up to twice as long.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run_at_once(folder: Path, words: list[list[str]]) -> list[Cost]:
     for number, arguments in enumerate(words):
         with (folder / f"log-{number}.txt").open("w") as log:
             command = [sys.executable, "-m", "clipseed", *arguments, "--overwrite", "--quiet"]
-            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)  # noqa: S603
         processes.append((process, time.perf_counter()))
     running, found = dict(enumerate(processes)), {}
     while running:
@@ -76,6 +76,7 @@ def measure(folder: Path, words: list[str], repeats: int) -> tuple[list[Cost], l
 
 
 def main() -> None:
+    """Measure what is asked for and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60, help="images")
     parser.add_argument("--repeats", type=int, default=3, help="times that each command is measured; medians are shown")
