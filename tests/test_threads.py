@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_stream import Item, load, samples
 
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError
@@ -19,7 +20,6 @@ from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
 from clipseed.runtime.threads import OneByOne, let_waiting_threads_sleep, single_threads
 from clipseed.runtime.work import Work
-from test_stream import Item, load, samples
 
 
 def sleepers(monkeypatch: pytest.MonkeyPatch, **given: str) -> str | None:
@@ -141,7 +141,11 @@ def test_order_and_skipping_are_those_of_the_samples(threads: int) -> None:
 
 def test_they_run_at_the_same_time() -> None:
     pairs = threading.Barrier(2)
-    work = Together(lambda item, beside: None if pairs.wait(20) < 2 else None)  # returns only where two are waiting
+
+    def in_pairs(item: Item, beside: int) -> None:
+        pairs.wait(20)  # fails where no second one comes
+
+    work = Together(in_pairs)
     work.run([Task(0, samples(6))])
     assert work.written == [(0, [0, 100, 200, 400, 500])]
     assert work.most == 2

@@ -1,9 +1,9 @@
 """What every long command costs alone, and what it costs when two of them run at once.
 
-``python tools/bench_busy.py --count 60 --repeats 3``; part of ``make bench``. Images are the first of the built-in toy
-world. Each command runs alone and beside a second one of itself, in turns. What is compared is CPU-seconds, which change
-little with what else the machine does, and the time on the clock; both include the start of the program. A command whose
-threads sleep while they wait costs the same beside another one; two that share the cores take up to twice as long.
+``python tools/bench_busy.py --count 60 --repeats 3``; part of ``make bench``. Images are the first of the built-in
+toy world. Each command runs alone and beside a second one of itself, in turns. What is compared is CPU-seconds, which
+change little with what else the machine does, and the time on the clock; both include the start of the program. A
+command whose threads sleep while they wait costs the same beside another one, and takes up to twice as long.
 """
 
 from __future__ import annotations

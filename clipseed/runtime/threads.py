@@ -49,6 +49,7 @@ def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
     def begin() -> None:
         with lock:
+            torch.get_num_threads()  # a thread's first use of torch would set the common number again
             torch.set_num_threads(1)
         started.wait()
 
