@@ -6,20 +6,31 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_stream import Item, load, samples
 
+from clipseed.data.dataset import DatasetOptions
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError
+from clipseed.jobs.cam import CamOptions, run_cam
+from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.engine import one_by_one
+from clipseed.jobs.refine import run_refine
+from clipseed.jobs.refine_options import RefineOptions
+from clipseed.jobs.sam_masks import run_sam_masks
+from clipseed.jobs.sam_options import SamMasksOptions
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
 from clipseed.runtime.threads import OneByOne, let_waiting_threads_sleep, single_threads
 from clipseed.runtime.work import Work
+from clipseed.sam.options import FMA
+from clipseed.store.mask_cache import MaskCache
+from clipseed.store.reader import Seeds
 
 
 def sleepers(monkeypatch: pytest.MonkeyPatch, **given: str) -> str | None:
@@ -218,23 +229,45 @@ def test_counts_of_all_threads_add_up_run_by_run() -> None:
         assert stats.counters == {"steps": 8000}
 
 
-@pytest.mark.usefixtures("three_threads")
-def test_masks_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipseed.data.dataset import DatasetOptions
-    from clipseed.jobs.cam import CamOptions, run_cam
-    from clipseed.jobs.crf import CrfOptions, run_crf
-    from clipseed.store.reader import Seeds
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("seeds") / "cams.h5"
+    run_cam(CamOptions(data=DatasetOptions(dataset="toy", limit=4), out=out))
+    return out
 
+
+def crf_bytes(seeds: Path, folder: Path) -> Sized:
+    run_crf(CrfOptions(seeds, folder / "masks", soft=folder / "soft.h5"))
+    with Seeds(folder / "soft.h5") as soft:
+        masks = {path.name: path.read_bytes() for path in (folder / "masks").glob("*.png")}
+        return masks, {key: soft[key].cam.tobytes() for key in soft}
+
+
+def par_bytes(seeds: Path, folder: Path) -> Sized:
+    run_refine(RefineOptions("par", seeds, folder / "par.h5"))
+    with Seeds(folder / "par.h5") as found:
+        return {key: found[key].cam.tobytes() for key in found}
+
+
+def segment_bytes(seeds: Path, folder: Path) -> Sized:
+    proposals = replace(FMA, points_per_side=6, crop_layers=0)
+    run_sam_masks(SamMasksOptions(folder / "segments.h5", seeds=seeds, proposals=proposals))
+    with MaskCache(folder / "segments.h5") as found:
+        return {key: (found[key].rle.tobytes(), found[key].iou.tobytes()) for key in found}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("work", [crf_bytes, par_bytes, segment_bytes])
+def test_results_do_not_depend_on_the_number_of_threads(
+    work: Callable[[Path, Path], Sized], seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    seeds = tmp_path / "cams.h5"
-    run_cam(CamOptions(data=DatasetOptions(dataset="toy", limit=4), out=seeds))
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        out = tmp_path / f"masks-{threads}"
-        run_crf(CrfOptions(seeds, out, soft=tmp_path / f"soft-{threads}.h5"))
-        with Seeds(tmp_path / f"soft-{threads}.h5") as soft:
-            posteriors = {key: soft[key].cam.tobytes() for key in soft}
-        found.append((posteriors, {path.name: path.read_bytes() for path in out.glob("*.png")}))
-    assert len(found[0][1]) == 4
+        folder = tmp_path / str(threads)
+        folder.mkdir()
+        found.append(work(seeds, folder))
+    assert len(found[0])
     assert found[0] == found[1]
