@@ -85,12 +85,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = {key: [word.format(count=arguments.count) for word in words] for key, words in COMMANDS.items()}
+        chosen = arguments.only or list(COMMANDS)
         for key, out in (("cam", "cams.h5"), ("sam-masks", "masks.h5")):
-            run_at_once(folder, [[*words[key], "--out", out]])
+            if any(out in words[reader] for reader in chosen):
+                run_at_once(folder, [[*words[key], "--out", out]])
         print(f"{arguments.count} images, {os.cpu_count()} cores; medians of {arguments.repeats}", flush=True)
         print("| command | alone: s | alone: CPU-s | two at once: s | CPU-s of each | CPU-s ratio | time ratio |")
         print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-        for key in arguments.only or COMMANDS:
+        for key in chosen:
             alone, pair = measure(folder, words[key], arguments.repeats)
             wall, cpu = (statistics.median(getattr(cost, what) for cost in alone) for what in ("wall", "cpu"))
             wall_2, cpu_2 = (statistics.median(getattr(cost, what) for cost in pair) for what in ("wall", "cpu"))
