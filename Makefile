@@ -50,6 +50,7 @@ bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (doc
 	$(BIN)/python tests/bench_refine.py
 	$(BIN)/python tests/bench_sam.py
 	$(BIN)/python tests/bench_scale.py --count 2000
+	$(BIN)/python tools/bench_busy.py
 
 results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; PHOTOS=DEVKIT or COCO=DIR SEGMENTS=PATH: on photographs)
 	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(COCO),--coco $(COCO) --segments $(SEGMENTS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +50,9 @@ class Doubling(Work[Item, str]):
     """Says every id twice, slowly; `bad` ids are skipped, `fatal` ones end the process."""
 
     def __init__(self, pause: float) -> None:
+        super().__init__()
         self.pause = pause
-        self.batch, self.workers, self.ahead, self.counters = BatchSize(2, 100), 0, 4, Counter()
+        self.batch, self.workers, self.ahead = BatchSize(2, 100), 0, 4
 
     @property
     def loader(self) -> Callable[[Sample], Item]:

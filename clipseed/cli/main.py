@@ -14,6 +14,7 @@ import typer
 
 from clipseed import __version__
 from clipseed.errors import ClipseedError
+from clipseed.runtime.threads import let_waiting_threads_sleep
 
 _COMMANDS = (
     "cam", "refine", "crf", "sam-masks", "sam-seed", "merge", "evaluate", "report", "inspect", "prompts", "demo",
@@ -130,4 +131,5 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 def run() -> None:
     """Entry point of the installed script."""
+    let_waiting_threads_sleep()
     sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,6 +267,7 @@ class CamWork(Work[LoadedViews, SeedMap]):
     """Pictures to maps."""
 
     def __init__(self, recipe: CamRecipe) -> None:
+        super().__init__()
         options = self._options = recipe.options
         weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
         self.clip = FrozenClip.load(
@@ -279,7 +279,6 @@ class CamWork(Work[LoadedViews, SeedMap]):
         self.workers = options.workers if options.workers is not None else default_workers(device)
         self.batch = BatchSize(options.batch_size, token_budget(device))
         self.ahead = max(8, 2 * (options.batch_size or 8)) + 2 * self.workers
-        self.counters = Counter()
 
     def about(self) -> dict[str, Any]:
         """Model, where its weights are, device, and pictures per shard."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,10 +19,12 @@ from clipseed.clip.model import pick_device
 from clipseed.errors import ImageError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
 from clipseed.jobs.engine import (
+    LARGE_PICTURE,
     LoadedPicture,
     PictureLoader,
     default_workers,
     misfit,
+    one_by_one,
     open_engine,
     recorded_reader,
     refuse_if_nothing,
@@ -254,6 +255,7 @@ class _CrfWork(Work[Any, Mask]):
     """Seeds to masks."""
 
     def __init__(self, options: CrfOptions) -> None:
+        super().__init__()
         self.options = options
         self.seeds = Seeds(options.source, verify=False)
         reader = recorded_reader(self.seeds.manifest, options.images)
@@ -269,7 +271,7 @@ class _CrfWork(Work[Any, Mask]):
         self.ahead = 8 + 2 * workers
         budget = _PIXEL_BUDGET.get(self.device.type, _GPU_PIXEL_BUDGET) // 64
         self.batch = BatchSize(1 if self.native else None, budget)
-        self.counters = Counter()
+        self.one_by_one = None if self.native else one_by_one(self.device, LARGE_PICTURE)
 
     def about(self) -> dict[str, Any]:
         """Any worker gives the same masks."""

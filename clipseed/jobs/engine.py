@@ -17,6 +17,7 @@ from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.runtime.stream import StreamStats
+from clipseed.runtime.threads import OneByOne
 from clipseed.runtime.work import Engine, Here, Recipe
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
@@ -33,6 +34,8 @@ _UNIT_SIZE = {"cpu": 64}
 _GPU_UNIT_SIZE = 2048
 _TOKEN_BUDGET = {"cpu": 1_600}
 _GPU_TOKEN_BUDGET = 50_000
+LARGE_PICTURE = 500_000 // 64
+"""Cost of a picture whose pixels keep all cores busy, and whose CRF takes 0.7 GB."""
 
 
 def unit_size_for(device: torch.device) -> int:
@@ -55,6 +58,11 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     beside = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, cores // max(1, int(beside))) if beside.isdigit() else cores
+
+
+def one_by_one(device: torch.device, largest: int) -> OneByOne | None:
+    """On a CPU, images of up to ``largest`` cost on one core each, over the cores that torch may use; else batches."""
+    return OneByOne(min(torch.get_num_threads(), usable_cores()), largest) if device.type == "cpu" else None
 
 
 def open_engine(recipe: Recipe[R], cluster: ClusterOptions | None) -> Engine[R]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,12 +19,14 @@ from clipseed.clip.model import FrozenClip, pick_device
 from clipseed.data.vocabulary import parse_vocabulary
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
+    LARGE_PICTURE,
     LoadedPicture,
     LoadedViews,
     PictureLoader,
     ViewLoader,
     default_workers,
     misfit,
+    one_by_one,
     open_engine,
     recorded_reader,
     refuse_if_nothing,
@@ -126,13 +127,13 @@ class _Refinement(Work[Any, SeedMap]):
     device: torch.device
 
     def __init__(self, options: RefineOptions, device: torch.device) -> None:
+        super().__init__()
         self.options, self.device = options, device
         self.seeds = Seeds(options.source, verify=False)
         self.reader = recorded_reader(self.seeds.manifest, options.images)
         self.workers = options.workers if options.workers is not None else default_workers(device)
         self.ahead = 16 + 2 * self.workers
         self.batch = BatchSize(options.batch_size, token_budget(device))
-        self.counters = Counter()
 
     def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
         """Refine pictures that fit their seeds."""
@@ -226,6 +227,7 @@ class _Par(_Refinement):
 
     def __init__(self, options: RefineOptions) -> None:
         super().__init__(options, pick_device(options.device))
+        self.one_by_one = None if options.batch_size else one_by_one(self.device, LARGE_PICTURE)
 
     def about(self) -> dict[str, Any]:
         """Constants, the model that the maps come from, device, and pictures per shard."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from clipseed.clip.model import pick_device
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ClipseedError, ImageError
-from clipseed.jobs.engine import default_workers, misfit, open_engine, refuse_if_nothing
+from clipseed.jobs.engine import default_workers, misfit, one_by_one, open_engine, refuse_if_nothing
 from clipseed.jobs.sam_loading import ExistingLoader, LoadedForSam, ShrinkingLoader, Stored, existing_masks
 from clipseed.jobs.sam_options import (
     SamMasksOptions,
@@ -32,6 +31,7 @@ from clipseed.runtime.work import Work
 from clipseed.sam.backend import Embedding
 from clipseed.sam.generator import Limits, generate
 from clipseed.sam.load import load_sam
+from clipseed.sam.model_backend import ModelBackend
 from clipseed.sam.prompted import prompted_masks
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
 from clipseed.store.reader import Seeds
@@ -113,11 +113,11 @@ class _Masks(Work[Any, MaskRecord]):
     """What all sources of masks have in common."""
 
     def __init__(self, recipe: MasksRecipe, device: torch.device) -> None:
+        super().__init__()
         self.options, self._reader, self.device = recipe.options, recipe.reader, device
         self.workers = self.options.workers if self.options.workers is not None else default_workers(device)
         self.ahead = _AHEAD + 2 * self.workers
         self.batch = BatchSize(1, 1)
-        self.counters = Counter()
 
     def counted(self, record: MaskRecord) -> MaskRecord:
         """The record, after counting what is in it."""
@@ -162,6 +162,8 @@ class _Segmenting(_Masks):
         self.backend = load_sam(
             checkpoint, self.device, factory=options.factory, precision=options.precision, size=size
         )
+        if isinstance(self.backend, ModelBackend) and self.backend.small:
+            self.one_by_one = one_by_one(self.device, 1)
         self._weights = None if checkpoint is None else str(checkpoint.resolve())
 
     def about(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from clipseed.data.paths import is_folder
 from clipseed.data.types import Sample
-from clipseed.errors import InputError, UsageError
+from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
 from clipseed.formats.open import Kind
-from clipseed.jobs.engine import open_engine, refuse_if_nothing, usable_cores
+from clipseed.jobs.engine import one_by_one, open_engine, refuse_if_nothing, usable_cores
 from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
 from clipseed.pseudo.rules import RuleOptions, Rules, decide
 from clipseed.runtime.interrupt import interruptible
@@ -248,33 +248,50 @@ def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
         writer.write(result.id, result.labels, result.classes)
 
 
-class _SeedWork(Work[Seeded, Seeded]):
-    """Maps and masks to label masks; everything happens where pictures are loaded."""
+@dataclass(frozen=True)
+class _Ahead:
+    """A picture that is to be labelled by a thread of the run: nothing is decoded before."""
+
+    sample: Sample
+    key: tuple[int, ...] = ()
+    cost: int = 1
+
+
+class _SeedWork(Work[Any, Seeded]):
+    """Maps and masks to label masks: everything happens where pictures are loaded, or without workers in threads."""
 
     def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, pictures: int) -> None:
+        super().__init__()
         self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
         workers = options.workers
         if workers is None:
             workers = usable_cores() if pictures >= _WORTH_WORKERS else 0
         self.workers = 0 if workers == 1 else workers
+        self.one_by_one = None if self.workers else one_by_one(torch.device("cpu"), 1)
         self.ahead = 4 + 2 * self.workers
         self.batch = BatchSize(1, 1)
-        self.counters = Counter()
 
     def about(self) -> dict[str, Any]:
         """Any worker gives the same masks."""
         return {}
 
     @property
-    def loader(self) -> Seeder:
-        """Labels pictures."""
-        return self._seeder
+    def loader(self) -> Callable[[Sample], Seeded | _Ahead]:
+        """Labels pictures in workers."""
+        return self._seeder if self.workers else _Ahead
 
-    def compute(self, items: Sequence[Seeded]) -> list[Seeded]:
+    def compute(self, items: Sequence[Seeded | _Ahead]) -> list[Seeded | ImageError]:
         """What was labelled."""
-        for item in items:
-            self.counters["pixels"] += item.labels.size
-            self.counters["unsure"] += int(np.count_nonzero(item.labels == IGNORE))
-            self.counters["masks"] += item.masks
-            self.counters["without"] += int(not item.masks)
-        return list(items)
+        return [self._labelled(item) for item in items]
+
+    def _labelled(self, item: Seeded | _Ahead) -> Seeded | ImageError:
+        if isinstance(item, _Ahead):
+            try:
+                item = self._seeder(item.sample)
+            except ImageError as error:
+                return error
+        self.counters["pixels"] += item.labels.size
+        self.counters["unsure"] += int(np.count_nonzero(item.labels == IGNORE))
+        self.counters["masks"] += item.masks
+        self.counters["without"] += int(not item.masks)
+        return item

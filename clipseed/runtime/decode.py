@@ -101,7 +101,10 @@ def _outcome(future: Future[T]) -> T | ImageError:
 
 
 def _worker_setup(parent: int) -> None:
-    """Leave Ctrl-C to the main process, and end with it even if it is killed."""
+    """Leave Ctrl-C to the main process, take one core, and end with the main process even if it is killed."""
+    import torch
+
+    torch.set_num_threads(1)  # there are as many workers as cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

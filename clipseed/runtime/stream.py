@@ -2,21 +2,24 @@
 
 Samples are decoded ahead (:mod:`clipseed.runtime.decode`), grouped into batches that the device can take in one piece,
 computed, and written by a thread of their own while the next batch runs. A unit's grouping depends only on the data
-set's order, so an interrupted run repeats exactly the batches that an uninterrupted one would have made.
+set's order, so an interrupted run repeats exactly the batches that an uninterrupted one would have made. Work made of
+small operations goes image by image instead, several at once (:class:`~clipseed.runtime.threads.OneByOne`).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError
 from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.threads import OneByOne, single_threads
 
 
 class Loaded(Protocol):
@@ -96,6 +99,7 @@ def run_stream(
     write: Callable[[Task, Sequence[R]], None],
     batch: BatchSize,
     advance: Advance = lambda count, stats: None,
+    one_by_one: OneByOne | None = None,
 ) -> StreamStats:
     """Run all tasks.
 
@@ -106,16 +110,25 @@ def run_stream(
         write: Stores a task's results, in the order of its samples; runs in a thread of its own.
         batch: Batch-size policy.
         advance: Called with the number of samples finished, for progress.
+        one_by_one: Batches are of one sample and ``compute`` is called in several threads at once.
 
     Raises:
         Whatever ``compute`` or ``write`` raise; samples that cannot be decoded are skipped and reported.
     """
     stats = StreamStats()
     outcomes = pool.stream(sample for task in tasks for sample in task.samples)
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+        single: Iterator[tuple[Sample, R | ImageError]] | None = None
+        if one_by_one is not None:
+            threads = stack.enter_context(single_threads(one_by_one.threads))
+            single = _one_by_one(outcomes, compute, threads, one_by_one, stats)
         pending: Future[None] | None = None
         for task in tasks:
-            results = _run_task(task, outcomes, compute, batch, stats, advance)
+            if single is not None:
+                results = _collect(task, single, stats, advance)
+            else:
+                results = _run_task(task, outcomes, compute, batch, stats, advance)
             _await(pending, stats)
             pending = writer.submit(write, task, results)
         _await(pending, stats)
@@ -161,6 +174,77 @@ def _run_task(
         if bucket.items:
             flush(bucket)
     return [results[position] for position in sorted(results)]
+
+
+def _collect(
+    task: Task, computed: Iterator[tuple[Sample, R | ImageError]], stats: StreamStats, advance: Advance
+) -> list[R]:
+    """Results of a task out of those that come in the order of the samples."""
+    results: list[R] = []
+    for _ in task.samples:
+        sample, result = next(computed)
+        if isinstance(result, ImageError):
+            stats.skipped.append((sample.id, str(result)))
+        else:
+            results.append(result)
+            stats.computed += 1
+        advance(1, stats)
+    return results
+
+
+def _one_by_one(
+    outcomes: Iterator[tuple[Sample, T | ImageError]],
+    compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
+    threads: ThreadPoolExecutor,
+    how: OneByOne,
+    stats: StreamStats,
+) -> Iterator[tuple[Sample, R | ImageError]]:
+    """Results in the order of the samples, a bounded number ahead of whoever takes them."""
+    ahead = 2 * how.threads
+    waiting: deque[tuple[Sample, ImageError | tuple[T, Future[Sequence[R | ImageError]]]]] = deque()
+
+    def alone(item: T) -> R | ImageError:
+        wait([entry[1] for _, entry in waiting if not isinstance(entry, ImageError)])
+        return _compute([item], compute, BatchSize(1, 1), stats)[0]
+
+    def oldest() -> tuple[Sample, R | ImageError]:
+        nonlocal ahead
+        sample, entry = waiting.popleft()
+        if isinstance(entry, ImageError):
+            return sample, entry
+        item, future = entry
+        started = time.perf_counter()
+        try:
+            result = future.result()[0]
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            stats.out_of_memory, ahead = stats.out_of_memory or (how.threads, 1), 0
+            result = alone(item)
+        stats.waits["device"] += time.perf_counter() - started
+        return sample, result
+
+    while True:
+        started = time.perf_counter()
+        sample, outcome = next(outcomes, (None, None))
+        stats.waits["decode"] += time.perf_counter() - started
+        if sample is None or outcome is None:
+            break
+        if isinstance(outcome, ImageError):
+            waiting.append((sample, outcome))
+        elif outcome.cost <= how.largest:
+            waiting.append((sample, (outcome, threads.submit(compute, [outcome]))))
+        else:
+            while waiting:
+                yield oldest()
+            started = time.perf_counter()
+            result = alone(outcome)
+            stats.waits["device"] += time.perf_counter() - started
+            yield sample, result
+        while len(waiting) > ahead:
+            yield oldest()
+    while waiting:
+        yield oldest()
 
 
 class _Bucket(Generic[T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,10 +12,19 @@ from clipseed.data.types import Sample
 from clipseed.errors import ImageError
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.stream import Advance, BatchSize, Loaded, StreamStats, Task, run_stream
+from clipseed.runtime.threads import OneByOne
 
 T = TypeVar("T", bound=Loaded)
 R = TypeVar("R")
 Result_co = TypeVar("Result_co", covariant=True)
+
+
+class _Counters(threading.local):
+    """A counter for each thread, made when it first counts."""
+
+    def __init__(self, everyone: list[Counter[str]]) -> None:
+        self.mine: Counter[str] = Counter()
+        everyone.append(self.mine)
 
 
 class Work(ABC, Generic[T, R]):
@@ -24,13 +34,25 @@ class Work(ABC, Generic[T, R]):
         batch: Batch-size policy.
         workers: Decoding processes; 0 decodes in a thread.
         ahead: Samples to decode ahead.
-        counters: What the run is to report, added to by :meth:`compute`.
+        one_by_one: Samples are computed one by one, in several threads at once; ``None``: in batches on all cores.
     """
 
     batch: BatchSize
     workers: int
     ahead: int
-    counters: Counter[str]
+    one_by_one: OneByOne | None = None
+
+    def __init__(self) -> None:
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._counted: list[Counter[str]] = []
+        self._counters = _Counters(self._counted)
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What the run is to report, added to by :meth:`compute`; each thread has its own part of it."""
+        return self._counters.mine
 
     @property
     @abstractmethod
@@ -50,8 +72,11 @@ class Work(ABC, Generic[T, R]):
     ) -> StreamStats:
         """Run all tasks in this process; ``write`` gets each one's results, in a thread of its own."""
         with DecodePool(self.loader, self.workers, self.ahead) as pool:
-            stats = run_stream(tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None))
-        stats.counters, self.counters = self.counters, Counter()
+            stats = run_stream(
+                tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None), self.one_by_one
+            )
+        stats.counters = sum(self._counted, Counter())
+        self._start_counting()
         return stats
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,6 +46,13 @@ class SamInfo:
     sha256: str | None
 
 
+class _Last(threading.local):
+    """The embedding that prompts were last about, and what they share of it; each thread has its own."""
+
+    embedding: Embedding | None = None
+    side: ImageSide | None = None
+
+
 class ModelBackend:
     """A model with SAM's image encoder, prompt encoder and mask decoder (also MobileSAM's).
 
@@ -75,7 +83,12 @@ class ModelBackend:
                 self._plain = PlainDecoder(self.sam.mask_decoder, self._dense_code, places)
         self._encoder = PlainEncoder(self.sam.image_encoder) if has_plain_encoder(sam) else self.sam.image_encoder
         self._patch = self.side // self._dense_code.shape[-1]
-        self._current: tuple[Embedding, ImageSide] | None = None
+        self._last = _Last()
+
+    @property
+    def small(self) -> bool:
+        """Whether its operations are too small to share cores, and its modules known to run in several threads."""
+        return self.crops_at_once > 1 and self._plain is not None and isinstance(self._encoder, PlainEncoder)
 
     @torch.inference_mode()
     def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
@@ -106,10 +119,10 @@ class ModelBackend:
         pairs = None if prompts.points is None else (prompts.points, prompts.labels)
         sparse, dense = self.sam.prompt_encoder(points=pairs, boxes=prompts.boxes, masks=None)
         if self._plain:
-            current = self._current
-            if current is None or current[0] is not embedding:
-                self._current = current = embedding, self._plain.image_side(embedding.content, dense[:1])
-            return self._plain.answer(current[1], sparse, self._shown(embedding.size))
+            last = self._last
+            if last.embedding is not embedding or last.side is None:
+                last.embedding, last.side = embedding, self._plain.image_side(embedding.content, dense[:1])
+            return self._plain.answer(last.side, sparse, self._shown(embedding.size))
         logits, iou = self.sam.mask_decoder(
             image_embeddings=embedding.content,
             image_pe=self._dense_code,
