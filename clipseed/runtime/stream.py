@@ -8,10 +8,11 @@ set's order, so an interrupted run repeats exactly the batches that an uninterru
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from clipseed.data.types import Sample
@@ -96,6 +97,7 @@ def run_stream(
     write: Callable[[Task, Sequence[R]], None],
     batch: BatchSize,
     advance: Advance = lambda count, stats: None,
+    queue: int = 0,
 ) -> StreamStats:
     """Run all tasks.
 
@@ -106,16 +108,21 @@ def run_stream(
         write: Stores a task's results, in the order of its samples; runs in a thread of its own.
         batch: Batch-size policy.
         advance: Called with the number of samples finished, for progress.
+        queue: Batches that wait for or are in ``compute``, in a thread of its own, while the next one is collected:
+            2 keep a GPU busy. 0: each is computed before the next sample is looked at. Batches are the same.
 
     Raises:
         Whatever ``compute`` or ``write`` raise; samples that cannot be decoded are skipped and reported.
     """
     stats = StreamStats()
     outcomes = pool.stream(sample for task in tasks for sample in task.samples)
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="compute") as computer,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+    ):
         pending: Future[None] | None = None
         for task in tasks:
-            results = _run_task(task, outcomes, compute, batch, stats, advance)
+            results = _run_task(task, outcomes, compute, batch, stats, advance, computer if queue else None, queue)
             _await(pending, stats)
             pending = writer.submit(write, task, results)
         _await(pending, stats)
@@ -129,21 +136,37 @@ def _run_task(
     batch: BatchSize,
     stats: StreamStats,
     advance: Advance,
+    computer: Executor | None,
+    queue: int,
 ) -> list[R]:
     buckets: dict[Hashable, _Bucket[T]] = {}
     results: dict[int, R] = {}
+    waiting: deque[tuple[list[int], Future[list[R | ImageError]]]] = deque()
 
-    def flush(bucket: _Bucket[T]) -> None:
+    def take(positions: list[int], found: Callable[[], list[R | ImageError]]) -> None:
         started = time.perf_counter()
-        for position, result in zip(bucket.positions, _compute(bucket.items, compute, batch, stats), strict=True):
+        for position, result in zip(positions, found(), strict=True):
             if isinstance(result, ImageError):
                 stats.skipped.append((task.samples[position].id, str(result)))
             else:
                 results[position] = result
                 stats.computed += 1
         stats.waits["device"] += time.perf_counter() - started
-        advance(len(bucket.items), stats)
+        advance(len(positions), stats)
+
+    def flush(bucket: _Bucket[T]) -> None:
+        work = partial(_compute, bucket.items, compute, batch, stats)
+        if computer is None:
+            take(bucket.positions, work)
+        else:
+            waiting.append((bucket.positions, computer.submit(work)))
+            if len(waiting) > queue - 1:
+                take_oldest()
         bucket.clear()
+
+    def take_oldest() -> None:
+        positions, future = waiting.popleft()
+        take(positions, future.result)
 
     for position in range(len(task.samples)):
         started = time.perf_counter()
@@ -160,6 +183,8 @@ def _run_task(
     for bucket in buckets.values():
         if bucket.items:
             flush(bucket)
+    while waiting:
+        take_oldest()
     return [results[position] for position in sorted(results)]
 
 

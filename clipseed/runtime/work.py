@@ -25,12 +25,14 @@ class Work(ABC, Generic[T, R]):
         workers: Decoding processes; 0 decodes in a thread.
         ahead: Samples to decode ahead.
         counters: What the run is to report, added to by :meth:`compute`.
+        queue: Batches in flight, see :func:`~clipseed.runtime.stream.run_stream`.
     """
 
     batch: BatchSize
     workers: int
     ahead: int
     counters: Counter[str]
+    queue: int = 0
 
     @property
     @abstractmethod
@@ -50,7 +52,8 @@ class Work(ABC, Generic[T, R]):
     ) -> StreamStats:
         """Run all tasks in this process; ``write`` gets each one's results, in a thread of its own."""
         with DecodePool(self.loader, self.workers, self.ahead) as pool:
-            stats = run_stream(tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None))
+            advance = advance or (lambda count, stats: None)
+            stats = run_stream(tasks, pool, self.compute, write, self.batch, advance, self.queue)
         stats.counters, self.counters = self.counters, Counter()
         return stats
 
@@ -67,6 +70,11 @@ class Engine(Protocol[Result_co]):
         """See :meth:`Work.about`."""
         ...
 
+    @property
+    def hands(self) -> int:
+        """Units that are in work at once."""
+        ...
+
     def run(
         self, tasks: Sequence[Task], write: Callable[[Task, Sequence[Result_co]], None], advance: Advance | None = None
     ) -> StreamStats:
@@ -80,6 +88,8 @@ class Engine(Protocol[Result_co]):
 
 class Here(Generic[R]):
     """The engine that runs work in this process."""
+
+    hands = 1
 
     def __init__(self, recipe: Recipe[R]) -> None:
         self.work = recipe()
