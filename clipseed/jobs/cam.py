@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -282,7 +283,8 @@ class CamWork(Work[LoadedViews, SeedMap]):
         self.workers = options.workers if options.workers is not None else default_workers(device)
         self.batch = BatchSize(options.batch_size, token_budget(device))
         self.ahead = decode_ahead(device, self.workers) + 2 * (options.batch_size or 0)
-        self.queue = batches_in_flight(device)
+        self.queue, self.lanes = batches_in_flight(device), 2
+        self._counting = Lock()
         self.counters = Counter()
 
     def about(self) -> dict[str, Any]:
@@ -320,7 +322,8 @@ class CamWork(Work[LoadedViews, SeedMap]):
                 # Rounded as `clipseed cam` would have stored them, so that one pass gives what two commands give.
                 stored = maps if options.paper else [cam.half().float() for cam in maps]
                 maps = caa(stored, batch.attention, self._refinement)
-            self.counters["recomputed"] += batch.recomputed
+            with self._counting:
+                self.counters["recomputed"] += batch.recomputed
         return [
             SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size)
             for item, row, cam in zip(items, labels, maps, strict=True)

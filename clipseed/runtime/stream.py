@@ -98,6 +98,7 @@ def run_stream(
     batch: BatchSize,
     advance: Advance = lambda count, stats: None,
     queue: int = 0,
+    lanes: int = 1,
 ) -> StreamStats:
     """Run all tasks.
 
@@ -108,8 +109,9 @@ def run_stream(
         write: Stores a task's results, in the order of its samples; runs in a thread of its own.
         batch: Batch-size policy.
         advance: Called with the number of samples finished, for progress.
-        queue: Batches that wait for or are in ``compute``, in a thread of its own, while the next one is collected:
+        queue: Batches that wait for or are in ``compute``, in threads of their own, while the next one is collected:
             2 keep a GPU busy. 0: each is computed before the next sample is looked at. Batches are the same.
+        lanes: Threads that compute them; with 2, one uploads and unpacks while the GPU works for the other.
 
     Raises:
         Whatever ``compute`` or ``write`` raise; samples that cannot be decoded are skipped and reported.
@@ -117,7 +119,7 @@ def run_stream(
     stats = StreamStats()
     outcomes = pool.stream(sample for task in tasks for sample in task.samples)
     with (
-        ThreadPoolExecutor(1, thread_name_prefix="compute") as computer,
+        ThreadPoolExecutor(lanes, thread_name_prefix="compute") as computer,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
     ):
         pending: Future[None] | None = None

@@ -26,6 +26,7 @@ class Work(ABC, Generic[T, R]):
         ahead: Samples to decode ahead.
         counters: What the run is to report, added to by :meth:`compute`.
         queue: Batches in flight, see :func:`~clipseed.runtime.stream.run_stream`.
+        lanes: How many of them :meth:`compute` may be called with at once, by threads.
     """
 
     batch: BatchSize
@@ -33,6 +34,7 @@ class Work(ABC, Generic[T, R]):
     ahead: int
     counters: Counter[str]
     queue: int = 0
+    lanes: int = 1
 
     @property
     @abstractmethod
@@ -53,7 +55,7 @@ class Work(ABC, Generic[T, R]):
         """Run all tasks in this process; ``write`` gets each one's results, in a thread of its own."""
         with DecodePool(self.loader, self.workers, self.ahead) as pool:
             advance = advance or (lambda count, stats: None)
-            stats = run_stream(tasks, pool, self.compute, write, self.batch, advance, self.queue)
+            stats = run_stream(tasks, pool, self.compute, write, self.batch, advance, self.queue, self.lanes)
         stats.counters, self.counters = self.counters, Counter()
         return stats
 
