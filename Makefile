@@ -52,7 +52,7 @@ bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (doc
 	$(BIN)/python tests/bench_scale.py --count 2000
 
 bench-gpu: $(BIN)/clipseed  ## check and measure everything on a CUDA GPU, in eight minutes, into gpu.json and docs/performance.md
-	$(BIN)/python tools/bench_gpu.py --out gpu.json; status=$$?; \
+	rm -f gpu.json; $(BIN)/python tools/bench_gpu.py --out gpu.json; status=$$?; \
 	  test ! -e gpu.json || $(BIN)/python tools/bench_gpu.py --render gpu.json; exit $$status
 
 results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; PHOTOS=DEVKIT or COCO=DIR SEGMENTS=PATH: on photographs)
