@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 JOBS ?= 2
 
-.PHONY: help install demo test test-fast lint format bench results toy-clip toy-sam toy-report clean
+.PHONY: help install demo test test-fast lint format bench bench-gpu results toy-clip toy-sam toy-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,10 @@ bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (doc
 	$(BIN)/python tests/bench_sam.py
 	$(BIN)/python tests/bench_scale.py --count 2000
 	$(BIN)/python tools/bench_busy.py
+
+bench-gpu: $(BIN)/clipseed  ## check and measure everything on a CUDA GPU, in eight minutes, into gpu.json and docs/performance.md
+	rm -f gpu.json; $(BIN)/python tools/bench_gpu.py --out gpu.json; status=$$?; \
+	  test ! -e gpu.json || $(BIN)/python tools/bench_gpu.py --render gpu.json; exit $$status
 
 results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; PHOTOS=DEVKIT or COCO=DIR SEGMENTS=PATH: on photographs)
 	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(COCO),--coco $(COCO) --segments $(SEGMENTS))

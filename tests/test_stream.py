@@ -212,3 +212,50 @@ def test_decoding_stays_a_bounded_number_ahead() -> None:
             next(stream)
         time.sleep(0.1)
         assert len(loaded) <= 14
+
+
+def test_batches_in_flight_are_those_of_one_after_the_other() -> None:
+    everything = samples(40)
+    tasks = [Task(0, everything[:25]), Task(1, everything[25:])]
+    plain, ahead = Recorder(), Recorder()
+    run(plain, tasks, BatchSize(3, 1))
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def compute(items: Sequence[Item]) -> list[int]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01 * (items[0].number % 3))  # so that batches end in another order than they began
+        with lock:
+            running -= 1
+        return ahead.compute(items)
+
+    with DecodePool(load, 0, ahead=6) as pool:
+        stats = run_stream(tasks, pool, compute, ahead.write, BatchSize(3, 1), queue=2, lanes=2)
+    assert ahead.written == plain.written
+    assert sorted(ahead.batches) == sorted(plain.batches)
+    assert most <= 2
+    assert stats.computed == 36
+    assert [key for key, _ in stats.skipped] == ["7", "17", "27", "37"]
+
+
+def test_what_fails_in_flight_is_raised_and_smaller_batches_are_tried() -> None:
+    recorder = Recorder()
+
+    def cramped(items: Sequence[Item]) -> list[int]:
+        if len(items) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return recorder.compute(items)
+
+    with DecodePool(load, 0, ahead=6) as pool:
+        stats = run_stream([Task(0, samples(30))], pool, cramped, recorder.write, BatchSize(4, 1), queue=2, lanes=2)
+    assert recorder.written == [(0, [k * 100 for k in range(30) if k % 10 != 7])]
+    assert stats.out_of_memory == (4, 2)
+
+    def failing(items: Sequence[Item]) -> list[int]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with DecodePool(load, 0, ahead=6) as pool, pytest.raises(RuntimeError, match="illegal memory access"):
+        run_stream([Task(0, samples(30))], pool, failing, recorder.write, BatchSize(4, 1), queue=2, lanes=2)

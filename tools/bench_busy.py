@@ -47,7 +47,7 @@ def run_at_once(folder: Path, words: list[list[str]]) -> list[Cost]:
     for number, arguments in enumerate(words):
         with (folder / f"log-{number}.txt").open("w") as log:
             command = [sys.executable, "-m", "clipseed", *arguments, "--overwrite", "--quiet"]
-            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)  # noqa: S603
+            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         processes.append((process, time.perf_counter()))
     running, found = dict(enumerate(processes)), {}
     while running:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class LastBlock:
         first, last = pictures[0], pictures[-1]
         if list(pictures) == list(range(first, last + 1)):
             return LastBlock(*(getattr(self, item.name)[first : last + 1] for item in fields(self)))
-        index = torch.tensor(pictures, device=self.feature.device)
+        index = index_on(pictures, self.feature.device)
         return LastBlock(*(getattr(self, item.name)[index] for item in fields(self)))
 
     def mean_attention(self) -> Tensor:
@@ -131,7 +131,7 @@ def channel_weights(tower: VisionTower, state: LastBlock, counts: Sequence[int],
     weights = torch.empty_like(start)
     budget = _GROUP_TOKENS.get(start.device.type, _GPU_GROUP_TOKENS) // state.middle.shape[1]
     for count, pictures in _equal_counts(counts, budget):
-        pairs = torch.tensor([[offsets[b] + k for k in range(count)] for b in pictures], device=start.device)
+        pairs = index_on([[offsets[b] + k for k in range(count)] for b in pictures], start.device)
         weights[pairs] = _group_weights(tower, state.take(pictures), start[pairs])
     # Once for the mean over patches that made the feature, once for the mean of the gradient.
     return weights * (size / state.middle.shape[1] ** 2)
@@ -247,8 +247,13 @@ def minmax(maps: Tensor, floor: float = 0.0) -> Tensor:
 def pair_index(labels: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Picture and class of every pair, each ``(P,)``, pictures in order."""
     pairs = [(image, label) for image, row in enumerate(labels) for label in row]
-    index = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
+    index = index_on(pairs, device).view(-1, 2)
     return index[:, 0], index[:, 1]
+
+
+def index_on(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers as an int64 tensor on a device, without waiting for what the device has to do before."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
 
 def activation_slope(h: Tensor, activation: str) -> Tensor:

@@ -74,15 +74,16 @@ def compute_cams(
 
     maps, attention = maps_of(clip, range(len(labels)))
     counts = [len(row) for row in labels]
-    split = list(torch.split(maps, counts))
+    # To the CPU once for the batch: a device would be waited for once per picture otherwise.
+    split = list(torch.split(maps.cpu(), counts))
     broken = [k for k, part in enumerate(split) if not torch.isfinite(part).all()]
     if broken and clip.exact is not clip:
         again, attention_again = maps_of(clip.exact, broken)
-        for k, part in zip(broken, torch.split(again, [counts[k] for k in broken]), strict=True):
+        for k, part in zip(broken, torch.split(again.cpu(), [counts[k] for k in broken]), strict=True):
             split[k] = part
         if attention is not None and attention_again is not None:
             attention[broken] = attention_again
-    return CamBatch([part.nan_to_num(0.0).cpu() for part in split], len(broken), attention)
+    return CamBatch([part.nan_to_num(0.0) for part in split], len(broken), attention)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,22 @@ QUICK_GELU_SLOPE = 1.702
 
 @dataclass(frozen=True)
 class Norm:
-    """Layer normalisation; float32 whatever the input's type."""
+    """Layer normalisation; float32 whatever the input's type.
+
+    ``half`` are weight and bias once more, in the half precision of a GPU's residual stream. Where they are given, one
+    kernel reads the stream and writes what the next product wants (its sums are float32 inside), instead of three that
+    move five times as many bytes.
+    """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    half: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
+        if self.half is not None and x.dtype is self.half[0].dtype:
+            return F.layer_norm(x, x.shape[-1:], *self.half, self.eps)
         return F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps)
 
 
@@ -42,7 +50,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Block:
-    """One residual attention block. ``scale_1`` and ``scale_2`` are LayerScale gains where the model has them."""
+    """One residual attention block. ``scale_1`` and ``scale_2`` are LayerScale gains where the model has them.
+
+    ``silu`` is QuickGELU with its slope s taken into the matrices around it, ``h sigmoid(s h) = silu(s h) / s``
+    (:func:`folded_slope`).
+    """
 
     heads: int
     norm_1: Norm
@@ -51,7 +63,7 @@ class Block:
     scale_1: Tensor | None
     norm_2: Norm
     up: Linear
-    activation: Literal["quickgelu", "gelu"]
+    activation: Literal["quickgelu", "gelu", "silu"]
     down: Linear
     scale_2: Tensor | None
 
@@ -63,12 +75,19 @@ class Block:
 
     def activate(self, h: Tensor) -> Tensor:
         """The MLP's non-linearity."""
+        if self.activation == "silu":
+            return F.silu(h)
         return h * torch.sigmoid(QUICK_GELU_SLOPE * h) if self.activation == "quickgelu" else F.gelu(h)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention result ``(B, heads, N, D / heads)`` and the MLP to the residual stream ``x``."""
         x = x + scaled(self.out(merge_heads(attended)), self.scale_1)
         return x + scaled(self.down(self.activate(self.up(self.norm_2(x)))), self.scale_2)
+
+
+def folded_slope(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix and bias in front of a QuickGELU, times its slope: ``silu`` then gives the slope times too much."""
+    return weight.detach() * QUICK_GELU_SLOPE, bias.detach() * QUICK_GELU_SLOPE
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -163,9 +182,8 @@ class VisionTower:
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Normalised pixels ``(B, 3, H, W)`` to the first block's tokens and the patch grid."""
-        patches = F.conv2d(pixels.to(self.dtype), self.patch_weight, stride=self.patch)
-        grid = (patches.shape[2], patches.shape[3])
-        patches = patches.flatten(2).transpose(1, 2).to(self.stream)
+        patches, grid = patch_products(pixels.to(self.dtype), self.patch_weight)
+        patches = patches.to(self.stream)
         first = self.class_token.to(self.stream).expand(len(patches), 1, -1)
         tokens = torch.cat([first, patches], dim=1) + self.position_table(grid).to(self.stream)
         return (tokens if self.norm_pre is None else self.norm_pre(tokens).to(self.stream)), grid
@@ -214,6 +232,26 @@ class VisionTower:
         return pooled @ self.projection
 
 
+def patch_products(pixels: Tensor, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Every patch of ``(B, 3, H, W)`` times the patch weight ``(D, 3, p, p)``: ``(B, n, D)`` row by row, and the grid.
+
+    A convolution on a CPU. On a GPU a plain product: cuDNN's convolutions round float32 to TF32 unless told otherwise.
+    """
+    if pixels.device.type == "cpu":
+        found = F.conv2d(pixels, weight, stride=weight.shape[-1])
+        return found.flatten(2).transpose(1, 2), (found.shape[2], found.shape[3])
+    return unfolded_products(pixels, weight)
+
+
+def unfolded_products(pixels: Tensor, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """:func:`patch_products` as one matrix product."""
+    batch, channels, height, width = pixels.shape
+    side = weight.shape[-1]
+    grid = (height // side, width // side)
+    rows = pixels.reshape(batch, channels, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(rows.reshape(batch, grid[0] * grid[1], -1), weight.flatten(1)), grid
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention result of every head ``(B, heads, N, d)``."""
     if q.device.type != "cpu" or q.dtype is torch.float32:
@@ -249,8 +287,13 @@ def tower_from(
     dtype: torch.dtype,
     *,
     half_positions: bool = False,
+    lean: bool | None = None,
 ) -> VisionTower:
     """Take the weights out of open_clip's ``VisionTransformer``; ``half_positions`` as in :class:`VisionTower`.
+
+    ``lean``: in all blocks but the last, norms write half precision and QuickGELU's slope is part of the matrices, so
+    that each takes one pass through memory; ``None``: in half precision on a GPU, whose time memory is, except with
+    the released rounding.
 
     Raises:
         WeightsError: the module is something else.
@@ -260,6 +303,8 @@ def tower_from(
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
         raise WeightsError(f"the vision tower {type(visual).__name__} is not supported; use a ViT such as ViT-B-16")
     source: Any = visual
+    if lean is None:
+        lean = device.type != "cpu" and dtype is not torch.float32 and not half_positions
 
     def matrix(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, dtype)
@@ -270,8 +315,9 @@ def tower_from(
     def linear(weight: Tensor, bias: Tensor | None, convert: Callable[[Tensor], Tensor] = matrix) -> Linear:
         return Linear(convert(weight), None if bias is None else convert(bias))
 
-    def norm(module: Any) -> Norm:
-        return Norm(vector(module.weight), vector(module.bias), module.eps)
+    def norm(module: Any, *, fused: bool = False) -> Norm:
+        half = (matrix(module.weight), matrix(module.bias)) if fused else None
+        return Norm(vector(module.weight), vector(module.bias), module.eps, half)
 
     def gain(module: nn.Module) -> Tensor | None:
         gamma = getattr(module, "gamma", None)
@@ -284,17 +330,22 @@ def tower_from(
         # Grad-CAM's weights are small differences in the last attention: rounded there, boxes of CAA come and go.
         last = number == len(source.transformer.resblocks)
         attention = vector if last and device.type == "cpu" else matrix
+        # The last block's activations make the maps, and its own code differentiates them.
+        fused = lean and not last
+        gelu = isinstance(module.mlp.gelu, nn.GELU)
+        fold = fused and not gelu
+        up, down = (module.mlp.c_fc, module.mlp.c_proj)
         blocks.append(
             Block(
                 heads=module.attn.num_heads,
-                norm_1=norm(module.ln_1),
+                norm_1=norm(module.ln_1, fused=fused),
                 qkv=linear(module.attn.in_proj_weight, module.attn.in_proj_bias, attention),
                 out=linear(module.attn.out_proj.weight, module.attn.out_proj.bias, attention),
                 scale_1=gain(module.ls_1),
-                norm_2=norm(module.ln_2),
-                up=linear(module.mlp.c_fc.weight, module.mlp.c_fc.bias),
-                activation="gelu" if isinstance(module.mlp.gelu, nn.GELU) else "quickgelu",
-                down=linear(module.mlp.c_proj.weight, module.mlp.c_proj.bias),
+                norm_2=norm(module.ln_2, fused=fused),
+                up=linear(*(folded_slope(up.weight, up.bias) if fold else (up.weight, up.bias))),
+                activation="gelu" if gelu else "silu" if fold else "quickgelu",
+                down=linear(down.weight.detach() / QUICK_GELU_SLOPE if fold else down.weight, down.bias),
                 scale_2=gain(module.ls_2),
             )
         )

@@ -22,9 +22,13 @@ from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,
     ViewLoader,
+    batches_in_flight,
+    dealt_unit,
+    decode_ahead,
     default_workers,
     open_engine,
     refuse_if_nothing,
+    stacked,
     token_budget,
     unit_size_for,
 )
@@ -132,9 +136,8 @@ def _run(
         manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
-    with SeedWriter(
-        options.out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
-    ) as writer:
+    unit = dealt_unit(about["unit"], len(image_set.samples), options.share.count * engine.hands)
+    with SeedWriter(options.out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share) as writer:
         tags = None
         if options.data.auto_labels:
             from clipseed.jobs.tags import tag_unlabelled
@@ -278,7 +281,8 @@ class CamWork(Work[LoadedViews, SeedMap]):
         device = self.clip.tower.device
         self.workers = options.workers if options.workers is not None else default_workers(device)
         self.batch = BatchSize(options.batch_size, token_budget(device))
-        self.ahead = max(8, 2 * (options.batch_size or 8)) + 2 * self.workers
+        self.ahead = decode_ahead(device, self.workers) + 2 * (options.batch_size or 0)
+        self.queue, self.lanes = batches_in_flight(device), 2
 
     def about(self) -> dict[str, Any]:
         """Model, where its weights are, device, and pictures per shard."""
@@ -303,10 +307,8 @@ class CamWork(Work[LoadedViews, SeedMap]):
             maps = [torch.zeros(0, *items[0].grid) for _ in items]
         else:
             device = self.clip.tower.device
-            views = [
-                torch.from_numpy(np.stack([item.views[k] for item in items])).to(device).permute(0, 3, 1, 2)
-                for k in range(len(self._options.scales))
-            ]
+            scales = range(len(self._options.scales))
+            views = [stacked([item.views[k] for item in items], device) for k in scales]
             options, grid = self._options, items[0].grid
             layers = self._refinement.layers if self._refinement else 0
             batch = compute_cams(

@@ -22,6 +22,7 @@ from clipseed.jobs.engine import (
     LARGE_PICTURE,
     LoadedPicture,
     PictureLoader,
+    batches_in_flight,
     default_workers,
     misfit,
     one_by_one,
@@ -269,6 +270,7 @@ class _CrfWork(Work[Any, Mask]):
         # The C++ engine never runs in this process, where its crash would be ours.
         self.workers = max(1, workers) if self.native else workers
         self.ahead = 8 + 2 * workers
+        self.queue = batches_in_flight(self.device)
         budget = _PIXEL_BUDGET.get(self.device.type, _GPU_PIXEL_BUDGET) // 64
         self.batch = BatchSize(1 if self.native else None, budget)
         self.one_by_one = None if self.native else one_by_one(self.device, LARGE_PICTURE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from clipseed.data.dataset import PictureFinder, picture_finder
 from clipseed.data.images import patch_grid, resize_to_grid
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 _UNIT_SIZE = {"cpu": 64}
-_GPU_UNIT_SIZE = 2048
+_GPU_UNIT_SIZE = 8192
+_LEAST_UNIT = 64
 _TOKEN_BUDGET = {"cpu": 1_600}
 _GPU_TOKEN_BUDGET = 50_000
 LARGE_PICTURE = 500_000 // 64
@@ -39,8 +41,39 @@ LARGE_PICTURE = 500_000 // 64
 
 
 def unit_size_for(device: torch.device) -> int:
-    """Pictures per shard: what a kill can cost."""
+    """Most pictures of a unit: what a kill can cost.
+
+    Batches are made within a unit, and each of its grids ends with one that is not full, so a GPU's units are large
+    (docs/performance.md, "Batches"): some seconds of work.
+    """
     return _UNIT_SIZE.get(device.type, _GPU_UNIT_SIZE)
+
+
+def dealt_unit(most: int, total: int, hands: int) -> int:
+    """Pictures of a unit: at most ``most``, and so few that there is one for all ``hands`` that work on an output."""
+    return min(most, max(_LEAST_UNIT, -(-total // hands)))
+
+
+def batches_in_flight(device: torch.device) -> int:
+    """Batches that may wait while another is collected; on a CPU the network and the decoder share the cores."""
+    return 0 if device.type == "cpu" else 2
+
+
+def decode_ahead(device: torch.device, workers: int) -> int:
+    """Pictures to decode ahead: two for each worker and, for a GPU, as many as it can take while one batch is made."""
+    return 2 * workers + (16 if device.type == "cpu" else 96)
+
+
+def stacked(views: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """Equal ``(H, W, 3)`` arrays as one ``(B, 3, H, W)`` uint8 tensor on a device.
+
+    For a GPU they are stacked in pinned memory, which it reads by itself while this process goes on.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(np.stack(views)).to(device).permute(0, 3, 1, 2)
+    pinned = torch.empty((len(views), *views[0].shape), dtype=torch.uint8, pin_memory=True)
+    np.stack(views, out=pinned.numpy())
+    return pinned.to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 def token_budget(device: torch.device) -> int:

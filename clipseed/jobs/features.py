@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
 from clipseed.data.types import ImageReader, Sample
-from clipseed.jobs.engine import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for
+from clipseed.jobs.engine import (
+    LoadedViews,
+    ViewLoader,
+    batches_in_flight,
+    decode_ahead,
+    default_workers,
+    stacked,
+    token_budget,
+    unit_size_for,
+)
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
 
@@ -47,16 +55,16 @@ def stream_features(
     loader = ViewLoader(reader, clip.tower.patch, (1.0,), options.max_side, options.min_side)
     workers = options.workers if options.workers is not None else default_workers(device)
     batch = BatchSize(options.batch_size, token_budget(device))
-    ahead = max(8, 2 * (options.batch_size or 8)) + 2 * workers
+    ahead = decode_ahead(device, workers) + 2 * (options.batch_size or 0)
     tasks = [Task(index, tuple(samples)) for index, samples in enumerate(units) if samples]
 
     def compute(items: Sequence[LoadedViews]) -> list[Feature]:
-        pixels = torch.from_numpy(np.stack([item.views[0] for item in items])).permute(0, 3, 1, 2)
-        found = image_features(clip, pixels.to(device))
+        found = image_features(clip, stacked([item.views[0] for item in items], device))
         return [(item.sample.id, row) for item, row in zip(items, found, strict=True)]
 
     with DecodePool(loader, workers, ahead) as pool:
-        return run_stream(tasks, pool, compute, lambda _, results: write(results), batch, advance)
+        queue = batches_in_flight(device)
+        return run_stream(tasks, pool, compute, lambda _, results: write(results), batch, advance, queue)
 
 
 def cut_units(samples: Sequence[Sample], device: torch.device) -> list[Sequence[Sample]]:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,9 @@ from clipseed.jobs.engine import (
     LoadedViews,
     PictureLoader,
     ViewLoader,
+    batches_in_flight,
+    dealt_unit,
+    decode_ahead,
     default_workers,
     misfit,
     one_by_one,
@@ -31,6 +33,7 @@ from clipseed.jobs.engine import (
     recorded_reader,
     refuse_if_nothing,
     seed_sample,
+    stacked,
     token_budget,
     unit_size_for,
 )
@@ -78,9 +81,8 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
         about = engine.about
         manifest = refine_manifest(options.method, about["constants"], seeds.manifest, about["model"], about["weights"])
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
-        with SeedWriter(
-            out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
-        ) as writer:
+        unit = dealt_unit(about["unit"], len(seeds), options.share.count * engine.hands)
+        with SeedWriter(out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share) as writer:
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             mine = writer.share_of(list(seeds))
             found = len(writer.done.intersection(mine))
@@ -132,7 +134,8 @@ class _Refinement(Work[Any, SeedMap]):
         self.seeds = Seeds(options.source, verify=False)
         self.reader = recorded_reader(self.seeds.manifest, options.images)
         self.workers = options.workers if options.workers is not None else default_workers(device)
-        self.ahead = 16 + 2 * self.workers
+        self.ahead = decode_ahead(device, self.workers)
+        self.queue = batches_in_flight(device)
         self.batch = BatchSize(options.batch_size, token_budget(device))
 
     def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
@@ -198,7 +201,7 @@ class _Spreading(_Refinement):
         for item, seed in zip(items, seeds, strict=True):
             if seed.cam.shape[1:] != item.grid:
                 raise InputError(f"{item.sample.id}: its maps are not on the patch grid of the model")
-        pixels = torch.from_numpy(np.stack([item.views[0] for item in items])).to(self.device).permute(0, 3, 1, 2)
+        pixels = stacked([item.views[0] for item in items], self.device)
         cams = [torch.from_numpy(seed.cam) for seed in seeds]
         maps = self._maps(self.clip, pixels, cams)
         broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
@@ -251,7 +254,7 @@ class _Par(_Refinement):
         if not len(seeds[0].classes):
             return seeds
         maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(seed.upsampled()) for seed in seeds], batch_first=True)
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self.device).permute(0, 3, 1, 2)
+        pixels = stacked([item.pixels for item in items], self.device)
         par = self.options.par
         refined = refine_par(
             maps.to(self.device), pixels, par.iterations, par.dilations, par.sharpness, par.position_weight

@@ -14,7 +14,14 @@ import torch
 from clipseed.clip.model import pick_device
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ClipseedError, ImageError
-from clipseed.jobs.engine import default_workers, misfit, one_by_one, open_engine, refuse_if_nothing
+from clipseed.jobs.engine import (
+    batches_in_flight,
+    default_workers,
+    misfit,
+    one_by_one,
+    open_engine,
+    refuse_if_nothing,
+)
 from clipseed.jobs.sam_loading import ExistingLoader, LoadedForSam, ShrinkingLoader, Stored, existing_masks
 from clipseed.jobs.sam_options import (
     SamMasksOptions,
@@ -118,6 +125,7 @@ class _Masks(Work[Any, MaskRecord]):
         self.workers = self.options.workers if self.options.workers is not None else default_workers(device)
         self.ahead = _AHEAD + 2 * self.workers
         self.batch = BatchSize(1, 1)
+        self.queue = batches_in_flight(device)
 
     def counted(self, record: MaskRecord) -> MaskRecord:
         """The record, after counting what is in it."""

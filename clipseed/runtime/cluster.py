@@ -154,6 +154,11 @@ class OnRay(Generic[R]):
         assert self._about is not None
         return self._about
 
+    @property
+    def hands(self) -> int:
+        """Units that workers hold at once."""
+        return self._plan.workers * _IN_HAND
+
     def _hire(self) -> None:
         actor = self._actor.remote(self._recipe, str(Path.cwd()), self._plan.cpus, self._plan.gpus)
         self._coming[actor.about.remote()] = actor

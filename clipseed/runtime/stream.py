@@ -11,9 +11,10 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from clipseed.data.types import Sample
@@ -100,6 +101,8 @@ def run_stream(
     batch: BatchSize,
     advance: Advance = lambda count, stats: None,
     one_by_one: OneByOne | None = None,
+    queue: int = 0,
+    lanes: int = 1,
 ) -> StreamStats:
     """Run all tasks.
 
@@ -111,6 +114,9 @@ def run_stream(
         batch: Batch-size policy.
         advance: Called with the number of samples finished, for progress.
         one_by_one: Batches are of one sample and ``compute`` is called in several threads at once.
+        queue: Batches that wait for or are in ``compute``, in threads of their own, while the next one is collected:
+            2 keep a GPU busy. 0: each is computed before the next sample is looked at. Batches are the same.
+        lanes: Threads that compute them; with 2, one uploads and unpacks while the GPU works for the other.
 
     Raises:
         Whatever ``compute`` or ``write`` raise; samples that cannot be decoded are skipped and reported.
@@ -119,6 +125,7 @@ def run_stream(
     outcomes = pool.stream(sample for task in tasks for sample in task.samples)
     with ExitStack() as stack:
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+        computer = stack.enter_context(ThreadPoolExecutor(lanes, thread_name_prefix="compute")) if queue else None
         single: Iterator[tuple[Sample, R | ImageError]] | None = None
         if one_by_one is not None:
             threads = stack.enter_context(single_threads(one_by_one.threads))
@@ -128,7 +135,7 @@ def run_stream(
             if single is not None:
                 results = _collect(task, single, stats, advance)
             else:
-                results = _run_task(task, outcomes, compute, batch, stats, advance)
+                results = _run_task(task, outcomes, compute, batch, stats, advance, computer, queue)
             _await(pending, stats)
             pending = writer.submit(write, task, results)
         _await(pending, stats)
@@ -142,21 +149,37 @@ def _run_task(
     batch: BatchSize,
     stats: StreamStats,
     advance: Advance,
+    computer: Executor | None,
+    queue: int,
 ) -> list[R]:
     buckets: dict[Hashable, _Bucket[T]] = {}
     results: dict[int, R] = {}
+    waiting: deque[tuple[list[int], Future[list[R | ImageError]]]] = deque()
 
-    def flush(bucket: _Bucket[T]) -> None:
+    def take(positions: list[int], found: Callable[[], list[R | ImageError]]) -> None:
         started = time.perf_counter()
-        for position, result in zip(bucket.positions, _compute(bucket.items, compute, batch, stats), strict=True):
+        for position, result in zip(positions, found(), strict=True):
             if isinstance(result, ImageError):
                 stats.skipped.append((task.samples[position].id, str(result)))
             else:
                 results[position] = result
                 stats.computed += 1
         stats.waits["device"] += time.perf_counter() - started
-        advance(len(bucket.items), stats)
+        advance(len(positions), stats)
+
+    def flush(bucket: _Bucket[T]) -> None:
+        work = partial(_compute, bucket.items, compute, batch, stats)
+        if computer is None:
+            take(bucket.positions, work)
+        else:
+            waiting.append((bucket.positions, computer.submit(work)))
+            if len(waiting) > queue - 1:
+                take_oldest()
         bucket.clear()
+
+    def take_oldest() -> None:
+        positions, future = waiting.popleft()
+        take(positions, future.result)
 
     for position in range(len(task.samples)):
         started = time.perf_counter()
@@ -173,6 +196,8 @@ def _run_task(
     for bucket in buckets.values():
         if bucket.items:
             flush(bucket)
+    while waiting:
+        take_oldest()
     return [results[position] for position in sorted(results)]
 
 

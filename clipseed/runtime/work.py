@@ -35,12 +35,16 @@ class Work(ABC, Generic[T, R]):
         workers: Decoding processes; 0 decodes in a thread.
         ahead: Samples to decode ahead.
         one_by_one: Samples are computed one by one, in several threads at once; ``None``: in batches on all cores.
+        queue: Batches in flight, see :func:`~clipseed.runtime.stream.run_stream`.
+        lanes: How many of them :meth:`compute` may be called with at once, by threads.
     """
 
     batch: BatchSize
     workers: int
     ahead: int
     one_by_one: OneByOne | None = None
+    queue: int = 0
+    lanes: int = 1
 
     def __init__(self) -> None:
         self._start_counting()
@@ -73,8 +77,9 @@ class Work(ABC, Generic[T, R]):
         """Run all tasks in this process; ``write`` gets each one's results, in a thread of its own."""
         with DecodePool(self.loader, self.workers, self.ahead) as pool:
             stats = run_stream(
-                tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None), self.one_by_one
-            )
+                tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None),
+                self.one_by_one, self.queue, self.lanes,
+            )  # fmt: skip
         stats.counters = sum(self._counted, Counter())
         self._start_counting()
         return stats
@@ -92,6 +97,11 @@ class Engine(Protocol[Result_co]):
         """See :meth:`Work.about`."""
         ...
 
+    @property
+    def hands(self) -> int:
+        """Units that are in work at once."""
+        ...
+
     def run(
         self, tasks: Sequence[Task], write: Callable[[Task, Sequence[Result_co]], None], advance: Advance | None = None
     ) -> StreamStats:
@@ -105,6 +115,8 @@ class Engine(Protocol[Result_co]):
 
 class Here(Generic[R]):
     """The engine that runs work in this process."""
+
+    hands = 1
 
     def __init__(self, recipe: Recipe[R]) -> None:
         self.work = recipe()

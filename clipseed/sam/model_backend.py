@@ -6,6 +6,7 @@ import inspect
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,7 +99,8 @@ class ModelBackend:
             ImageError: half precision is not enough for a crop.
         """
         batch = torch.stack([self._prepare(crop) for crop in crops])
-        features = self._encoder(batch.to(self.dtype)).float()
+        with self._exact_convolutions():
+            features = self._encoder(batch.to(self.dtype)).float()
         if self.dtype is not torch.float32 and not torch.isfinite(features).all():
             raise ImageError("SAM's features exceed half precision; give --precision fp32")
         return [Embedding(_size(crop), features[i : i + 1]) for i, crop in enumerate(crops)]
@@ -156,6 +158,13 @@ class ModelBackend:
         """Plain description for output files."""
         names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         return {**asdict(self.info), "precision": names[self.dtype]}
+
+    def _exact_convolutions(self) -> AbstractContextManager[None]:
+        """In float32 a GPU computes convolutions in it, which cuDNN rounds to TF32 unless told otherwise."""
+        if self.device.type != "cuda" or self.dtype is not torch.float32:
+            return nullcontext()
+        context: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        return context
 
     def _prepare(self, crop: Picture) -> Tensor:
         """Fitted into the square, normalised, and padded with zeros at the right and below."""
