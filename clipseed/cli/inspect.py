@@ -10,6 +10,7 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, print_table
 from clipseed.errors import UsageError
+from clipseed.store.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from clipseed.jobs.inspect import Inspection
@@ -40,6 +41,7 @@ def inspect(
 
     if id and preview is None:
         raise UsageError("--id belongs to --preview")
+    refuse_unwritable(preview, "--preview")
     chosen = seeds or newest_output(Path())
     if is_mask_cache(chosen):
         return show(chosen, preview, count, tuple(id or ()), verify=verify, json=json, quiet=quiet)
