@@ -122,14 +122,14 @@ def _next_commands(out: Path) -> list[str]:
     ]
 
 
-def _program() -> str:
-    """How this program is called: by name where it is on the PATH, else as it was called now."""
+def _program(*, anywhere: bool = False) -> str:
+    """How to call this program: by name where it is on the PATH, else as now, or so that it works ``anywhere``."""
     if shutil.which("clipseed"):
         return "clipseed"
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{sys.executable} -m clipseed"
-    return str(called)
+    return str(called.absolute() if anywhere else called)
 
 
 def _save(talker: Talker, folder: Path, seed: int, scenes: int | None) -> int:
@@ -138,7 +138,7 @@ def _save(talker: Talker, folder: Path, seed: int, scenes: int | None) -> int:
 
     with storage_errors(folder, "--save-dataset"):
         count = save_devkit(folder, seed, scenes or HELD_OUT_COUNT)
-    program = _program()
+    program = _program(anywhere=True)
     talker.note(
         f"{folder}: {count} images as a VOC devkit; try\n"
         f"  cd {folder}\n"
