@@ -137,7 +137,13 @@ def test_a_damaged_image_does_not_jam_the_voc_pipeline(scenes: Path) -> None:
 @pytest.mark.slow
 def test_a_damaged_image_does_not_jam_the_toy_pipeline(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = (f"OUT={out}", "TRAIN=4", "VAL=3", "CRF_OPTIONS=--iterations 2", "TRAIN_OPTIONS=--epochs 1 --crop 64")
+    words = (
+        f"OUT={out}",
+        "TRAIN=4",
+        "VAL=3",
+        "CRF_OPTIONS=--iterations 2",
+        "TRAIN_OPTIONS=--epochs 1 --crop 64 --batch-size 2",
+    )
     assert make("toy", "data", *words).returncode == 0
     damage(out / "train" / "JPEGImages" / "toy_000001.png")
     done = make("toy", "scores", "segmenter", *words)
