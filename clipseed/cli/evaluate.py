@@ -10,7 +10,6 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table, some
 from clipseed.cli.running import exit_code
-from clipseed.store.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from clipseed.jobs.evaluate_options import EvaluateReport
@@ -76,6 +75,7 @@ def evaluate(
     from clipseed.jobs.evaluate import evaluate as run_evaluate
     from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.stages import newest_output
+    from clipseed.store.files import refuse_unwritable
 
     talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")

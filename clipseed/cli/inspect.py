@@ -10,7 +10,6 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, print_table
 from clipseed.errors import UsageError
-from clipseed.store.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from clipseed.jobs.inspect import Inspection
@@ -38,6 +37,7 @@ def inspect(
     from clipseed.jobs.inspect import inspect_seeds, write_preview
     from clipseed.jobs.inspect_masks import is_mask_cache
     from clipseed.jobs.stages import newest_output
+    from clipseed.store.files import refuse_unwritable
 
     if id and preview is None:
         raise UsageError("--id belongs to --preview")

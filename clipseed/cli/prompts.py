@@ -10,7 +10,6 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table, some
 from clipseed.cli.running import exit_code, warn_of_toy_weights
-from clipseed.store.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
@@ -83,6 +82,7 @@ def prompts(
     """
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.prompts import PromptOptions, run_prompts
+    from clipseed.store.files import refuse_unwritable
 
     allowed = shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")

@@ -11,7 +11,6 @@ from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table
 from clipseed.cli.evaluate import SCORE
 from clipseed.cli.running import exit_code
-from clipseed.store.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from clipseed.jobs.report import ReportResult
@@ -89,6 +88,7 @@ def report(
     from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.report import ReportOptions, write_report
     from clipseed.jobs.stages import newest_output
+    from clipseed.store.files import refuse_unwritable
 
     talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(out, "--out")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clipseed.cli.console import Talker, print_json, some, speed
 from clipseed.cli.options import allowed_skips, auto_or_number
 from clipseed.errors import UsageError
-from clipseed.store.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
@@ -125,6 +124,7 @@ def prepare(command: str, options: RunOptions) -> Running:
         UsageError: an option means nothing.
     """
     from clipseed.runtime.launch import Launch, find_share
+    from clipseed.store.files import refuse_unwritable
 
     talker = Talker(options.quiet)
     cluster = _cluster(options)
