@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 JOBS ?= 2
+# A virtual environment is not on the PATH by itself.
+TELL = @command -v clipseed > /dev/null || printf '\n%s\n' \
+  "clipseed is at $(BIN)/clipseed; to call it by its name in this shell: . $(BIN)/activate" >&2
 
 .PHONY: help install demo test test-fast lint format bench bench-gpu results toy-clip toy-sam toy-report clean
 
@@ -26,9 +29,11 @@ $(VENV)/.dev: $(BIN)/clipseed
 	@touch $@
 
 install: $(BIN)/clipseed  ## make .venv and install clipseed into it
+	$(TELL)
 
 demo: $(BIN)/clipseed  ## run the main job on the built-in toy world, offline
 	$(BIN)/clipseed demo --out $(DEMO)
+	$(TELL)
 
 test: $(VENV)/.dev  ## run all tests, JOBS=2 at a time
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

@@ -472,7 +472,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     seeds = write_seeds(tmp_path / "<i>&.h5", records, names, dataset=data)
     out = tmp_path / "page.html"
     result = write_report(ReportOptions((seeds,), EvaluateOptions(seeds, str(truth)), out, title=HOSTILE))
-    assert not result.complete
+    assert result.unscored
     source = out.read_text(encoding="utf-8")
     page = read(out)
     assert "alert(" in page.text
@@ -619,7 +619,7 @@ def test_mistakes_are_found_before_scoring(
         (["--best", "100000"], 2, "--best 100000: give a number"),
         (["--images", "nowhere"], 2, "--images nowhere: no such folder"),
         (["--out", "masks"], 2, "--out masks: is a folder"),
-        (["--out", "nowhere/x.html"], 1, "the folder nowhere does not exist"),
+        (["--out", "nowhere/x.html"], 2, "the folder nowhere does not exist"),
         (["--threshold", "2"], 2, "--threshold 2"),
         (["--alpha", "x"], 2, "--alpha x"),
         (["nowhere.h5"], 1, "nowhere.h5: no such seeds file"),

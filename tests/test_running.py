@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clipseed.cli import console
@@ -12,6 +14,8 @@ from clipseed.cli.console import Talker
 from clipseed.cli.main import main
 from clipseed.cli.running import RunOptions, prepare
 from clipseed.runtime.stream import StreamStats
+from clipseed.store.files import refuse_unwritable
+from clipseed.toy.dataset import save_devkit
 
 from conftest import picture
 
@@ -125,3 +129,108 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     talker.warn("b")
     talker.track("c", 10)(5)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed"])
+def test_a_shard_of_nothing_but_broken_images_files_its_report(
+    command: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So the other shards can finish the output."""
+    small = ["--points-per-side", "2", "--crop-layers", "0", "--checkpoint", "toy"]
+    if command == "sam-seed":
+        assert main([*CAM, "--allow-skipped"]) == 0
+    words = {
+        "cam": [*CAM, "--out", "out.h5"],
+        "sam-masks": ["sam-masks", "--dataset", "folder", "--images", "photos", *small, "--out", "out.h5"],
+        "sam-seed": ["sam-seed", "cams.h5", "--method", "pixel", "--out", "out"],
+    }[command]
+    if command == "sam-seed":
+        spoil_maps(photos / "cams.h5")
+    else:
+        (photos / "split.txt").write_text("2\n")
+        words += ["--split", "split.txt"]
+    assert main([*words, "--shard", "1/2", "--report", "first.json"]) == 3
+    first = json.loads((photos / "first.json").read_text())
+    assert (first["computed"], first["open_shards"]) == (0, 1)
+    assert first["skipped"]
+    assert main([*words, "--shard", "1/2", "--allow-skipped"]) == 0
+    assert main([*words, "--shard", "2/2", "--report", "second.json"]) == 0
+    assert json.loads((photos / "second.json").read_text())["open_shards"] == 0
+    capsys.readouterr()
+    assert main([*words]) == 1  # the whole may not be skipped
+    assert "could be used" in capsys.readouterr().err
+
+
+def spoil_maps(path: Path) -> None:
+    """Seeds whose every map is not a number, with valid checksums."""
+    from clipseed.store.reader import Seeds
+    from clipseed.store.records import SeedMap
+    from clipseed.store.seed_writer import SeedWriter
+
+    with Seeds(path) as seeds:
+        manifest, records = seeds.manifest, [seeds[key] for key in seeds]
+    path.unlink()
+    with SeedWriter(path, manifest, "float16", 64) as writer:
+        writer.write(0, [SeedMap(r.id, r.classes, np.full_like(r.cam, np.nan), r.size) for r in records])
+        writer.finish([r.id for r in records])
+
+
+def test_toy_weights_on_photographs(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = "warning: the toy weights know only the built-in world; maps of photographs mean nothing"
+    main(CAM)
+    told = capsys.readouterr().err
+    assert told.count(warning) == 1
+    assert told.index(warning) < told.index(" to do")  # before the work
+    with (photos / "labels.csv").open("a") as labels:
+        labels.write("0,tree\n")
+    assert main(["prompts", *CAM[1:]]) == 0
+    assert warning in capsys.readouterr().err
+    assert main(["cam", "--dataset", "toy", "--limit", "1", "--weights", "toy", "--out", "toy.h5"]) == 0
+    save_devkit(photos / "devkit", 0, 1)
+    saved = ["cam", "--dataset", "voc", "--root", "devkit", "--split", "val", "--classes", "toy", "--out", "saved.h5"]
+    assert main([*saved, "--weights", "toy"]) == 0
+    assert warning not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ([*CAM, "--report"], "--report"),
+        (["crf", "cams.h5", "--report"], "--report"),
+        (["evaluate", "cams.h5", "--csv"], "--csv"),
+        (["prompts", *CAM[1:], "--csv"], "--csv"),
+        (["inspect", "cams.h5", "--preview"], "--preview"),
+        (["report", "cams.h5", "--out"], "--out"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    words: list[str], option: str, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the permissions say to root: here every file in the folder is refused by the system."""
+    (photos / "ro").mkdir()
+    real = Path.touch
+
+    def touch(path: Path, *rest: object) -> None:
+        if path.parent.name == "ro":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        real(path)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    for place, reason in (
+        ("ro/r.json", f"cannot be written (Read-only file system); choose another {option}"),
+        ("nowhere/r.json", "the folder nowhere does not exist"),
+        ("photos", "is a folder, a device or a pipe; give the name of a file"),
+    ):
+        assert main([*words, place]) == 2
+        assert capsys.readouterr().err == f"error: {option} {place}: {reason}\n"
+    assert not (photos / "cams.h5").exists()
+
+
+def test_looking_whether_a_file_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "new.json", "--report")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old.json").write_text("old")
+    refuse_unwritable(tmp_path / "old.json", "--report")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    refuse_unwritable(None, "--report")

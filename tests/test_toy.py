@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipseed.cli.main import main
 from clipseed.clip.model import toy_weights_path
+from clipseed.errors import InputError
 from clipseed.store.reader import open_seeds
 from clipseed.toy.captions import CONCEPTS, Captioner, Description, concept_targets, hue_name
 from clipseed.toy.dataset import HELD_OUT_COUNT
@@ -172,24 +175,79 @@ def test_the_tiny_clip_keeps_its_promises() -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "demo"
-    assert main(["demo", "--out", str(out), "--limit", "40", "--json", "--device", "cpu"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert [stage["name"] for stage in data["stages"]] == ["gradcam", "cam", "caa", "crf", "sam"]
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--scenes", "30", "--json", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    data = json.loads(shown.out)
+    assert [stage["name"] for stage in data["stages"]] == ["gradcam", "cam", "caa", "crf", "sam-seed"]
     scores = [stage["miou"] for stage in data["stages"]]
     assert scores == sorted(scores)  # every step is worth something
     assert scores[0] > 0.05
     assert scores[2] > scores[1] + 0.08
     assert scores[3] > 0.6
     assert scores[4] > scores[3] + 0.03  # segments know where things end
-    assert data["stages"][1]["images"] == 40
-    assert (out / "preview.png").stat().st_size > 10_000
-    assert len(open_seeds(out / "cams.h5")) == 40
-    assert main(["demo", "--out", str(out), "--limit", "5", "--device", "cpu"]) == 0  # replaces the earlier one
-    text = capsys.readouterr().out
-    assert "toy world, 5 images" in text
-    assert "softmax-GradCAM" in text
+    assert [stage["images"] for stage in data["stages"]] == [30] * 5
+    assert len(open_seeds("demo/cams.h5")) == 30
+    assert shown.err.startswith("5 stages on 30 scenes of the built-in world, about ")
+    assert data["previews"] == ["demo/pseudo-labels.png", "demo/maps.png"]
+    for preview in data["previews"]:
+        assert f"{preview}: " in shown.err
+        with Image.open(preview) as sheet:
+            assert sheet.height > 5 * 200
+    # The commands that it ends with work as they are printed.
+    printed = [line.strip() for line in shown.err[shown.err.index("Try next:") :].splitlines()[1:]]
+    assert [line.split("#")[0].split(" -m ")[-1].split()[1] for line in printed] == ["report", "inspect", "demo"]
+    for line in printed:
+        words = shlex.split(line, comments=True)
+        words = words[words.index("clipseed") + 1 :] if "clipseed" in words else words[1:]
+        assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "warning" not in told
+    assert "demo/devkit: 300 images as a VOC devkit" in told
+    assert Path("demo/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_demo_tells_every_score_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later stage that fails takes no score away; another demo replaces what an earlier one made."""
+    from clipseed.jobs import demo
+
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--scenes", "4", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[0].startswith("toy world, 4 images")
+    assert [line.split()[0] for line in text[2:]] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("no segments today")
+
+    monkeypatch.setattr(demo, "run_sam_masks", fail)
+    assert main(["demo", "--out", str(out), "--scenes", "4", "--device", "cpu"]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["1/5", "2/5", "3/5", "4/5"]
+
+
+def test_demo_takes_as_many_scenes_as_are_scored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--scenes", "301"]) == 2
+    assert "--scenes 301: the demo scores up to 300; --save-dataset writes any number" in capsys.readouterr().err
+
+
+def test_maps_are_shown_in_the_colours_of_their_classes() -> None:
+    from clipseed.report.overlay import label_overlay, maps_overlay
+
+    image = np.full((2, 3, 3), 100, np.uint8)
+    maps = np.zeros((2, 2, 3), np.float32)
+    maps[0, 0, 0], maps[1, 0, 0], maps[1, 1, 2], maps[1, 0, 1] = 1.0, 0.5, 1.0, 0.4
+    shown = maps_overlay(image, maps, np.array([3, 7], np.int32), strength=0.6)
+    labels = np.array([[4, 0, 0], [0, 0, 8]], np.uint8)
+    whole = label_overlay(image, labels, strength=0.6)
+    np.testing.assert_array_equal(shown[labels > 0], whole[labels > 0])
+    np.testing.assert_array_equal(shown[1, :2], image[1, :2])
+    part = label_overlay(image, np.full((2, 3), 8, np.uint8), strength=0.6 * 0.4)
+    np.testing.assert_array_equal(shown[0, 1], part[0, 1])
+    np.testing.assert_array_equal(maps_overlay(image, maps[:0], np.zeros(0, np.int32)), image)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipseed.clip import FrozenClip
-from clipseed.clip.architecture import decide_activation, supported_models
+from clipseed.clip.architecture import decide_activation, round_linear_weights, supported_models
 from clipseed.clip.checkpoint import file_sha256, read_checkpoint
 from clipseed.clip.model import local_weights, pick_device, pick_dtype
 from clipseed.errors import UsageError, WeightsError
@@ -280,3 +280,61 @@ def test_devices_and_precisions() -> None:
             pick_device("cuda")
     with pytest.raises(UsageError, match="--precision"):
         pick_dtype("int8", torch.device("cpu"))
+
+
+class Renamed(torch.nn.Module):
+    """What a module of another library version may be: the same parameters, in a class that nobody knows."""
+
+    def __init__(self, module: torch.nn.Module, names: dict[str, str] | None = None) -> None:
+        super().__init__()
+        for name, value in module.named_parameters(recurse=False):
+            self.register_parameter((names or {}).get(name, name), value)
+        for name, child in module.named_children():
+            self.add_module(name, Renamed(child, names))
+
+
+def released_names(model: torch.nn.Module) -> set[str]:
+    """What OpenAI's convert_weights makes half precision, by the classes of modules as it does."""
+    from torch import nn
+
+    names = set()
+    for prefix, module in model.named_modules():
+        parts = ["text_projection", "proj"]
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            parts += ["weight", "bias"]
+        if isinstance(module, nn.MultiheadAttention):
+            parts += ["in_proj_weight", "in_proj_bias"]
+        own = dict(module.named_parameters(recurse=False))
+        names |= {f"{prefix}.{part}".removeprefix(".") for part in parts if part in own}
+    return names
+
+
+def test_released_rounding_goes_by_names() -> None:
+    model = tiny_model()
+    expected = released_names(model)
+    assert len(expected) == 3 + 5 * 8  # conv1, two projections, and eight of each of the five blocks
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(1e-4 * torch.rand_like(value))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for given in (model, Renamed(model)):
+        for name, value in given.named_parameters():
+            value.data = before[name].clone()
+        round_linear_weights(given)
+        after = dict(given.named_parameters())
+        assert after.keys() == before.keys()
+        assert {name for name in before if not torch.equal(before[name], after[name])} == expected
+        for name in expected:
+            assert torch.equal(after[name], before[name].half().float())
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        ({"in_proj_weight": "qkv_weight"}, "transformer.resblocks.0.attn.in_proj_weight"),
+        ({"proj": "projection"}, "visual.proj"),
+    ],
+)
+def test_weights_that_are_elsewhere_are_not_left_unrounded(names: dict[str, str], missing: str) -> None:
+    with pytest.raises(WeightsError, match=f"this model has no '{missing}'"):
+        round_linear_weights(Renamed(tiny_model(), names))

@@ -1,4 +1,4 @@
-"""Option groups: options that several commands share are the fields of one dataclass, declared once with its defaults."""
+"""Option groups: what several commands share are the fields of one dataclass, declared once with its defaults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
 
     run.__signature__ = inspect.Signature(options, return_annotation=int)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options} | {"return": int}
-    del run.__wrapped__  # type: ignore[attr-defined]  # whoever asks for the signature gets the options
+    del run.__wrapped__  # whoever asks for the signature gets the options
     return run
 
 

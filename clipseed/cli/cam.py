@@ -9,12 +9,14 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker
-from clipseed.cli.running import RunOptions, prepare, rate
+from clipseed.cli.running import Running, RunOptions, prepare, rate, warn_of_toy_weights
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
+    from clipseed.data.types import ImageSet
     from clipseed.jobs.cam import CamReport
     from clipseed.jobs.tags import TagReport
+    from clipseed.runtime.stream import Advance
 
 
 def register(app: typer.Typer) -> None:
@@ -84,6 +86,7 @@ def cam(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -113,7 +116,8 @@ def cam(
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")
-    run = prepare("cam", RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet))
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
+    run = prepare("cam", chosen)
     options = CamOptions(
         data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), refine=cast("Any", refine),
         box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
@@ -128,9 +132,7 @@ def cam(
     try:
         done = run_cam(
             options,
-            lambda image_set, todo, found: run.start(
-                todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples)
-            ),
+            lambda image_set, todo, found: _start(run, weights, image_set, todo, found),
             lambda image_set, todo, _: _start_tags(talker, todo),
         )
     finally:
@@ -143,6 +145,11 @@ def cam(
         f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
     return run.finish(done, summary, _facts(done))
+
+
+def _start(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
+    warn_of_toy_weights(run.talker, weights, image_set)
+    return run.start(todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples))
 
 
 def _start_tags(talker: Talker, todo: int) -> Any:

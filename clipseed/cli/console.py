@@ -108,13 +108,30 @@ def print_json(data: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write aligned columns to stdout: the first to the left, the others to the right; plain text, safe to pipe."""
-    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+class TableRows:
+    """Aligned columns on stdout, row by row: the first to the left, the others to the right; plain text, safe to pipe.
+
+    ``widths`` are the least ones; rows of the same table that are known later may be wider and stand out.
+    """
+
+    def __init__(self, header: Sequence[str], widths: Sequence[int]) -> None:
+        self._widths = [max(len(name), width) for name, width in zip(header, widths, strict=True)]
+        self.add(header)
+        self.add(["-" * width for width in self._widths])
+
+    def add(self, row: Sequence[str]) -> None:
+        """Write one row."""
+        first, *others = zip(row, self._widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
-    sys.stdout.flush()
+        sys.stdout.flush()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table whose rows are all known."""
+    table = TableRows(header, [max((len(row[k]) for row in rows), default=0) for k in range(len(header))])
+    for row in rows:
+        table.add(row)
 
 
 def percent(fraction: float | None) -> str:

@@ -69,6 +69,7 @@ def crf(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -82,9 +83,8 @@ def crf(
     from clipseed.jobs.stages import newest_output
     from clipseed.refine.crf import crf_parameters
 
-    chosen = RunOptions(
-        shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, engines=("torch", "pydensecrf")
-    )
+    engines = ("torch", "pydensecrf")
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped, engines)
     run = prepare("crf", chosen)
     if source is None:
         source = newest_output(Path(), "crf")

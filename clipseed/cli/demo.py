@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, percent, print_json, print_table
+from clipseed.cli.console import TableRows, Talker, duration, percent, print_json
 from clipseed.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipseed.jobs.demo import Stage
+
+_SCENES = 60
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +28,17 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's files.", rich_help_panel=shared.OUTPUT)] = Path(
         "demo"
     ),
-    limit: shared.Limit = None,
+    scenes: Annotated[
+        Optional[int],
+        typer.Option(
+            "--scenes",
+            "--limit",
+            help=f"How many scenes (default: {_SCENES}; with --save-dataset 300, as in the tables of docs/).",
+            min=1,
+            rich_help_panel=shared.DATA,
+            show_default=False,
+        ),
+    ] = None,
     device: shared.Device = "auto",
     save_dataset: Annotated[
         Optional[Path],
@@ -44,36 +61,88 @@ def demo(
     if save_dataset is None and save_seed:
         raise UsageError("--save-seed says which scenes --save-dataset writes; the demo itself runs on the scored ones")
     if save_dataset is not None:
-        return _save(talker, save_dataset, save_seed, limit)
-    from clipseed.jobs.demo import run_demo
+        return _save(talker, save_dataset, save_seed, scenes)
+    from clipseed.jobs.demo import STAGES, expected_seconds, run_demo
+    from clipseed.toy.dataset import HELD_OUT_COUNT
+
+    count = scenes or _SCENES
+    if count > HELD_OUT_COUNT:
+        raise UsageError(f"--scenes {count}: the demo scores up to {HELD_OUT_COUNT}; --save-dataset writes any number")
+    talker.note(
+        f"{len(STAGES)} stages on {count} scenes of the built-in world, about {duration(expected_seconds(count))} on "
+        "two idle cores; Ctrl-C stops it"
+    )
+    titles = [_title(number, len(STAGES), title) for number, (_, title) in enumerate(STAGES, start=1)]
+    columns = (f"toy world, {count} images", "mIoU %", "threshold", "images/s", "file")
+    widths = (max(map(len, (columns[0], *titles))), 6, 9, 8, len(str(out / "cams-caa.h5")))
+    table = None if json else TableRows(columns, widths)
+
+    def tell(stage: Stage) -> None:
+        if table is None:
+            talker.note(f"{stage.name}: {percent(stage.report.scores.miou)} % mIoU")
+            return
+        threshold = "-" if stage.report.threshold is None else f"{stage.report.threshold:g}"
+        score = percent(stage.report.scores.miou)
+        table.add((titles[stage.number - 1], score, threshold, f"{stage.images_per_second:.1f}", str(stage.out)))
 
     try:
-        stages, preview = run_demo(out, limit, device, talker.track)
+        result = run_demo(
+            out,
+            count,
+            device,
+            lambda number, title, total: talker.track(_title(number, len(STAGES), title), total),
+            tell,
+        )
     finally:
         talker.close()
     if json:
-        print_json({"stages": [stage.as_dict() for stage in stages], "preview": str(preview)})
-    else:
-        rows = []
-        for s in stages:
-            threshold = "-" if s.report.threshold is None else f"{s.report.threshold:g}"
-            score = percent(s.report.scores.miou)
-            rows.append((f"{s.name}: {s.title}", score, threshold, f"{s.images_per_second:.1f}", str(s.out)))
-        print_table((f"toy world, {stages[0].report.images} images", "mIoU %", "threshold", "images/s", "file"), rows)
-    talker.note(f"{preview}: some maps over their pictures")
+        print_json({"stages": [s.as_dict() for s in result.stages], "previews": list(map(str, result.previews))})
+    labels, maps = result.previews
+    talker.note(
+        f"\n{labels}: images, their truth, maps and pseudo-labels\n{maps}: every map by itself\n\nTry next:\n"
+        + "\n".join(f"  {line}" for line in _next_commands(out))
+    )
     return 0
 
 
-def _save(talker: Talker, folder: Path, seed: int, limit: int | None) -> int:
+def _title(number: int, of: int, title: str) -> str:
+    return f"{number}/{of} {title}"
+
+
+def _next_commands(out: Path) -> list[str]:
+    """Commands to go on with, as they can be typed here."""
+    import shlex
+
+    program, folder = _program(), shlex.quote(str(out))
+    return [
+        f"{program} report {folder}/cams.h5 {folder}/cams-caa.h5 {folder}/pseudo {folder}/seeds "
+        f"--out {folder}/report.html",
+        f"{program} inspect {folder}/cams-caa.h5 --preview {folder}/more.png --count 12",
+        f"{program} demo --save-dataset {folder}/devkit  # a VOC devkit to try the other commands on",
+    ]
+
+
+def _program(*, anywhere: bool = False) -> str:
+    """How to call this program: by name where it is on the PATH, else as now, or so that it works ``anywhere``."""
+    if shutil.which("clipseed"):
+        return "clipseed"
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m clipseed"
+    return str(called.absolute() if anywhere else called)
+
+
+def _save(talker: Talker, folder: Path, seed: int, scenes: int | None) -> int:
     from clipseed.store.files import storage_errors
     from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit
 
-    with storage_errors(folder):
-        count = save_devkit(folder, seed, limit or HELD_OUT_COUNT)
+    with storage_errors(folder, "--save-dataset"):
+        count = save_devkit(folder, seed, scenes or HELD_OUT_COUNT)
+    program = _program(anywhere=True)
     talker.note(
-        f"{folder}: {count} pictures as a VOC devkit; try\n"
+        f"{folder}: {count} images as a VOC devkit; try\n"
         f"  cd {folder}\n"
-        "  clipseed cam --dataset voc --classes toy --weights toy --out cams.h5\n"
-        "  clipseed evaluate --gt SegmentationClass"
+        f"  {program} cam --dataset voc --classes toy --weights toy --out cams.h5\n"
+        f"  {program} evaluate --gt SegmentationClass"
     )
     return 0

@@ -9,6 +9,7 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table, some
+from clipseed.cli.running import exit_code
 
 if TYPE_CHECKING:
     from clipseed.jobs.evaluate_options import EvaluateReport
@@ -60,6 +61,7 @@ def evaluate(
     csv: Annotated[
         Optional[Path], typer.Option(help="Also write the table to this file.", rich_help_panel=shared.OUTPUT)
     ] = None,
+    allow_skipped: shared.AllowSkipped = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -73,8 +75,10 @@ def evaluate(
     from clipseed.jobs.evaluate import evaluate as run_evaluate
     from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.stages import newest_output
+    from clipseed.store.files import refuse_unwritable
 
-    talker = Talker(quiet)
+    talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
+    refuse_unwritable(csv, "--csv")
     chosen = prediction or newest_output(Path())
     if prediction is None:
         talker.note(f"scoring {chosen}")
@@ -94,7 +98,7 @@ def evaluate(
         print_json(report.as_dict())
     else:
         _print(report)
-    return 0 if report.complete else 3
+    return exit_code(talker, report.unscored, allowed)
 
 
 def _warn(talker: Talker, report: EvaluateReport) -> None:

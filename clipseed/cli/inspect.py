@@ -37,9 +37,11 @@ def inspect(
     from clipseed.jobs.inspect import inspect_seeds, write_preview
     from clipseed.jobs.inspect_masks import is_mask_cache
     from clipseed.jobs.stages import newest_output
+    from clipseed.store.files import refuse_unwritable
 
     if id and preview is None:
         raise UsageError("--id belongs to --preview")
+    refuse_unwritable(preview, "--preview")
     chosen = seeds or newest_output(Path())
     if is_mask_cache(chosen):
         return show(chosen, preview, count, tuple(id or ()), verify=verify, json=json, quiet=quiet)

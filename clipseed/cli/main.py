@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 
 from clipseed import __version__
+from clipseed.cli.options import with_values
 from clipseed.errors import ClipseedError
 from clipseed.runtime.threads import let_waiting_threads_sleep
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     _prepare_streams()
     try:
-        result = build_app()(words, standalone_mode=False)
+        result = build_app()(with_values(words), standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except ClipseedError as error:

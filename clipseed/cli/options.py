@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -10,6 +12,8 @@ import typer
 from clipseed.errors import UsageError
 
 _MOST_WORKERS = 1024
+ANY = "any"
+"""What ``--allow-skipped`` alone stands for."""
 DATA = "Data set"
 MODEL = "Model"
 RUN = "Run"
@@ -108,6 +112,17 @@ RunReport = Annotated[
         show_default=False,
     ),
 ]
+AllowSkipped = Annotated[
+    Optional[str],
+    typer.Option(
+        "--allow-skipped",
+        metavar="[N]",
+        help="End with 0, not 3, although up to N images (alone: any number) were left out.",
+        autocompletion=lambda: [ANY],
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start again, deleting what is there.", rich_help_panel=OUTPUT)
 ]
@@ -137,6 +152,37 @@ def auto_or_number(text: str, option: str) -> int | None:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise UsageError(f"{option} {text[:40]}: give auto or a number")
     return int(text)
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """A command line in which ``--allow-skipped`` without a number says ``any``.
+
+    Typer knows no option whose value may be left out, so the word after it decides: digits, or ``any``, are its value.
+    """
+    filled = list(words)
+    for k, word in enumerate(words):
+        if word == "--":
+            break
+        following = words[k + 1] if k + 1 < len(words) else ""
+        if word == "--allow-skipped" and following != ANY and not (following.isascii() and following.isdigit()):
+            filled[k] = f"{word}={ANY}"
+    return filled
+
+
+def allowed_skips(text: str | None) -> float:
+    """``--allow-skipped``: how many inputs may be left out, infinity for any number.
+
+    Raises:
+        UsageError: not a number.
+    """
+    if text is None:
+        return 0
+    if text == ANY:
+        return math.inf
+    number = auto_or_number(text, "--allow-skipped")
+    if number is None:
+        raise UsageError(f"--allow-skipped {text}: give a number, or nothing for any number")
+    return number
 
 
 def given(**options: Any) -> dict[str, Any]:

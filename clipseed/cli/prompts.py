@@ -9,6 +9,7 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table, some
+from clipseed.cli.running import exit_code, warn_of_toy_weights
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
@@ -65,6 +66,7 @@ def prompts(
     csv: Annotated[
         Optional[Path], typer.Option(help="Write all numbers to this CSV file.", rich_help_panel=shared.OUTPUT)
     ] = None,
+    allow_skipped: shared.AllowSkipped = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -80,7 +82,10 @@ def prompts(
     """
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.prompts import PromptOptions, run_prompts
+    from clipseed.store.files import refuse_unwritable
 
+    allowed = shared.allowed_skips(allow_skipped)
+    refuse_unwritable(csv, "--csv")
     data = DatasetOptions(
         dataset=dataset, root=root, images=images, split=split, labels=labels, classes=classes,
         templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
@@ -93,7 +98,7 @@ def prompts(
     )  # fmt: skip
     talker = Talker(quiet)
     try:
-        report = run_prompts(options, lambda image_set, todo, _: _start(talker, image_set, todo))
+        report = run_prompts(options, lambda image_set, todo, _: _start(talker, weights, image_set, todo))
     finally:
         talker.close()
     if json:
@@ -101,13 +106,14 @@ def prompts(
     else:
         _print(report)
     _tell(talker, report, csv, synonyms)
-    return 3 if report.skipped else 0
+    return exit_code(talker, len(report.skipped), allowed)
 
 
-def _start(talker: Talker, image_set: ImageSet, todo: int) -> Any:
+def _start(talker: Talker, weights: str | None, image_set: ImageSet, todo: int) -> Any:
     talker.note(
         f"{image_set.name} {image_set.split}: {todo} of {len(image_set.samples)} pictures show two classes or more"
     )
+    warn_of_toy_weights(talker, weights, image_set)
     track = talker.track("prompts", todo)
     return lambda count, _: track(count)
 

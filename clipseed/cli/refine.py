@@ -77,6 +77,7 @@ def caa(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -89,8 +90,9 @@ def caa(
     from clipseed.refine.caa import CaaOptions
 
     constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     return _run(
-        "caa", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
+        "caa", source, chosen,
         out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images,
         weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
@@ -118,6 +120,7 @@ def js(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -127,8 +130,9 @@ def js(
     from clipseed.refine.caa import CaaOptions
 
     constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     return _run(
-        "js", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
+        "js", source, chosen,
         out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
         images=images, weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
@@ -156,6 +160,7 @@ def par(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -169,8 +174,9 @@ def par(
 
     steps = shared.whole_numbers(dilations, "--dilations")
     constants = ParOptions(iterations, steps, sharpness, position_weight)
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     return _run(
-        "par", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
+        "par", source, chosen,
         out=out, par=constants, images=images, device=device, batch_size=batch_size,
         workers=workers, overwrite=overwrite,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, percent, print_json, print_table
 from clipseed.cli.evaluate import SCORE
+from clipseed.cli.running import exit_code
 
 if TYPE_CHECKING:
     from clipseed.jobs.report import ReportResult
@@ -73,6 +74,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file to write.", rich_help_panel=shared.OUTPUT)] = Path(
         "report.html"
     ),
+    allow_skipped: shared.AllowSkipped = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
@@ -86,8 +88,10 @@ def report(
     from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.report import ReportOptions, write_report
     from clipseed.jobs.stages import newest_output
+    from clipseed.store.files import refuse_unwritable
 
-    talker = Talker(quiet)
+    talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
+    refuse_unwritable(out, "--out")
     chosen = tuple(inputs) if inputs else (newest_output(Path()),)
     scoring = EvaluateOptions(
         prediction=chosen[0], gt=gt, classes=classes, split=split, threshold=threshold,
@@ -106,7 +110,7 @@ def report(
     else:
         _print(result)
     talker.note(f"{out}: the page")
-    return 0 if result.complete else 3
+    return exit_code(talker, result.unscored, allowed)
 
 
 def _print(result: ReportResult) -> None:

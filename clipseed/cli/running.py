@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clipseed.cli.console import Talker, print_json, some, speed
-from clipseed.cli.options import auto_or_number
+from clipseed.cli.options import allowed_skips, auto_or_number
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
+    from clipseed.data.types import ImageSet
     from clipseed.runtime.cluster import ClusterOptions
     from clipseed.runtime.launch import Launch
     from clipseed.runtime.stream import Advance, StreamStats
@@ -31,7 +32,7 @@ class StreamReport(Protocol):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """``--shard``, ``--engine`` and its cluster, ``--report``, ``--json`` and ``--quiet`` as given."""
+    """``--shard``, ``--engine`` and its cluster, ``--report``, ``--json``, ``--quiet`` and ``--allow-skipped``."""
 
     shard: str | None = None
     engine: str = "local"
@@ -41,6 +42,7 @@ class RunOptions:
     report: Path | None = None
     json: bool = False
     quiet: bool = False
+    allow_skipped: str | None = None
     engines: tuple[str, ...] = ("local",)
     """Engines other than ray that this command knows."""
 
@@ -54,6 +56,8 @@ class Running:
     launch: Launch
     cluster: ClusterOptions | None
     talker: Talker
+    allowed: float = 0
+    """How many images may be left out of a run that ends with 0."""
 
     def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
         """Say what there is to do, and give the progress callback."""
@@ -110,7 +114,7 @@ class Running:
         if self.options.json:
             print_json(data)
         # torchrun would stop the other processes for it.
-        return 3 if stats.skipped and self.launch.source != "torchrun" else 0
+        return exit_code(talker, len(stats.skipped), self.allowed) if self.launch.source != "torchrun" else 0
 
 
 def prepare(command: str, options: RunOptions) -> Running:
@@ -120,14 +124,14 @@ def prepare(command: str, options: RunOptions) -> Running:
         UsageError: an option means nothing.
     """
     from clipseed.runtime.launch import Launch, find_share
+    from clipseed.store.files import refuse_unwritable
 
     talker = Talker(options.quiet)
     cluster = _cluster(options)
     # A driver of Ray inside a Slurm allocation is one process, whatever the allocation's variables say.
     launch = find_share(options.shard) if cluster is None or options.shard else Launch()
-    if options.report is not None and not options.report.parent.is_dir():
-        raise UsageError(f"--report {options.report}: the folder {options.report.parent} does not exist")
-    return Running(command, options, launch, cluster, talker)
+    refuse_unwritable(options.report, "--report")
+    return Running(command, options, launch, cluster, talker, allowed_skips(options.allow_skipped))
 
 
 def _cluster(options: RunOptions) -> ClusterOptions | None:
@@ -144,6 +148,25 @@ def _cluster(options: RunOptions) -> ClusterOptions | None:
     if options.ray_address or workers or cpus:
         raise UsageError("--ray-address, --ray-workers and --ray-cpus belong to --engine ray")
     return None
+
+
+def exit_code(talker: Talker, left_out: int, allowed: float) -> int:
+    """0, or 3 where more images than ``--allow-skipped`` allows were skipped or not scored."""
+    if left_out <= allowed:
+        return 0
+    if allowed:
+        talker.warn(f"--allow-skipped {allowed:g}: {left_out} images were left out, so the exit code is 3")
+    return 3
+
+
+def warn_of_toy_weights(talker: Talker, weights: str | None, image_set: ImageSet) -> None:
+    """Say that the built-in weights are of no use for other images than those of the built-in world."""
+    from clipseed.clip.model import TOY_WEIGHTS
+    from clipseed.toy.dataset import is_toy_id
+
+    # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
+    if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):
+        talker.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
 
 
 def rate(report: StreamReport) -> str:

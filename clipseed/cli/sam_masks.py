@@ -144,6 +144,7 @@ def sam_masks(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -164,7 +165,8 @@ def sam_masks(
     from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
     from clipseed.jobs.stages import newest_output
 
-    run = prepare("sam-masks", RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet))
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
+    run = prepare("sam-masks", chosen)
     data = None
     if dataset is not None:
         data = PictureOptions(dataset, root, images, split, exif, max_pixels, limit)

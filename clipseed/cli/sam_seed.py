@@ -94,6 +94,7 @@ def sam_seed(
     ray_workers: shared.RayWorkers = "auto",
     ray_cpus: shared.RayCpus = "auto",
     overwrite: shared.Overwrite = False,
+    allow_skipped: shared.AllowSkipped = None,
     report: shared.RunReport = None,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -113,7 +114,8 @@ def sam_seed(
     from clipseed.jobs.stages import newest_output
     from clipseed.pseudo.rules import RuleOptions
 
-    run = prepare("sam-seed", RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet))
+    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
+    run = prepare("sam-seed", chosen)
     if source is None:
         source = newest_output(Path(), "sam-seed")
         run.talker.note(f"reading {source}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -191,18 +192,34 @@ def _check_fit(state: dict[str, Tensor], expected: dict[str, Tensor], checkpoint
         )
 
 
+_STAY = re.compile(
+    r"(ln_\w+|\w*norm\w*|ls_\d+|\w*embed\w*|shared|relative_attention_bias|logit_scale|logit_bias)", re.I
+)
+"""Parts of the names of parameters that CLIP's loader leaves in single precision: norms, embeddings, scales."""
+_BLOCK = re.compile(r"((?:.*\.)?resblocks\.\d+)\.")
+_IN_BLOCK = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias",
+             "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")  # fmt: skip
+
+
 def round_linear_weights(model: nn.Module) -> None:
     """Round convolution, linear, attention and projection weights to half precision in place, as CLIP's loader does.
 
-    Nothing changes for OpenAI's checkpoints, which are half precision there already; norms and embeddings stay.
+    Nothing changes for OpenAI's checkpoints, which are half precision there already; norms and embeddings stay. The
+    loader goes by the classes of modules. Names are those of the checkpoints, so they do not change with open_clip.
+
+    Raises:
+        WeightsError: a weight of this kind is not where checkpoints have it.
     """
-    for module in model.modules():
-        names: tuple[str, ...] = ("text_projection", "proj")
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            names = (*names, "weight", "bias")
-        elif isinstance(module, nn.MultiheadAttention):
-            names = (*names, "in_proj_weight", "in_proj_bias")
-        for name in names:
-            value = getattr(module, name, None)
-            if isinstance(value, nn.Parameter):
-                value.data = value.data.half().float()
+    parameters = dict(model.named_parameters())
+    blocks = {found[1] for found in map(_BLOCK.match, parameters) if found}
+    expected = {"visual.conv1.weight", "visual.proj", "visual.transformer.resblocks.0.attn.in_proj_weight"}
+    expected |= {f"{block}.{name}" for block in blocks for name in _IN_BLOCK}
+    missing = sorted(expected - parameters.keys())
+    if missing:
+        raise WeightsError(
+            f"--paper rounds weights by name, and this model has no {missing[0]!r}; is its open_clip too new for "
+            "clipseed? (see clipseed doctor)"
+        )
+    for name, value in parameters.items():
+        if not any(map(_STAY.fullmatch, name.split("."))):
+            value.data = value.data.half().float()

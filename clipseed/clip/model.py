@@ -252,7 +252,7 @@ def _from_tag(model: str, tag: str) -> tuple[Checkpoint, Activation, Pixels]:
             raise WeightsError(
                 f"--weights {tag}: cannot be downloaded from {where} ({reason}). Without network, fetch the file "
                 f"elsewhere and put it at {weights_folder() / f'{model}-{tag}.safetensors'} (or .bin, .pt), or name "
-                "it with --weights FILE; --weights toy needs no file"
+                "it with --weights FILE"
             ) from error
     activation: Activation = "quickgelu" if entry.get("quick_gelu") else "gelu"
     return read_checkpoint(path), activation, (tuple(entry["mean"]), tuple(entry["std"]))

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clipseed.cam.methods import Method
 from clipseed.data.dataset import DatasetOptions
+from clipseed.evaluate.sources import MaskFolder
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.evaluate import evaluate
@@ -20,20 +23,40 @@ from clipseed.jobs.refine_options import RefineOptions
 from clipseed.jobs.sam_masks import run_sam_masks
 from clipseed.jobs.sam_options import SamMasksOptions
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
+from clipseed.jobs.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
+from clipseed.report.overlay import contact_sheet, label_overlay, maps_overlay
 from clipseed.runtime.stream import StreamStats
 from clipseed.sam.options import FMA
-from clipseed.store.files import storage_errors
+from clipseed.store.files import replacing, storage_errors
+from clipseed.store.reader import Seeds
+from clipseed.toy.dataset import HELD_OUT_SEED, toy_scene
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)
 """FMA-WSSS's settings for pictures of 200 pixels: fewer points, no crops."""
 
 
+STAGES = (
+    ("gradcam", "plain Grad-CAM, to compare with"),
+    ("cam", "softmax-GradCAM (CLIP-ES)"),
+    ("caa", "CAA: maps spread along attention"),
+    ("crf", "dense CRF on the maps of CAA"),
+    ("sam-seed", "SAM segments on the maps of CAA"),
+)
+"""Name and title of every stage, in order."""
+_SHOWN = 5
+
+
+def expected_seconds(scenes: int) -> float:
+    """About how long the demo takes on two idle cores: measured 60 s for 60 scenes, of them 6 s to start."""
+    return 6 + 0.9 * scenes
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One step of the demo: its name, output, score and speed."""
+    """One step of the demo: its number from 1, name, output, score and speed."""
 
+    number: int
     name: str
-    title: str
     out: Path
     report: EvaluateReport
     images_per_second: float
@@ -50,36 +73,47 @@ class Stage:
         }
 
 
-Work = Callable[[Path, Path, "Progress"], StreamStats]
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made: its stages, and the overlays of pseudo-labels and of maps."""
+
+    stages: list[Stage]
+    previews: tuple[Path, Path]
+
+
+Begin = Callable[[int, str, int], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: told the number of pictures, returns the callback that advances."""
+    """How far a stage is: told the number of images, returns the callback that advances."""
 
+    number: int
     title: str
-    begin: Callable[[str, int], Callable[[int], None]]
+    begin: Begin
 
-    def __call__(self, todo: int) -> Callable[[int, StreamStats], None]:
-        """Begin."""
-        advance = self.begin(self.title, todo)
+    def __call__(self, todo: int, part: str = "") -> Callable[[int, StreamStats], None]:
+        """Begin, ``part`` naming what a stage of several parts is at."""
+        advance = self.begin(self.number, f"{self.title}{part}", todo)
         return lambda count, stats: advance(count)
 
 
-def run_demo(
-    folder: Path, limit: int | None, device: str, begin: Callable[[str, int], Callable[[int], None]]
-) -> tuple[list[Stage], Path]:
-    """Run all stages on the toy set into ``folder``; returns their scores and the overlay picture.
+Work = Callable[[Path, Path, Progress], StreamStats]
+
+
+def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callable[[Stage], None]) -> DemoResult:
+    """Run all stages on the toy set into ``folder``.
 
     Args:
         folder: Made when missing; outputs of an earlier demo are replaced.
-        limit: Only the first so many scenes.
+        scenes: How many of the scored scenes.
         device: As everywhere.
-        begin: Called with a stage's title and its number of pictures; returns what advances the progress display.
+        begin: Called with a stage's number, title and number of images; returns what advances the progress display.
+        tell: Called with every stage when it has been scored.
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = DatasetOptions(dataset="toy", limit=limit)
+    data = DatasetOptions(dataset="toy", limit=scenes)
 
     def cam(method: Method) -> Work:
         def work(source: Path, out: Path, progress: Progress) -> StreamStats:
@@ -97,25 +131,49 @@ def run_demo(
         return run_crf(options, lambda todo, done: progress(todo)).stats
 
     def sam(source: Path, out: Path, progress: Progress) -> StreamStats:
-        segments = SamMasksOptions(folder / "masks.h5", seeds=source, proposals=GRID, device=device, overwrite=True)
-        run_sam_masks(segments, lambda todo, done: progress(todo))
-        options = SamSeedOptions(source, folder / "masks.h5", out, workers=0, overwrite=True)
-        return run_sam_seed(options, lambda todo, done: Progress("+ SAM-based seeding", begin)(todo)).stats
+        segments = SamMasksOptions(folder / MASKS_OUTPUT, seeds=source, proposals=GRID, device=device, overwrite=True)
+        run_sam_masks(segments, lambda todo, done: progress(todo, ": segments"))
+        options = SamSeedOptions(source, folder / MASKS_OUTPUT, out, workers=0, overwrite=True)
+        return run_sam_seed(options, lambda todo, done: progress(todo, ": seeding")).stats
 
-    plan: tuple[tuple[str, str, str, str, Work], ...] = (
-        ("gradcam", "Grad-CAM (no competition)", "", "gradcam.h5", cam("gradcam")),
-        ("cam", "softmax-GradCAM with background words", "", "cams.h5", cam("softmax-gradcam")),
-        ("caa", "+ class-aware attention affinity", "cams.h5", "cams-caa.h5", caa),
-        ("crf", "+ dense CRF", "cams-caa.h5", "pseudo", crf),
-        ("sam", "instead: SAM's segments, SAM-based seeding", "cams-caa.h5", "seeds", sam),
+    maps, refined = folder / CAM_OUTPUT, folder / "cams-caa.h5"
+    plan: tuple[tuple[Path, Path, Work], ...] = (
+        (folder, folder / "gradcam.h5", cam("gradcam")),
+        (folder, maps, cam("softmax-gradcam")),
+        (maps, refined, caa),
+        (refined, folder / CRF_OUTPUT, crf),
+        (refined, folder / SEED_OUTPUT, sam),
     )
     stages: list[Stage] = []
-    for name, title, source, file, work in plan:
+    for number, ((name, title), (source, out, work)) in enumerate(zip(STAGES, plan, strict=True), start=1):
         began = time.perf_counter()
-        stats = work(folder / source, folder / file, Progress(title, begin))
+        stats = work(source, out, Progress(number, title, begin))
         seconds = time.perf_counter() - began
-        scores = evaluate(EvaluateOptions(prediction=folder / file), lambda total: begin("evaluate", total))
-        stages.append(Stage(name, title, folder / file, scores, stats.computed / seconds))
-    preview = folder / "preview.png"
-    write_preview(folder / "cams-caa.h5", preview, count=5)
-    return stages, preview
+        scores = evaluate(EvaluateOptions(prediction=out))
+        stages.append(Stage(number, name, out, scores, stats.computed / seconds))
+        tell(stages[-1])
+    return DemoResult(stages, _write_previews(folder, refined))
+
+
+def _write_previews(folder: Path, refined: Path) -> tuple[Path, Path]:
+    """Overlays of some scenes: their truth, maps and pseudo-labels, and apart from it every map by itself."""
+    labels, maps = folder / "pseudo-labels.png", folder / "maps.png"
+    kinds = (("CRF", MaskFolder(folder / CRF_OUTPUT)), ("SAM", MaskFolder(folder / SEED_OUTPUT)))
+    with Seeds(refined) as seeds:
+        # Several classes show what the methods are for; the same scenes whatever their number.
+        chosen = [key for key in seeds if len(seeds.classes(key)) > 1][:_SHOWN] or list(seeds)[:_SHOWN]
+        rows = []
+        for key in chosen:
+            scene, cam = toy_scene(HELD_OUT_SEED, key), seeds[key]
+            image, names = scene.image(), ", ".join(seeds.class_names[k] for k in cam.classes)
+            faint = (0.35 * image + 0.65 * 255).astype(np.uint8)  # strong colours are the classes' alone
+            rows.append([
+                (names, image),
+                ("truth", label_overlay(faint, scene.mask())),
+                ("maps after CAA", maps_overlay(faint, cam.upsampled(), cam.classes)),
+                *((f"pseudo-label: {kind}", label_overlay(faint, masks.read(key))) for kind, masks in kinds),
+            ])  # fmt: skip
+    with replacing(labels) as temporary:
+        contact_sheet(rows).save(temporary, format="PNG")
+    write_preview(refined, maps, ids=tuple(chosen))
+    return labels, maps

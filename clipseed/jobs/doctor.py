@@ -142,7 +142,7 @@ def _weights(model: str, tag: str, network: bool) -> Iterator[Finding]:
         yield Finding(
             topic, "note",
             f"not here, and {_HUB} cannot be reached. Fetch {source} elsewhere and put the file at {place} "
-            "(.safetensors, .bin or .pt), or name it with --weights FILE. Until then: clipseed demo, or --weights toy",
+            "(.safetensors, .bin or .pt), or name it with --weights FILE. clipseed demo needs none of it",
         )  # fmt: skip
 
 

@@ -53,9 +53,9 @@ class EvaluateReport:
     excluded_pixels: int = 0
 
     @property
-    def complete(self) -> bool:
-        """Whether every prediction, and every picture of a split the user named, was scored."""
-        return not self.missing_ground_truth and not (self.split_given and self.missing_predictions)
+    def unscored(self) -> int:
+        """How many predictions, and images of a split that the user named, were not scored."""
+        return len(self.missing_ground_truth) + (len(self.missing_predictions) if self.split_given else 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``: fractions, ``None`` where there is no value."""

@@ -64,7 +64,7 @@ def stream_features(
 
     with DecodePool(loader, workers, ahead) as pool:
         queue = batches_in_flight(device)
-        return run_stream(tasks, pool, compute, lambda _, results: write(results), batch, advance, queue)
+        return run_stream(tasks, pool, compute, lambda _, results: write(results), batch, advance, queue=queue)
 
 
 def cut_units(samples: Sequence[Sample], device: torch.device) -> list[Sequence[Sample]]:

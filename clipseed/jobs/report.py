@@ -55,9 +55,9 @@ class ReportResult:
     entries: list[Entry] = field(default_factory=list)
 
     @property
-    def complete(self) -> bool:
-        """Whether everything was scored, for all inputs."""
-        return all(report.complete for report in self.reports)
+    def unscored(self) -> int:
+        """How many images were not scored, of the input that lacks most."""
+        return max((report.unscored for report in self.reports), default=0)
 
     @property
     def notes(self) -> list[tuple[str, str]]:

@@ -81,7 +81,7 @@ def run_sam_masks(options: SamMasksOptions, start: Start | None = None) -> SamMa
             hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
             with interruptible(lambda: hint):
                 stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done)
+            refuse_if_nothing(stats, writer.done, options.share)
             with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
                 finished = writer.finish(ids, stats.skipped)
     report = SamMasksReport(

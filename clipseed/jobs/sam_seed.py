@@ -136,7 +136,7 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
         ):
             advance = start(sum(len(task.samples) for task in tasks), found) if start else None
             stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
-        refuse_if_nothing(stats, writer.done)
+        refuse_if_nothing(stats, writer.done, options.share)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
             finished = writer.finish(stats.skipped)

@@ -37,6 +37,24 @@ def outlined(image: Pixels, labels: Pixels) -> Pixels:
     return np.where(edge[..., None], np.uint8(255), image)
 
 
+def maps_overlay(
+    picture: Pixels, maps: npt.NDArray[np.float32], classes: npt.NDArray[np.int32], strength: float = 0.85
+) -> Pixels:
+    """Blend maps ``(K, H, W)`` in [0, 1] over a picture, each in its class's colour, the stronger the more.
+
+    ``classes`` ``(K,)`` are class indices; colours are those of :func:`label_overlay`.
+    """
+    from clipseed.store.masks import voc_palette
+
+    if not len(maps):
+        return picture
+    strongest = maps.argmax(axis=0)
+    colour = voc_palette()[np.asarray(classes)[strongest] + 1]
+    weight = strength * maps.max(axis=0).clip(0, 1)[..., None]
+    blended: Pixels = (picture * (1 - weight) + colour * weight + 0.5).astype(np.uint8)
+    return blended
+
+
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 200) -> Image.Image:
     """Lay captioned pictures out in rows, all scaled to one height."""
     font = ImageFont.load_default(13)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from clipseed.errors import StoreError
+from clipseed.errors import StoreError, UsageError
 
 
 @contextlib.contextmanager
@@ -55,8 +55,8 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn operating-system errors into a :class:`StoreError` that names ``path`` and the way out."""
+def storage_errors(path: Path, option: str = "--out") -> Iterator[None]:
+    """Turn operating-system errors into a :class:`StoreError` that names ``path`` and the way out, ``option``."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -67,12 +67,35 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number == errno.ENOSPC or "errno = 28" in text:
             raise StoreError(f"{path}: the disk is full; free some space and run the same command again") from error
         if number in {errno.EACCES, errno.EROFS, errno.EPERM} or "errno = 13" in text or "errno = 30" in text:
-            raise StoreError(f"{path}: may not be written here (read-only?); choose another --out") from error
+            raise StoreError(f"{path}: may not be written here (read-only?); choose another {option}") from error
         if number == errno.ENOENT and not path.parent.is_dir():
             raise StoreError(f"{path}: the folder {path.parent} does not exist") from error
         if number == errno.ENAMETOOLONG:
             raise StoreError(f"{path}: the file name is too long for this file system") from error
         raise StoreError(f"{path}: cannot be written ({error})") from error
+
+
+def refuse_unwritable(path: Path | None, option: str) -> None:
+    """Find out before the work whether the file of an option can be written; ``None`` was not given.
+
+    Raises:
+        UsageError: it cannot, naming the option.
+    """
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path}: is a folder, a device or a pipe; give the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: the folder {path.parent} does not exist")
+    # Whether a folder can be written to is known for sure only by writing: to root, read-only mounts look writable.
+    probe = path.with_name(f".tmp-{os.getpid()}-probe-{_short(path.name)}")
+    try:
+        probe.touch()
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written ({error.strerror}); choose another {option}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def write_text(path: Path, content: str) -> None:

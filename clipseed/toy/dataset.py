@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ class _ToySamples(Sequence[Sample]):
 def toy_id(index: int) -> str:
     """Sample id of a scene."""
     return f"toy_{index:06d}"
+
+
+def is_toy_id(identifier: str) -> bool:
+    """Whether an id is that of a scene, drawn or saved as a devkit."""
+    return re.fullmatch(r"toy_\d{6,}", identifier) is not None
 
 
 def toy_scene(seed: int, identifier: str) -> Scene:
