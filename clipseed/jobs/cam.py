@@ -14,14 +14,24 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import METHODS, Method, compute_cams
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
+from clipseed.clip.model import (
+    DEFAULT_WEIGHTS,
+    TOY_WEIGHTS,
+    FrozenClip,
+    Precision,
+    pick_device,
+    same_model,
+    weights_location,
+)
 from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
+from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,
+    Loading,
     ViewLoader,
     default_workers,
     open_engine,
@@ -33,11 +43,12 @@ from clipseed.jobs.refine_options import caa_manifest, caa_options, refine_manif
 from clipseed.refine.caa import CaaOptions, caa
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
-from clipseed.runtime.work import Engine, Here, Work
+from clipseed.runtime.work import Deferred, Here, Work
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.share import WHOLE, Share
+from clipseed.store.writer import recorded_manifest
 
 if TYPE_CHECKING:
     from clipseed.jobs.tags import TagReport
@@ -104,7 +115,9 @@ class CamReport:
 Start = Callable[[ImageSet, int, int], Advance]
 
 
-def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start | None = None) -> CamReport:
+def run_cam(
+    options: CamOptions, start: Start | None = None, start_tags: Start | None = None, loading: Loading | None = None
+) -> CamReport:
     """Compute and store the class activation maps of a data set; resumes what an earlier run began.
 
     Args:
@@ -112,6 +125,7 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
         start: Called once with the data set, the number of pictures to do and the number done already; returns the
             progress callback.
         start_tags: The same for tagging pictures without labels, which comes first when the options ask for it.
+        loading: Called before the model is loaded; when there is nothing to do, it is not.
 
     Raises:
         ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported instead.
@@ -119,12 +133,12 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
     _check(options)
     image_set = open_dataset(options.data)
     recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
-    with contextlib.closing(open_engine(recipe, options.cluster)) as engine:
+    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), loading)) as engine:
         return _run(options, image_set, recipe, engine, start, start_tags)
 
 
 def _run(
-    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Engine[SeedMap], start: Start | None,
+    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[SeedMap], start: Start | None,
     start_tags: Start | None,
 ) -> CamReport:  # fmt: skip
     about = engine.about
@@ -136,15 +150,21 @@ def _run(
     with SeedWriter(
         options.out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
     ) as writer:
+        samples = {sample.id: sample for sample in image_set.samples}
+        reader = image_set.reader
+        replaced = writer.forget_replaced({key: reader.file(samples[key]) for key in writer.done & samples.keys()})
         tags = None
         if options.data.auto_labels:
             from clipseed.jobs.tags import tag_unlabelled
 
-            work = engine.work if isinstance(engine, Here) else recipe()
-            assert isinstance(work, CamWork)
-            image_set, tags = tag_unlabelled(options, image_set, work.clip, work.text, writer, start_tags)
-        samples = {sample.id: sample for sample in image_set.samples}
-        writer.forget_unlike({sample.id: sample.labels for sample in image_set.samples})
+            def tagger() -> tuple[FrozenClip, TextBank]:
+                work = engine.engine.work if isinstance(engine.engine, Here) else recipe()
+                assert isinstance(work, CamWork)
+                return work.clip, work.text
+
+            image_set, tags = tag_unlabelled(options, image_set, tagger, writer, replaced, start_tags)
+            samples = {sample.id: sample for sample in image_set.samples}
+        writer.forget_unlike({key: sample.labels for key, sample in samples.items()})
         ids = list(samples)
         mine = writer.share_of(ids)
         found = len(writer.done.intersection(mine))
@@ -259,6 +279,30 @@ class CamRecipe:
             return None
         return caa_options(self.options.caa, self.options.box_threshold, self.vocabulary.name, self.options.paper)
 
+    @property
+    def weights(self) -> str:
+        """Tag or file of the model's weights."""
+        options = self.options
+        return options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
+
+    def known(self) -> dict[str, Any] | None:
+        """What :meth:`CamWork.about` would say, if the output that is there was made with the same model."""
+        options = self.options
+        there = None if options.overwrite else recorded_manifest(options.out)
+        if there is None or not isinstance(there.get("model"), dict):
+            return None
+        model, device = there["model"], pick_device(options.device)
+        if not same_model(
+            model, options.model, self.weights, device, options.precision, released_rounding=options.paper
+        ):
+            return None
+        return {
+            "model": model,
+            "weights": weights_location(self.weights),
+            "device": str(device),
+            "unit": unit_size_for(device),
+        }
+
     def __call__(self) -> CamWork:
         """Load it."""
         return CamWork(self)
@@ -269,9 +313,8 @@ class CamWork(Work[LoadedViews, SeedMap]):
 
     def __init__(self, recipe: CamRecipe) -> None:
         options = self._options = recipe.options
-        weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
         self.clip = FrozenClip.load(
-            options.model, weights, options.device, options.precision, released_rounding=options.paper
+            options.model, recipe.weights, options.device, options.precision, released_rounding=options.paper
         )
         self.text = self.clip.encode_text(recipe.vocabulary)
         self._refinement, self._reader = recipe.refinement, recipe.reader
@@ -320,6 +363,6 @@ class CamWork(Work[LoadedViews, SeedMap]):
                 maps = caa(stored, batch.attention, self._refinement)
             self.counters["recomputed"] += batch.recomputed
         return [
-            SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size)
+            SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size, item.stamp)
             for item, row, cam in zip(items, labels, maps, strict=True)
         ]
