@@ -20,9 +20,6 @@ Out = Annotated[
     Optional[Path],
     typer.Option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).", rich_help_panel=shared.OUTPUT),
 ]
-Images = Annotated[
-    Optional[Path], typer.Option(help="Where the pictures are now, if they have moved.", rich_help_panel=shared.DATA)
-]
 Weights = Annotated[
     Optional[str],
     typer.Option(help="Where the same weights are now, if they have moved.", rich_help_panel=shared.MODEL),
@@ -65,7 +62,8 @@ def caa(
     power: Power = 2,
     boxes: Boxes = True,
     paper: Paper = None,
-    images: Images = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     weights: Weights = None,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
@@ -91,7 +89,7 @@ def caa(
     constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
     return _run(
         "caa", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
-        out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images,
+        out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images, root=root,
         weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
     )  # fmt: skip
@@ -106,7 +104,8 @@ def js(
     rounds: Rounds = 3,
     power: Power = 2,
     boxes: Boxes = True,
-    images: Images = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     weights: Weights = None,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
@@ -130,7 +129,7 @@ def js(
     return _run(
         "js", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
         out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
-        images=images, weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
+        images=images, root=root, weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
     )  # fmt: skip
 
@@ -146,7 +145,8 @@ def par(
     position_weight: Annotated[
         float, typer.Option(help="Weight of nearness beside likeness.", rich_help_panel=METHOD)
     ] = 0.01,
-    images: Images = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     device: shared.Device = "auto",
     batch_size: shared.BatchSize = "auto",
     workers: shared.Workers = "auto",
@@ -171,7 +171,7 @@ def par(
     constants = ParOptions(iterations, steps, sharpness, position_weight)
     return _run(
         "par", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
-        out=out, par=constants, images=images, device=device, batch_size=batch_size,
+        out=out, par=constants, images=images, root=root, device=device, batch_size=batch_size,
         workers=workers, overwrite=overwrite,
     )  # fmt: skip
 
@@ -189,7 +189,7 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
     given["workers"] = shared.workers_of(given["workers"])
     options = RefineOptions(cast("Any", method), source, share=run.launch.share, cluster=run.cluster, **given)
     try:
-        report = run_refine(options, run.start)
+        report = run_refine(options, run.start, lambda: run.loading(f"the model of {source}"))
     finally:
         run.talker.close()
     computed = report.stats.computed

@@ -19,6 +19,7 @@ from clipseed.clip.model import (
     TOY_WEIGHTS,
     FrozenClip,
     Precision,
+    model_name,
     pick_device,
     same_model,
     weights_location,
@@ -88,6 +89,16 @@ class CamOptions:
     tag_top_k: int | None = None
     share: Share = WHOLE
     cluster: ClusterOptions | None = None
+
+    @property
+    def chosen_weights(self) -> str:
+        """Tag or file of the model's weights."""
+        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else DEFAULT_WEIGHTS)
+
+    @property
+    def model_name(self) -> str:
+        """The model, for people."""
+        return model_name(self.model, self.chosen_weights)
 
 
 @dataclass
@@ -279,12 +290,6 @@ class CamRecipe:
             return None
         return caa_options(self.options.caa, self.options.box_threshold, self.vocabulary.name, self.options.paper)
 
-    @property
-    def weights(self) -> str:
-        """Tag or file of the model's weights."""
-        options = self.options
-        return options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
-
     def known(self) -> dict[str, Any] | None:
         """What :meth:`CamWork.about` would say, if the output that is there was made with the same model."""
         options = self.options
@@ -293,12 +298,12 @@ class CamRecipe:
             return None
         model, device = there["model"], pick_device(options.device)
         if not same_model(
-            model, options.model, self.weights, device, options.precision, released_rounding=options.paper
+            model, options.model, options.chosen_weights, device, options.precision, released_rounding=options.paper
         ):
             return None
         return {
             "model": model,
-            "weights": weights_location(self.weights),
+            "weights": weights_location(options.chosen_weights),
             "device": str(device),
             "unit": unit_size_for(device),
         }
@@ -314,7 +319,7 @@ class CamWork(Work[LoadedViews, SeedMap]):
     def __init__(self, recipe: CamRecipe) -> None:
         options = self._options = recipe.options
         self.clip = FrozenClip.load(
-            options.model, recipe.weights, options.device, options.precision, released_rounding=options.paper
+            options.model, options.chosen_weights, options.device, options.precision, released_rounding=options.paper
         )
         self.text = self.clip.encode_text(recipe.vocabulary)
         self._refinement, self._reader = recipe.refinement, recipe.reader

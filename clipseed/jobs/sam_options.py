@@ -78,6 +78,11 @@ class SamMasksOptions:
     cluster: ClusterOptions | None = None
 
     @property
+    def model_name(self) -> str:
+        """The model, for people."""
+        return f"SAM ({self.factory or Path(self.checkpoint or TOY).name})"
+
+    @property
     def method(self) -> str:
         """Where masks come from: ``grid``, ``points``, ``boxes`` or ``import``."""
         return "import" if self.existing is not None else self.prompt or "grid"
