@@ -355,7 +355,7 @@ def test_other_settings_are_refused(photos: Path, tmp_path: Path, capsys: pytest
     assert masks_of(*words, *FEW, "--points-per-batch", 2) == 0
     assert masks_of(*words, *FEW, "--points-per-batch", 5) == 0  # speed only
     assert masks_of(*words, "--preset", "stock", "--points-per-side", 4) == 1
-    assert "options.points_per_side: 3 there, 4 now" in capsys.readouterr().err
+    assert "--points-per-side 3 then, 4 now" in capsys.readouterr().err
     assert masks_of(*words, "--preset", "stock", "--points-per-side", 4, "--overwrite") == 0
 
 

@@ -132,7 +132,7 @@ def cam(
                 todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples)
             ),
             lambda image_set, todo, _: _start_tags(talker, todo),
-            lambda: run.loading(options.model_name),
+            run.loading,
         )
     finally:
         talker.close()

@@ -129,8 +129,8 @@ def js(
     return _run(
         "js", source, RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet),
         out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
-        images=images, root=root, weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
-        overwrite=overwrite,
+        images=images, root=root, weights=weights, device=device, precision=precision, batch_size=batch_size,
+        workers=workers, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
     given["workers"] = shared.workers_of(given["workers"])
     options = RefineOptions(cast("Any", method), source, share=run.launch.share, cluster=run.cluster, **given)
     try:
-        report = run_refine(options, run.start, lambda: run.loading(f"the model of {source}"))
+        report = run_refine(options, run.start, run.loading)
     finally:
         run.talker.close()
     computed = report.stats.computed

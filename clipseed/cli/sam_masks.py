@@ -46,7 +46,7 @@ def sam_masks(
     root: Annotated[
         Optional[Path],
         typer.Option(
-            help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder), or where that of --seeds is now.",
+            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now.",
             rich_help_panel=shared.DATA,
         ),
     ] = None,
@@ -187,7 +187,8 @@ def sam_masks(
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
     )  # fmt: skip
     options = SamMasksOptions(
-        out=out, data=data, seeds=seeds, images=None if data else images, root=None if data else root, checkpoint=checkpoint, model=model,
+        out=out, data=data, seeds=seeds, images=None if data else images,
+        root=None if data else root, checkpoint=checkpoint, model=model,
         factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
         existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
         batch_size=shared.auto_or_number(batch_size, "--batch-size"),
@@ -195,7 +196,7 @@ def sam_masks(
         cluster=run.cluster,
     )  # fmt: skip
     try:
-        done = run_sam_masks(options, run.start, lambda: run.loading(options.model_name))
+        done = run_sam_masks(options, run.start, run.loading)
     finally:
         run.talker.close()
     return _finish(run, done)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,7 +145,8 @@ def run_cam(
     _check(options)
     image_set = open_dataset(options.data)
     recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
-    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), loading)) as engine:
+    say = partial(loading, options.model_name) if loading else None
+    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
         return _run(options, image_set, recipe, engine, start, start_tags)
 
 

@@ -58,15 +58,15 @@ def usable_cores() -> int:
     return max(1, cores // max(1, int(beside))) if beside.isdigit() else cores
 
 
-Loading = Callable[[], None]
-"""Called before a model is loaded, which takes seconds."""
+Loading = Callable[[str], None]
+"""Called with a model's name before it is loaded, which takes seconds."""
 
 
 def open_engine(
     recipe: Recipe[R],
     cluster: ClusterOptions | None,
     about: dict[str, Any] | None = None,
-    loading: Loading | None = None,
+    loading: Callable[[], None] | None = None,
 ) -> Deferred[R]:
     """Load the work here, or in the workers of a Ray cluster: when there is something to do, if ``about`` is known."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
-from clipseed.clip.model import FrozenClip, pick_device, same_model, weights_location
+from clipseed.clip.model import FrozenClip, model_name, pick_device, same_model, weights_location
 from clipseed.data.dataset import relocated
 from clipseed.data.vocabulary import parse_vocabulary
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
@@ -128,7 +128,9 @@ def _open(options: RefineOptions, out: Path, seeds: Seeds, loading: Loading | No
     if options.method == "par":
         return open_engine(partial(_Par, options), options.cluster)
     about = None if options.overwrite else _known(options, out, seeds.manifest)
-    return open_engine(partial(_Spreading, options), options.cluster, about, loading)
+    _, name, weights = _settings(options, seeds.manifest)
+    say = partial(loading, model_name(name, weights)) if loading else None
+    return open_engine(partial(_Spreading, options), options.cluster, about, say)
 
 
 def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def run_sam_masks(
     check(options)
     pictures, seeds = find_pictures(options)
     recipe = MasksRecipe(options, pictures.reader, str(pictures.dataset.get("name")))
-    loading = loading if options.existing is None else None
-    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), loading)) as engine:
+    say = partial(loading, options.model_name) if loading and options.existing is None else None
+    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
         about = engine.about
         manifest = masks_manifest(options, pictures, seeds, about)
         began = time.perf_counter()

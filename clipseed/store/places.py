@@ -40,6 +40,7 @@ def located(manifest: Manifest, out: Path) -> Manifest:
     relative, dataset = manifest.get("relative"), manifest.get("dataset")
     if not isinstance(relative, dict):
         return manifest
+    manifest = {key: value for key, value in manifest.items() if key != "relative"}
     start = home(out)
     found = {name: start / place for name, place in relative.items() if isinstance(place, str)}
     now = {name: str(path.resolve()) for name, path in found.items() if _exists(path)}
