@@ -194,6 +194,9 @@ class DeadlyReader:
             os._exit(139)
         return ToyReader(0)(sample)
 
+    def file(self, sample: Sample) -> None:
+        return None
+
 
 @needs_native
 @pytest.mark.slow

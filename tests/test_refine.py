@@ -182,7 +182,7 @@ def test_par_and_js_through_the_program(tmp_path: Path, monkeypatch: pytest.Monk
         (["--weights", "MISSING.npz"], 1, "no such file"),
         (["--weights", str(DATA / "clip_es" / "voc_deep" / "weights.npz")], 1, "not the weights that"),
         (["--out", "SOURCE"], 2, "is the file that is being refined"),
-        (["--images", "NOWHERE"], 1, "none of the 2 pictures could be used"),
+        (["--images", "NOWHERE"], 2, "no such folder"),
     ],
 )
 def test_wrong_use(

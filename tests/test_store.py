@@ -189,9 +189,7 @@ def test_other_settings_are_refused_with_their_differences(out: str, tmp_path: P
     store(tmp_path / out, RECORDS)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.h5")}
     other = {**MANIFEST, "options": {"scales": [1.0, 2.0]}, "model": {"sha256": "cd"}}
-    with pytest.raises(
-        StoreError, match=r"(?s)other settings.*--scales 1 then, 1,2 now.*sha256"
-    ):
+    with pytest.raises(StoreError, match=r"(?s)other settings.*--scales 1 then, 1,2 now.*sha256"):
         store(tmp_path / out, RECORDS, manifest=other)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.h5")}
     store(tmp_path / out, RECORDS[:1], manifest=other, overwrite=True)
