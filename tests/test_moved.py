@@ -336,6 +336,17 @@ def test_replaced_photos_are_tagged_again(project: Path, run: Run) -> None:
     assert run(words)["computed"] == 0
 
 
+def test_corrected_tags_are_taken_up_by_the_same_output(project: Path, run: Run) -> None:
+    words = [word if word != "labels.csv" else "auto" for word in CAM]
+    run(words)
+    tags = {key: set(clipseed.open_seeds("cams.h5")[key].classes.tolist()) for key in "abcde"}
+    write_labels(Path("cams.labels.csv"), **{key: "|".join(map(str, sorted(tags[key]))) for key in "abcd"}, e="crack")
+    changed = sum(list(clipseed.open_seeds("cams.h5")[key].classes) != sorted(tags[key]) for key in "abcd")
+    found = run([word if word != "labels.csv" else "cams.labels.csv" for word in CAM])
+    assert found["computed"] == changed + (tags["e"] != {1})
+    assert clipseed.open_seeds("cams.h5")["e"].classes.tolist() == [1]
+
+
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads a model from here on fails."""
