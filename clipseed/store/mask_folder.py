@@ -80,8 +80,9 @@ class MaskWriter:
                 if mask_classes(path) is not None:  # ours
                     path.unlink()
         else:
-            self._refuse_other(plan)
-            self._same_input = there is not None and made_from_the_same(there, self._manifest)
+            stored = self._recorded(plan)
+            refuse_differences(stored, self._manifest, str(self.folder))
+            self._same_input = made_from_the_same(stored, self._manifest, self.folder)
             if found and not self._same_input:
                 self._manifest = without_input(self._manifest)
         write_text(plan, dumps(self._manifest) + "\n")
@@ -120,14 +121,14 @@ class MaskWriter:
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.png"
 
-    def _refuse_other(self, plan: Path) -> None:
+    def _recorded(self, plan: Path) -> Manifest:
         try:
             stored = json.loads(plan.read_text(encoding="utf-8"))
             if not isinstance(stored, dict):
                 raise ValueError("not a manifest")
         except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
-        refuse_differences(stored, self._manifest, str(self.folder))
+        return stored
 
     def write(self, identifier: str, labels: Labels, classes: tuple[int, ...], image: FileStamp = UNKNOWN) -> None:
         """Store one mask ``(H, W)``, and inside it the classes that it was made for and its image file's digest."""

@@ -15,7 +15,7 @@ from clipseed.store.manifest import Manifest
 
 _OF_DATASET = ("images", "root", "ground_truth")
 _OTHERS = ("weights", "input")
-"""Where weights are, and what the output was made from."""
+"""Where weights are, and what the output was made from, which is noted relatively only."""
 
 
 def home(out: Path) -> Path:
@@ -32,7 +32,7 @@ def noted(manifest: Manifest, out: Path) -> Manifest:
             relative[name] = Path(os.path.relpath(place, start)).as_posix()
         except ValueError:  # another drive
             continue
-    return {**manifest, "relative": relative}
+    return {**{key: value for key, value in manifest.items() if key != "input"}, "relative": relative}
 
 
 def located(manifest: Manifest, out: Path) -> Manifest:
@@ -47,7 +47,7 @@ def located(manifest: Manifest, out: Path) -> Manifest:
     if isinstance(dataset, dict):
         dataset = {**dataset, **{name: now[name] for name in _OF_DATASET if name in now and name in dataset}}
         manifest = {**manifest, "dataset": dataset}
-    return {**manifest, **{name: now[name] for name in _OTHERS if name in now and name in manifest}}
+    return {**manifest, **{name: now[name] for name in _OTHERS if name in now and name in {*manifest, "input"}}}
 
 
 def same_places(stored: Manifest, wanted: Manifest, out: Path) -> bool:

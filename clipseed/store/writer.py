@@ -166,7 +166,7 @@ class RecordWriter(Generic[R]):
                 refuse_differences(file.manifest, self.manifest, str(path))
                 self._note(file, path)
                 self._outdated |= path == self.out and not same_places(file.manifest, self.manifest, self.out)
-                self._other_input |= not made_from_the_same(located(file.manifest, self.out), self.manifest)
+                self._other_input |= not made_from_the_same(file.manifest, self.manifest, self.out)
         except OtherSettings:
             raise
         except StoreError as error:
@@ -329,9 +329,10 @@ def recorded_manifest(out: Path) -> Manifest | None:
     return located(found, out) if isinstance(found, dict) else None
 
 
-def made_from_the_same(stored: Manifest, wanted: Manifest) -> bool:
-    """Whether both outputs name the same file as what they were made from; a folder may be half written."""
-    return "input" in stored and stored["input"] == wanted.get("input") and is_file(Path(str(stored["input"])))
+def made_from_the_same(stored: Manifest, wanted: Manifest, out: Path) -> bool:
+    """Whether two manifests of an output name the same file as what it was made from; a folder may be half written."""
+    then, now = (located(manifest, out).get("input") for manifest in (stored, wanted))
+    return then is not None and then == now and is_file(Path(then))
 
 
 def without_input(manifest: Manifest) -> Manifest:
