@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -242,6 +243,15 @@ def test_files_say_what_they_were_made_from(project: Path, run: Run) -> None:
     for key, stamp in wanted.items():
         for folder in ("pseudo", "seeds"):
             assert mask_origin(Path(folder) / f"{key}.png")[1].sha256 == stamp.sha256
+
+
+def test_stamps_can_be_read_without_clipseed(project: Path, run: Run) -> None:
+    run(CAM)
+    with h5py.File("cams.h5") as file:
+        for row, key in enumerate(file["id"][:]):
+            content = (Path("photos") / f"{key.decode()}.png").read_bytes()
+            assert file["file_sha256"][row].tobytes() == hashlib.sha256(content).digest()[:16]
+            assert file["file_bytes"][row] == len(content)
 
 
 def without_stamps(path: str) -> None:
