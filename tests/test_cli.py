@@ -110,7 +110,7 @@ def test_voc_end_to_end(
     assert main([*voc_words, "--out", "cams.h5"]) == 0
     assert "0 to do, 6 done already" in capsys.readouterr().err
     assert main([*voc_words, "--out", "cams.h5", "--flip"]) == 1
-    assert "options.flip: false there, true now" in capsys.readouterr().err
+    assert "--flip now, not then" in capsys.readouterr().err
     assert main([*voc_words, "--out", "cams.h5", "--flip", "--overwrite", "--scales", "0.5,1"]) == 0
     capsys.readouterr()
 

@@ -133,7 +133,7 @@ def test_masks(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (labels[kept] == expected[kept]).all()
     capsys.readouterr()
     assert main(words) == 1  # other settings
-    assert "options.confidence: 0.9 there, null now" in capsys.readouterr().err
+    assert "--confidence 0.9 then, none now" in capsys.readouterr().err
     assert main([*words, "--confidence", "0.9"]) == 0
     assert "6 of 6 masks, 0 made now" in capsys.readouterr().err
     assert main(["evaluate", str(out), "--gt", "toy", "--pred-ignore", "exclude", "--quiet", "--json"]) == 0
@@ -193,6 +193,9 @@ class DeadlyReader:
         if sample.id == self.deadly:
             os._exit(139)
         return ToyReader(0)(sample)
+
+    def file(self, sample: Sample) -> None:
+        return None
 
 
 @needs_native

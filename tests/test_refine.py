@@ -176,7 +176,7 @@ def test_par_and_js_through_the_program(tmp_path: Path, monkeypatch: pytest.Monk
         (["--weights", "MISSING.npz"], 1, "no such file"),
         (["--weights", str(CLIP_ES_DATA / SETS[0] / "weights.npz")], 1, "not the weights that"),
         (["--out", "SOURCE"], 2, "is the file that is being refined"),
-        (["--images", "NOWHERE"], 1, "none of the 2 pictures could be used"),
+        (["--images", "NOWHERE"], 2, "no such folder"),
     ],
 )
 def test_wrong_use(
@@ -196,6 +196,7 @@ def test_pictures_that_moved_or_changed(
     assert main(["cam", *words, "--device", "cpu", "--quiet"]) == 0
     pictures = devkit / "JPEGImages"
     pictures.rename(tmp_path / "elsewhere")
+    original = (tmp_path / "elsewhere" / "2007_000003.jpg").read_bytes()
     assert main(["refine", "caa", str(cams), "--device", "cpu"]) == 1
     assert "not there any more" in capsys.readouterr().err
     moved = ["refine", "caa", str(cams), "--images", str(tmp_path / "elsewhere"), "--device", "cpu", "--quiet"]
@@ -208,7 +209,10 @@ def test_pictures_that_moved_or_changed(
     assert "the picture is 70x50 pixels now, 50x70 when its seeds were made" in (
         tmp_path / "cams-caa.skipped.csv"
     ).read_text().replace('"', "")
-    picture(2, 70, 50).save(tmp_path / "elsewhere" / "2007_000003.JpG")
+    picture(3, 70, 50).save(tmp_path / "elsewhere" / "2007_000003.jpg")
+    assert main(moved) == 3
+    assert "the image is another one than its maps were made from" in (tmp_path / "cams-caa.skipped.csv").read_text()
+    (tmp_path / "elsewhere" / "2007_000003.JpG").write_bytes(original)
     (tmp_path / "elsewhere" / "2007_000003.jpg").unlink()
     assert main(moved) == 0  # suffixes are found in any case
     assert len(clipseed.open_seeds(tmp_path / "cams-caa.h5")) == 6

@@ -25,7 +25,7 @@ from segment_anything import SamPredictor
 from test_sam_generator import NestedBlobs, backend_of, blob_sam, tiny_config, tiny_sam
 from torch import Tensor
 
-from clipseed.cli.inspect_masks import show
+from clipseed.cli.inspect_masks import Look, show
 from clipseed.cli.main import main
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import StoreError
@@ -354,7 +354,7 @@ def test_other_settings_are_refused(photos: Path, tmp_path: Path, capsys: pytest
     assert masks_of(*words, *FEW, "--points-per-batch", 2) == 0
     assert masks_of(*words, *FEW, "--points-per-batch", 5) == 0  # speed only
     assert masks_of(*words, "--preset", "stock", "--points-per-side", 4) == 1
-    assert "options.points_per_side: 3 there, 4 now" in capsys.readouterr().err
+    assert "--points-per-side 3 then, 4 now" in capsys.readouterr().err
     assert masks_of(*words, "--preset", "stock", "--points-per-side", 4, "--overwrite") == 0
 
 
@@ -416,7 +416,8 @@ def test_import(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(wanted) > 390
     np.testing.assert_array_equal(cache["a"].masks(), wanted.masks)
     assert (cache["a"].point == -1).all()
-    assert cache.manifest["source"] == {"masks": str(folder), "format": "instance-maps"}
+    source = cache.manifest["source"]
+    assert (source["masks"], source["format"], len(source["content"])) == (str(folder), "instance-maps", 64)
     assert cache.manifest["model"] == {}
     assert "(no model)" in capsys.readouterr().err
 
@@ -630,12 +631,12 @@ def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert list(found.levels.values()) == [sum(int((r.level == k).sum()) for r in records) for k in range(3)]
     assert found.bytes_per_mask == pytest.approx(sum(len(record.rle) for record in records) / sum(counts))
     capsys.readouterr()
-    assert show(out, tmp_path / "p.png", 2, ("a",), verify=False, json=False, quiet=True) == 0
+    assert show(out, Look(tmp_path / "p.png", 2, ("a",), None, None), verify=False, json=False, quiet=True) == 0
     assert f"{sum(counts)}; per picture" in capsys.readouterr().out
     with Image.open(tmp_path / "p.png") as sheet:
         assert len(sheet.getcolors(1 << 20) or ()) > 100
     assert write_mask_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]
-    assert show(out, None, 1, (), verify=False, json=True, quiet=True) == 0
+    assert show(out, None, verify=False, json=True, quiet=True) == 0
     assert json.loads(capsys.readouterr().out)["masks"] == sum(counts)
 
 

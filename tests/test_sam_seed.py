@@ -374,7 +374,7 @@ def test_resuming_shares_and_corrected_labels(
     assert "1 pictures to do, 3 done already" in capsys.readouterr().err
     assert (folder / "cut" / "a.png").read_bytes() == (folder / "whole" / "a.png").read_bytes()
     assert seeded("--out", "cut", "--alpha", "3") == 1
-    assert "options.alpha: 0.6 there, 3.0 now" in capsys.readouterr().err
+    assert "--alpha 0.6 then, 3.0 now" in capsys.readouterr().err
     write_cache(folder / "other.h5", [pack_proposals(seed.id, SIZE, rectangles(GRID, 5)) for seed in SEEDS], "voc")
     assert seeded("--out", "cut", "--masks", "other.h5", "--method", "fma") == 0  # same settings, so the same output
     (folder / "cams.h5").unlink()

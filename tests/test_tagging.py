@@ -199,7 +199,7 @@ def test_edited_tables_are_safe(scenes: Path, tmp_path: Path, capsys: pytest.Cap
     table.unlink()
     assert main(auto(scenes, out, *small)) == 0
     assert main(auto(scenes, out, *small, "--tag-threshold", "0.5")) == 1
-    assert "dataset.tag_threshold: 0.25 there, 0.5 now" in capsys.readouterr().err
+    assert "--tag-threshold 0.25 then, 0.5 now" in capsys.readouterr().err
     first = table.read_text()
     assert main(auto(scenes, out, *small, "--tag-threshold", "0.001", "--tag-top-k", "3", "--overwrite")) == 0
     second = table.read_text()

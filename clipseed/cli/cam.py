@@ -134,6 +134,7 @@ def cam(
             options,
             lambda image_set, todo, found: _start(run, weights, image_set, todo, found),
             lambda image_set, todo, _: _start_tags(talker, todo),
+            run.loading,
         )
     finally:
         talker.close()

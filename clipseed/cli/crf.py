@@ -58,10 +58,8 @@ def crf(
         Optional[bool],
         typer.Option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
     ] = None,
-    images: Annotated[
-        Optional[Path],
-        typer.Option(help="Where the pictures are now, if they have moved.", rich_help_panel=shared.DATA),
-    ] = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     device: shared.Device = "auto",
     workers: shared.Workers = "auto",
     shard: shared.Shard = None,
@@ -96,7 +94,7 @@ def crf(
     options = CrfOptions(
         source=source, out=out, engine=cast("Any", "torch" if run.cluster else engine), parameters=parameters,
         alpha=alpha, confidence=confidence,
-        soft=soft, paper=paper, images=images, device=device,
+        soft=soft, paper=paper, images=images, root=root, device=device,
         workers=shared.workers_of(workers), overwrite=overwrite,
         share=run.launch.share, cluster=run.cluster,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, print_table
+from clipseed.cli.inspect_masks import Look, show
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,32 +28,35 @@ def inspect(
     ] = None,
     count: Annotated[int, typer.Option(help="Pictures in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this picture; repeatable.")] = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check all checksums, whatever the size.")] = False,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their pictures."""
-    from clipseed.cli.inspect_masks import show
     from clipseed.jobs.inspect import inspect_seeds, write_preview
     from clipseed.jobs.inspect_masks import is_mask_cache
     from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
 
-    if id and preview is None:
-        raise UsageError("--id belongs to --preview")
+    for name, value in (("id", id), ("images", images), ("root", root)):
+        if value and preview is None:
+            raise UsageError(f"--{name} belongs to --preview")
     refuse_unwritable(preview, "--preview")
+    look = Look(preview, count, tuple(id or ()), images, root) if preview is not None else None
     chosen = seeds or newest_output(Path())
     if is_mask_cache(chosen):
-        return show(chosen, preview, count, tuple(id or ()), verify=verify, json=json, quiet=quiet)
+        return show(chosen, look, verify=verify, json=json, quiet=quiet)
     found = inspect_seeds(chosen, verify=verify)
     if json:
         print_json(found.as_dict())
     else:
         _print(found)
-    if preview is not None:
-        shown = write_preview(chosen, preview, count, tuple(id or ()))
-        Talker(quiet).note(f"{preview}: {', '.join(shown)}")
+    if look is not None:
+        shown = write_preview(chosen, look.out, look.count, look.ids, look.images, look.root)
+        Talker(quiet).note(f"{look.out}: {', '.join(shown)}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,18 @@ if TYPE_CHECKING:
     from clipseed.jobs.inspect_masks import MaskInspection
 
 
-def show(
-    path: Path, preview: Path | None, count: int, ids: tuple[str, ...], *, verify: bool, json: bool, quiet: bool
-) -> int:
+@dataclass(frozen=True)
+class Look:
+    """A preview as asked for: the PNG, how many images or which, and where they are now."""
+
+    out: Path
+    count: int
+    ids: tuple[str, ...]
+    images: Path | None
+    root: Path | None
+
+
+def show(path: Path, look: Look | None, *, verify: bool, json: bool, quiet: bool) -> int:
     """Print what a mask cache holds, and write a preview where one is asked for; returns the exit code."""
     from clipseed.jobs.inspect_masks import inspect_masks, write_mask_preview
 
@@ -24,9 +34,9 @@ def show(
         print_json(found.as_dict())
     else:
         _print(found)
-    if preview is not None:
-        shown = write_mask_preview(path, preview, count, ids)
-        Talker(quiet).note(f"{preview}: {', '.join(shown)}")
+    if look is not None:
+        shown = write_mask_preview(path, look.out, look.count, look.ids, look.images, look.root)
+        Talker(quiet).note(f"{look.out}: {', '.join(shown)}")
     return 0
 
 

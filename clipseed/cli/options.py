@@ -27,6 +27,13 @@ Root = Annotated[
     typer.Option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).", rich_help_panel=DATA),
 ]
 Images = Annotated[Optional[Path], typer.Option(help="Folder with the pictures (folder, coco).", rich_help_panel=DATA)]
+MovedImages = Annotated[
+    Optional[Path], typer.Option(help="Where the images are now, if they have moved.", rich_help_panel=DATA)
+]
+MovedRoot = Annotated[
+    Optional[Path],
+    typer.Option(help="Where the data set is now, if it has moved (voc, coco).", rich_help_panel=DATA),
+]
 Split = Annotated[
     Optional[str],
     typer.Option(help="train, trainaug, val, or a file with one id per line.", rich_help_panel=DATA),

@@ -20,9 +20,6 @@ Out = Annotated[
     Optional[Path],
     typer.Option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).", rich_help_panel=shared.OUTPUT),
 ]
-Images = Annotated[
-    Optional[Path], typer.Option(help="Where the pictures are now, if they have moved.", rich_help_panel=shared.DATA)
-]
 Weights = Annotated[
     Optional[str],
     typer.Option(help="Where the same weights are now, if they have moved.", rich_help_panel=shared.MODEL),
@@ -65,7 +62,8 @@ def caa(
     power: Power = 2,
     boxes: Boxes = True,
     paper: Paper = None,
-    images: Images = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     weights: Weights = None,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
@@ -93,7 +91,7 @@ def caa(
     chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     return _run(
         "caa", source, chosen,
-        out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images,
+        out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images, root=root,
         weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
         overwrite=overwrite,
     )  # fmt: skip
@@ -108,7 +106,8 @@ def js(
     rounds: Rounds = 3,
     power: Power = 2,
     boxes: Boxes = True,
-    images: Images = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     weights: Weights = None,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
@@ -134,8 +133,8 @@ def js(
     return _run(
         "js", source, chosen,
         out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
-        images=images, weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
-        overwrite=overwrite,
+        images=images, root=root, weights=weights, device=device, precision=precision, batch_size=batch_size,
+        workers=workers, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -150,7 +149,8 @@ def par(
     position_weight: Annotated[
         float, typer.Option(help="Weight of nearness beside likeness.", rich_help_panel=METHOD)
     ] = 0.01,
-    images: Images = None,
+    images: shared.MovedImages = None,
+    root: shared.MovedRoot = None,
     device: shared.Device = "auto",
     batch_size: shared.BatchSize = "auto",
     workers: shared.Workers = "auto",
@@ -177,7 +177,7 @@ def par(
     chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     return _run(
         "par", source, chosen,
-        out=out, par=constants, images=images, device=device, batch_size=batch_size,
+        out=out, par=constants, images=images, root=root, device=device, batch_size=batch_size,
         workers=workers, overwrite=overwrite,
     )  # fmt: skip
 
@@ -195,7 +195,7 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
     given["workers"] = shared.workers_of(given["workers"])
     options = RefineOptions(cast("Any", method), source, share=run.launch.share, cluster=run.cluster, **given)
     try:
-        report = run_refine(options, run.start)
+        report = run_refine(options, run.start, run.loading)
     finally:
         run.talker.close()
     computed = report.stats.computed

@@ -68,6 +68,10 @@ def report(
         Optional[Path],
         typer.Option(help="Folder of the pictures, where an input does not say it.", rich_help_panel=PAGE),
     ] = None,
+    root: Annotated[
+        Optional[Path],
+        typer.Option(help="Where the data set is now, if it has moved (voc, coco).", rich_help_panel=PAGE),
+    ] = None,
     worst: Annotated[int, typer.Option(help="How many of the worst pictures to show.", rich_help_panel=PAGE)] = 6,
     best: Annotated[int, typer.Option(help="How many of the best pictures to show.", rich_help_panel=PAGE)] = 6,
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=PAGE)] = "clipseed report",
@@ -98,7 +102,7 @@ def report(
         alphas=() if alpha is None else shared.numbers(alpha, "--alpha"), pred_ignore=cast("Any", pred_ignore),
         resize_pred=resize_pred,
     )  # fmt: skip
-    options = ReportOptions(chosen, scoring, out, images, worst, best, title)
+    options = ReportOptions(chosen, scoring, out, images, worst, best, title, root)
     try:
         result = write_report(options, lambda name: lambda total: talker.track(name, total))
     finally:

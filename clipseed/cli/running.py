@@ -76,6 +76,10 @@ class Running:
 
         return advance
 
+    def loading(self, model: str) -> None:
+        """Say that a model is loaded now, which takes seconds in which nothing else is said."""
+        self.talker.note(f"loading {model}")
+
     def finish(self, report: StreamReport, summary: str, facts: dict[str, Any]) -> int:
         """Tell how it went, write what was asked for, and give the exit code.
 

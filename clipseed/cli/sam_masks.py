@@ -43,7 +43,13 @@ def sam_masks(
     out: Annotated[
         Path, typer.Option(help="NAME.h5 for one file, or a folder for shards.", rich_help_panel=shared.OUTPUT)
     ] = Path("masks.h5"),
-    root: shared.Root = None,
+    root: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now.",
+            rich_help_panel=shared.DATA,
+        ),
+    ] = None,
     images: Annotated[
         Optional[Path],
         typer.Option(
@@ -171,7 +177,7 @@ def sam_masks(
     if dataset is not None:
         data = PictureOptions(dataset, root, images, split, exif, max_pixels, limit)
     else:
-        _refuse_without_dataset(root=root, split=split, limit=limit, exif=exif or None)
+        _refuse_without_dataset(split=split, limit=limit, exif=exif or None)
     if dataset is None and seeds is None:
         try:
             seeds = newest_output(Path(), "sam-seed" if prompt else "sam-masks")
@@ -183,7 +189,8 @@ def sam_masks(
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
     )  # fmt: skip
     options = SamMasksOptions(
-        out=out, data=data, seeds=seeds, images=None if data else images, checkpoint=checkpoint, model=model,
+        out=out, data=data, seeds=seeds, images=None if data else images,
+        root=None if data else root, checkpoint=checkpoint, model=model,
         factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
         existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
         batch_size=shared.auto_or_number(batch_size, "--batch-size"),
@@ -191,7 +198,7 @@ def sam_masks(
         cluster=run.cluster,
     )  # fmt: skip
     try:
-        done = run_sam_masks(options, run.start)
+        done = run_sam_masks(options, run.start, run.loading)
     finally:
         run.talker.close()
     return _finish(run, done)

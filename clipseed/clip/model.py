@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from clipseed.clip.architecture import (
     refuse_unsupported,
     round_linear_weights,
 )
-from clipseed.clip.checkpoint import Activation, Checkpoint, read_checkpoint
+from clipseed.clip.checkpoint import Activation, Checkpoint, file_sha256, read_checkpoint
 from clipseed.clip.precision import automatic_dtype
 from clipseed.clip.text import TextBank, Tokenizer, encode_vocabulary
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
@@ -125,7 +126,7 @@ class FrozenClip:
             train_grid=vision["image_size"] // tower.patch,
         )
         name = next(key for key, value in _DTYPES.items() if value is dtype)
-        location = str(weights) if by_name else str(checkpoint.path.resolve())
+        location = weights_location(weights) if by_name else str(checkpoint.path.resolve())
         return cls(network.to(device), _tokenizer(model, config), tower, info, name, location)
 
     @cached_property
@@ -207,13 +208,80 @@ def toy_weights_path() -> Path:
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 
 
+def model_name(model: str | None, weights: str | Path) -> str:
+    """A model for people: ``ViT-B-16 (openai)``, ``tiny.npz``."""
+    name = str(weights)
+    if name == TOY_WEIGHTS or _is_file(name):
+        return f"{model} ({Path(name).name})" if model else Path(name).name
+    return f"{model or DEFAULT_MODEL} ({name})"
+
+
+def weights_location(weights: str | Path) -> str:
+    """What finds the same weights again from any folder: the tag, or the file's absolute path."""
+    name = str(weights)
+    return str(Path(name).resolve()) if name != TOY_WEIGHTS and _is_file(name) else name
+
+
+def _is_file(weights: str) -> bool:
+    suffixes = {".pt", ".pth", ".bin", ".safetensors", ".npz"}
+    return Path(weights).exists() or os.sep in weights or Path(weights).suffix in suffixes
+
+
+def same_model(
+    recorded: Mapping[str, Any], model: str | None, weights: str | Path, device: str | torch.device,
+    precision: Precision, *, released_rounding: bool = False,
+) -> bool:  # fmt: skip
+    """Whether :meth:`FrozenClip.load` would give the model that a manifest records, without loading it.
+
+    The file's digest and the names decide, and what ``precision`` stands for; where the file cannot be found without
+    a network, the answer is no.
+
+    Args:
+        recorded: :meth:`FrozenClip.manifest` of the model in question.
+        model: As of :meth:`FrozenClip.load`, like all that follow.
+        weights: Tag or file.
+        device: Where it would run.
+        precision: Of the vision tower.
+        released_rounding: As CLIP-ES's released code.
+    """
+    width, name = recorded.get("width"), str(weights)
+    if recorded.get("model") != (model or "inferred") or not isinstance(width, int):
+        return False
+    path, label = _weights_at_hand(model, name)
+    if path is None or recorded.get("weights") != label:
+        return False
+    dtype = pick_dtype(precision, pick_device(device), width, released_rounding=released_rounding)
+    return _DTYPES.get(str(recorded.get("precision"))) is dtype and recorded.get("sha256") == file_sha256(path)
+
+
+def _weights_at_hand(model: str | None, weights: str) -> tuple[Path | None, str]:
+    """The file that would be read, if it is on this machine, and what manifests call it."""
+    if weights == TOY_WEIGHTS:
+        return toy_weights_path(), weights
+    if _is_file(weights):
+        path = Path(weights)
+        return (path, path.name) if path.is_file() else (None, weights)
+    return local_weights(model or DEFAULT_MODEL, weights) or _in_hub_cache(model or DEFAULT_MODEL, weights), weights
+
+
+def _in_hub_cache(model: str, tag: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip import pretrained
+
+    repository, _, name = ((pretrained.get_pretrained_cfg(model, tag) or {}).get("hf_hub") or "").rpartition("/")
+    name = name or "open_clip_pytorch_model.bin"
+    names = (f"{Path(name).stem}.safetensors", "open_clip_model.safetensors", name)  # as open_clip prefers them
+    found = (try_to_load_from_cache(repository, file) for file in names if repository)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
 def _find_weights(model: str | None, weights: str) -> tuple[Checkpoint, Activation | None, Pixels | None]:
     """The checkpoint, and for a pretrained tag its activation and pixel statistics."""
     if weights == TOY_WEIGHTS:
         return read_checkpoint(toy_weights_path()), None, None
     if Path(weights).exists():
         return read_checkpoint(Path(weights)), None, None
-    if os.sep in weights or Path(weights).suffix in {".pt", ".pth", ".bin", ".safetensors", ".npz"}:
+    if _is_file(weights):
         raise WeightsError(f"--weights {weights}: no such file")
     return _from_tag(model or DEFAULT_MODEL, weights)
 

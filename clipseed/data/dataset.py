@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipseed.data import coco, voc
 from clipseed.data.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, FileReader, read_image
 from clipseed.data.labels import Labels, read_labels
 from clipseed.data.listing import list_images, read_split
-from clipseed.data.paths import is_file
+from clipseed.data.paths import is_file, is_folder
 from clipseed.data.types import ImageSet, Sample, check_id
 from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary
 from clipseed.errors import ImageError, InputError, UsageError
@@ -181,8 +181,18 @@ class PictureFinder:
             raise ImageError(str(error)) from error
         path = self._path(identifier)
         if path is None:
-            raise ImageError(f"{self.folder / identifier}: the picture is not there any more")
+            raise ImageError(
+                f"{self.folder / identifier}: the picture is not there any more; name the folder that holds it now "
+                "with --images"
+            )
         return read_image(path, exif=self.exif, max_pixels=self.max_pixels)
+
+    def path(self, identifier: str) -> Path | None:
+        """The file of a picture; ``None`` where there is none."""
+        try:
+            return None if self.folder is None else self._path(check_id(identifier, str(self.folder)))
+        except InputError:
+            return None
 
     def _path(self, identifier: str) -> Path | None:
         assert self.folder is not None
@@ -203,6 +213,37 @@ class PictureFinder:
         return None
 
 
+def relocated(manifest: Mapping[str, Any], images: Path | None, root: Path | None = None) -> dict[str, Any]:
+    """A manifest whose pictures are in this folder now, or in the data set of this root.
+
+    Raises:
+        UsageError: both are given, or the data set has no root.
+        InputError: there is no such folder, or no data set there.
+    """
+    dataset = manifest.get("dataset")
+    known = dict(dataset) if isinstance(dataset, dict) else {}
+    if images is None and root is None:
+        return dict(manifest)
+    if images is not None and root is not None:
+        raise UsageError("--images and --root: give one of them")
+    if images is None:
+        assert root is not None
+        images = _images_below(root, known)
+        known["root"] = str(images.parent.resolve() if known.get("name") == "voc" else root.resolve())
+    elif not is_folder(images):
+        raise UsageError(f"--images {images}: no such folder")
+    return {**manifest, "dataset": {**known, "images": str(images.resolve())}}
+
+
+def _images_below(root: Path, dataset: Mapping[str, Any]) -> Path:
+    name = dataset.get("name")
+    if name == "voc":
+        return voc.find_devkit(root) / "JPEGImages"
+    if name == "coco":
+        return coco.find_images(root, str(dataset.get("split")))
+    raise UsageError(f"--root belongs to voc and coco; the pictures of a {name} data set are named with --images")
+
+
 def picture_finder(
     dataset: Mapping[str, str | int | None], *, exif: bool = False, max_pixels: int | None = None
 ) -> PictureFinder:
@@ -211,7 +252,7 @@ def picture_finder(
     Raises:
         InputError: it describes none.
     """
-    if dataset.get("name") == "toy":
+    if dataset.get("name") == "toy" and not dataset.get("images"):
         seed = str(dataset.get("toy_seed") or 0)
         if not seed.isdecimal() or len(seed) > 20:
             raise InputError(f"the manifest names no seed of the toy set ({seed[:40]!r})")

@@ -45,6 +45,10 @@ class FileReader:
         """Decode ``sample.path``; see :func:`read_image`."""
         return read_image(sample.path, exif=self.exif, max_pixels=self.max_pixels)
 
+    def file(self, sample: Sample) -> Path:
+        """``sample.path``."""
+        return sample.path
+
 
 def read_image(path: Path, *, exif: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode one file to 8-bit RGB.

@@ -44,6 +44,10 @@ class ImageReader(Protocol):
         """
         ...
 
+    def file(self, sample: Sample) -> Path | None:
+        """The file that the picture is read from; ``None`` where it is drawn, or is not there."""
+        ...
+
 
 @dataclass(frozen=True)
 class ImageSet:

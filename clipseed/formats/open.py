@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 
+from clipseed.clip.checkpoint import file_sha256
 from clipseed.data.labels import read_json
 from clipseed.errors import InputError, UsageError
 from clipseed.formats.coco import CocoInstances
@@ -67,6 +69,23 @@ def open_masks(source: Path, kind: Kind = "auto") -> MaskImport:
     if found == "instance-maps":
         return InstanceMaps(source)
     return MaskFolders(source) if found == "mask-folders" else Sa1b(source)
+
+
+def imported_masks(source: Path, kind: Kind) -> dict[str, str]:
+    """What a manifest says of existing masks: where they are, their format, and what tells whether they are others.
+
+    That is the digest of a file, or of the names and lengths of the files in a folder, which need not be read for it.
+    """
+    place = {"masks": str(source.resolve()), "format": kind}
+    try:
+        if source.is_file():
+            return {**place, "content": file_sha256(source)}
+        files = sorted((path.relative_to(source).as_posix(), path.stat().st_size)
+                       for path in source.rglob("*") if path.is_file())  # fmt: skip
+    except OSError:
+        return place
+    listing = "\n".join(f"{size} {name}" for name, size in files)
+    return {**place, "content": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()}
 
 
 def _recognise(source: Path) -> Kind:

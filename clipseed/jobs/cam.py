@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,14 +14,25 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import METHODS, Method, compute_cams
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
+from clipseed.clip.model import (
+    DEFAULT_WEIGHTS,
+    TOY_WEIGHTS,
+    FrozenClip,
+    Precision,
+    model_name,
+    pick_device,
+    same_model,
+    weights_location,
+)
 from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
+from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,
+    Loading,
     ViewLoader,
     batches_in_flight,
     dealt_unit,
@@ -36,11 +48,12 @@ from clipseed.jobs.refine_options import caa_manifest, caa_options, refine_manif
 from clipseed.refine.caa import CaaOptions, caa
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
-from clipseed.runtime.work import Engine, Here, Work
+from clipseed.runtime.work import Deferred, Here, Work
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.share import WHOLE, Share
+from clipseed.store.writer import recorded_manifest
 
 if TYPE_CHECKING:
     from clipseed.jobs.tags import TagReport
@@ -81,6 +94,16 @@ class CamOptions:
     share: Share = WHOLE
     cluster: ClusterOptions | None = None
 
+    @property
+    def chosen_weights(self) -> str:
+        """Tag or file of the model's weights."""
+        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else DEFAULT_WEIGHTS)
+
+    @property
+    def model_name(self) -> str:
+        """The model, for people."""
+        return model_name(self.model, self.chosen_weights)
+
 
 @dataclass
 class CamReport:
@@ -107,7 +130,9 @@ class CamReport:
 Start = Callable[[ImageSet, int, int], Advance]
 
 
-def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start | None = None) -> CamReport:
+def run_cam(
+    options: CamOptions, start: Start | None = None, start_tags: Start | None = None, loading: Loading | None = None
+) -> CamReport:
     """Compute and store the class activation maps of a data set; resumes what an earlier run began.
 
     Args:
@@ -115,6 +140,7 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
         start: Called once with the data set, the number of pictures to do and the number done already; returns the
             progress callback.
         start_tags: The same for tagging pictures without labels, which comes first when the options ask for it.
+        loading: Called before the model is loaded; when there is nothing to do, it is not.
 
     Raises:
         ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported instead.
@@ -122,12 +148,13 @@ def run_cam(options: CamOptions, start: Start | None = None, start_tags: Start |
     _check(options)
     image_set = open_dataset(options.data)
     recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
-    with contextlib.closing(open_engine(recipe, options.cluster)) as engine:
+    say = partial(loading, options.model_name) if loading else None
+    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
         return _run(options, image_set, recipe, engine, start, start_tags)
 
 
 def _run(
-    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Engine[SeedMap], start: Start | None,
+    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[SeedMap], start: Start | None,
     start_tags: Start | None,
 ) -> CamReport:  # fmt: skip
     about = engine.about
@@ -138,15 +165,21 @@ def _run(
     began = time.perf_counter()
     unit = dealt_unit(about["unit"], len(image_set.samples), options.share.count * engine.hands)
     with SeedWriter(options.out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share) as writer:
+        samples = {sample.id: sample for sample in image_set.samples}
+        reader = image_set.reader
+        replaced = writer.forget_replaced({key: reader.file(samples[key]) for key in writer.done & samples.keys()})
         tags = None
         if options.data.auto_labels:
             from clipseed.jobs.tags import tag_unlabelled
 
-            work = engine.work if isinstance(engine, Here) else recipe()
-            assert isinstance(work, CamWork)
-            image_set, tags = tag_unlabelled(options, image_set, work.clip, work.text, writer, start_tags)
-        samples = {sample.id: sample for sample in image_set.samples}
-        writer.forget_unlike({sample.id: sample.labels for sample in image_set.samples})
+            def tagger() -> tuple[FrozenClip, TextBank]:
+                work = engine.engine.work if isinstance(engine.engine, Here) else recipe()
+                assert isinstance(work, CamWork)
+                return work.clip, work.text
+
+            image_set, tags = tag_unlabelled(options, image_set, tagger, writer, replaced, start_tags)
+            samples = {sample.id: sample for sample in image_set.samples}
+        writer.forget_unlike({key: sample.labels for key, sample in samples.items()})
         ids = list(samples)
         mine = writer.share_of(ids)
         found = len(writer.done.intersection(mine))
@@ -261,6 +294,24 @@ class CamRecipe:
             return None
         return caa_options(self.options.caa, self.options.box_threshold, self.vocabulary.name, self.options.paper)
 
+    def known(self) -> dict[str, Any] | None:
+        """What :meth:`CamWork.about` would say, if the output that is there was made with the same model."""
+        options = self.options
+        there = None if options.overwrite else recorded_manifest(options.out)
+        if there is None or not isinstance(there.get("model"), dict):
+            return None
+        model, device = there["model"], pick_device(options.device)
+        if not same_model(
+            model, options.model, options.chosen_weights, device, options.precision, released_rounding=options.paper
+        ):
+            return None
+        return {
+            "model": model,
+            "weights": weights_location(options.chosen_weights),
+            "device": str(device),
+            "unit": unit_size_for(device),
+        }
+
     def __call__(self) -> CamWork:
         """Load it."""
         return CamWork(self)
@@ -272,9 +323,8 @@ class CamWork(Work[LoadedViews, SeedMap]):
     def __init__(self, recipe: CamRecipe) -> None:
         super().__init__()
         options = self._options = recipe.options
-        weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
         self.clip = FrozenClip.load(
-            options.model, weights, options.device, options.precision, released_rounding=options.paper
+            options.model, options.chosen_weights, options.device, options.precision, released_rounding=options.paper
         )
         self.text = self.clip.encode_text(recipe.vocabulary)
         self._refinement, self._reader = recipe.refinement, recipe.reader
@@ -321,6 +371,6 @@ class CamWork(Work[LoadedViews, SeedMap]):
                 maps = caa(stored, batch.attention, self._refinement)
             self.counters["recomputed"] += batch.recomputed
         return [
-            SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size)
+            SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size, item.stamp)
             for item, row, cam in zip(items, labels, maps, strict=True)
         ]

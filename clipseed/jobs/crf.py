@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from clipseed.clip.model import pick_device
+from clipseed.data.dataset import relocated
+from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.errors import ImageError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
 from clipseed.jobs.engine import (
@@ -65,6 +67,7 @@ class CrfOptions:
         confidence: Pixels whose largest posterior is below become 255; CLIP-ES: 0.95. ``None``: never.
         soft: Seeds file for the posterior of the classes (that of the background is what is missing to 1).
         paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the seeds were made.
+        images, root: Where the pictures, or their data set, are now, if they have moved.
     """
 
     source: Path
@@ -76,6 +79,7 @@ class CrfOptions:
     soft: Path | None = None
     paper: bool | None = None
     images: Path | None = None
+    root: Path | None = None
     device: str = "auto"
     workers: int | None = None
     overwrite: bool = False
@@ -116,12 +120,12 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
     _check(options)
     began = time.perf_counter()
     with Seeds(options.source) as seeds:
-        manifest = _manifest(options, seeds.manifest)
+        manifest = _manifest(options, relocated(seeds.manifest, options.images, options.root))
         with (
             contextlib.closing(open_engine(partial(_CrfWork, options), options.cluster)) as engine,
             _Sinks(options, manifest) as sinks,
         ):
-            sinks.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
+            sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
             tasks, mine = _tasks(seeds, sinks, options.share)
             found = len(sinks.done.intersection(mine))
             hint = f"interrupted; run the same command again to go on ({options.out} has what is done)"
@@ -186,6 +190,7 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
         "weights": source.get("weights"),
         "vocabulary": source["vocabulary"],
         "dataset": source["dataset"],
+        "input": str(options.source.resolve()),
         "versions": package_versions(),
     }
 
@@ -198,6 +203,7 @@ class Mask:
     classes: tuple[int, ...]
     labels: LabelMask
     soft: SeedMap | None
+    stamp: FileStamp = UNKNOWN
 
 
 class _Sinks:
@@ -234,14 +240,15 @@ class _Sinks:
     def notes(self) -> list[str]:
         return [*self._masks.notes, *(self._soft.notes if self._soft else [])]
 
-    def forget_unlike(self, classes: Mapping[str, tuple[int, ...]]) -> None:
-        self._masks.forget_unlike(classes)
+    def follow(self, classes: Mapping[str, tuple[int, ...]], stamp: Callable[[str], FileStamp]) -> None:
+        self._masks.follow(classes, stamp)
         if self._soft:
             self._soft.forget_unlike(classes)
+            self._soft.follow(classes.keys(), stamp)
 
     def write(self, index: int, results: Sequence[Mask]) -> None:
         for mask in results:
-            self._masks.write(mask.id, mask.labels, mask.classes)
+            self._masks.write(mask.id, mask.labels, mask.classes, mask.stamp)
         if self._soft:
             soft = [mask.soft for mask in results if mask.soft is not None and mask.id not in self._soft.done]
             self._soft.write(index, soft)
@@ -259,7 +266,7 @@ class _CrfWork(Work[Any, Mask]):
         super().__init__()
         self.options = options
         self.seeds = Seeds(options.source, verify=False)
-        reader = recorded_reader(self.seeds.manifest, options.images)
+        reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
         paper = _paper(options, self.seeds.manifest)
         self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
         self.native = options.engine == "pydensecrf"
@@ -291,7 +298,7 @@ class _CrfWork(Work[Any, Mask]):
     def _solve(self, items: Sequence[LoadedPicture]) -> list[Mask | ImageError]:
         seeds = [self.seeds[item.sample.id] for item in items]
         found: list[Mask | ImageError | None] = [
-            misfit(seed, item.size) for seed, item in zip(seeds, items, strict=True)
+            misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
         if not len(seeds[0].classes):
@@ -324,5 +331,5 @@ class _CrfWork(Work[Any, Mask]):
             labels[unsure] = IGNORE
             self.counters["unsure"] += int(unsure.sum())
         self.counters["pixels"] += labels.size
-        soft = SeedMap(seed.id, seed.classes, posterior[1:], seed.size) if self.options.soft else None
-        return Mask(seed.id, tuple(seed.classes.tolist()), labels, soft)
+        soft = replace(seed, cam=posterior[1:]) if self.options.soft else None
+        return Mask(seed.id, tuple(seed.classes.tolist()), labels, soft, seed.stamp)

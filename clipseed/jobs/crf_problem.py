@@ -81,7 +81,7 @@ class NativeSolver:
 
         picture = PictureLoader(self.problem.reader)(sample)
         seed = _seeds(self.problem.source)[sample.id]
-        problem = misfit(seed, picture.size)
+        problem = misfit(seed, picture.size, picture.stamp)
         if problem is not None:
             raise problem
         if not len(seed.classes):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from clipseed.data.dataset import PictureFinder, picture_finder
 from clipseed.data.images import patch_grid, resize_to_grid
+from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.runtime.stream import StreamStats
 from clipseed.runtime.threads import OneByOne
-from clipseed.runtime.work import Engine, Here, Recipe
+from clipseed.runtime.work import Deferred, Engine, Here, Recipe
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
@@ -98,13 +99,28 @@ def one_by_one(device: torch.device, largest: int) -> OneByOne | None:
     return OneByOne(min(torch.get_num_threads(), usable_cores()), largest) if device.type == "cpu" else None
 
 
-def open_engine(recipe: Recipe[R], cluster: ClusterOptions | None) -> Engine[R]:
-    """Load the work here, or in the workers of a Ray cluster."""
-    if cluster is None:
-        return Here(recipe)
-    from clipseed.runtime.cluster import OnRay
+Loading = Callable[[str], None]
+"""Called with a model's name before it is loaded, which takes seconds."""
 
-    return OnRay(recipe, cluster)
+
+def open_engine(
+    recipe: Recipe[R],
+    cluster: ClusterOptions | None,
+    about: dict[str, Any] | None = None,
+    loading: Callable[[], None] | None = None,
+) -> Deferred[R]:
+    """Load the work here, or in the workers of a Ray cluster: when there is something to do, if ``about`` is known."""
+
+    def start() -> Engine[R]:
+        if loading:
+            loading()
+        if cluster is None:
+            return Here(recipe)
+        from clipseed.runtime.cluster import OnRay
+
+        return OnRay(recipe, cluster)
+
+    return Deferred(start, about)
 
 
 def refuse_if_nothing(stats: StreamStats, done: Collection[str], share: Share = WHOLE) -> None:
@@ -122,6 +138,7 @@ class LoadedViews:
     size: tuple[int, int]
     views: tuple[npt.NDArray[np.uint8], ...]
     grid: tuple[int, int]
+    stamp: FileStamp = UNKNOWN
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
@@ -150,11 +167,12 @@ class ViewLoader:
         Raises:
             ImageError: it cannot be read.
         """
+        stamp = file_stamp(self.reader.file(sample))
         image = self.reader(sample)
         grid = patch_grid(image.height, image.width, self.patch, self.max_side, self.min_side)
         grids = [grid if scale == 1.0 else _scaled_grid(image.size, self, scale) for scale in self.scales]
         views = tuple(resize_to_grid(image, item, self.patch) for item in grids)
-        return LoadedViews(sample, (image.height, image.width), views, grid)
+        return LoadedViews(sample, (image.height, image.width), views, grid, stamp)
 
 
 def _scaled_grid(size: tuple[int, int], loader: ViewLoader, scale: float) -> tuple[int, int]:
@@ -173,6 +191,10 @@ class FoundReader:
         """Open the picture of a sample."""
         return self.finder(sample.id)
 
+    def file(self, sample: Sample) -> Path | None:
+        """Where it is found."""
+        return self.finder.path(sample.id)
+
 
 @dataclass(frozen=True)
 class LoadedPicture:
@@ -180,6 +202,7 @@ class LoadedPicture:
 
     sample: Sample
     pixels: npt.NDArray[np.uint8]
+    stamp: FileStamp = UNKNOWN
 
     @property
     def size(self) -> tuple[int, int]:
@@ -209,14 +232,13 @@ class PictureLoader:
         Raises:
             ImageError: it cannot be read.
         """
-        return LoadedPicture(sample, np.asarray(self.reader(sample)).copy())
+        stamp = file_stamp(self.reader.file(sample))
+        return LoadedPicture(sample, np.asarray(self.reader(sample)).copy(), stamp)
 
 
-def recorded_reader(manifest: Manifest, images: Path | None) -> FoundReader:
-    """Opens the pictures that seeds were made from, or those of the same ids in another folder."""
-    dataset = dict(manifest["dataset"])
-    if images is not None:
-        dataset |= {"images": str(images), "name": "folder"}
+def recorded_reader(manifest: Manifest) -> FoundReader:
+    """Opens the pictures that seeds were made from; see :func:`~clipseed.data.dataset.relocated`."""
+    dataset = manifest["dataset"]
     exif = bool(manifest["options"].get("exif"))
     return FoundReader(picture_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
 
@@ -226,12 +248,14 @@ def seed_sample(seeds: Seeds, key: str) -> Sample:
     return Sample(key, Path(key), tuple(int(k) for k in seeds.classes(key)))
 
 
-def misfit(seed: SeedMap, size: tuple[int, int]) -> ImageError | None:
-    """Why a picture of this size cannot be used with its seeds, or ``None``."""
+def misfit(seed: SeedMap, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
+    """Why a picture of this size, from this file, cannot be used with its seeds, or ``None``."""
     if seed.size != size:
         return ImageError(
             f"the picture is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
         )
+    if seed.stamp.differs(stamp):
+        return ImageError("the image is another one than its maps were made from; run clipseed cam again")
     if not np.isfinite(seed.cam).all():
         return ImageError("its seeds hold NaN or infinity")
     return None

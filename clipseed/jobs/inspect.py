@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipseed.data.dataset import picture_finder
+from clipseed.data.dataset import picture_finder, relocated
 from clipseed.errors import ImageError, InputError
 from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay
 from clipseed.store.files import replacing
@@ -86,7 +86,10 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
         )
 
 
-def write_preview(path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = ()) -> list[str]:
+def write_preview(
+    path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
+    root: Path | None = None,
+) -> list[str]:  # fmt: skip
     """Write an overlay of some pictures' maps to a PNG; returns their ids.
 
     Raises:
@@ -94,7 +97,8 @@ def write_preview(path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = 
         StoreError: the seeds are damaged, or ``out`` cannot be written.
     """
     with Seeds(path) as seeds:
-        find = picture_finder(seeds.manifest["dataset"], exif=bool(seeds.manifest["options"].get("exif")))
+        dataset = relocated(seeds.manifest, images, root)["dataset"]
+        find = picture_finder(dataset, exif=bool(seeds.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in seeds]
         if unknown:
             raise InputError(f"{path}: holds no picture {unknown[0]!r}")

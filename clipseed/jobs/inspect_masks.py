@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipseed.data.dataset import picture_finder
+from clipseed.data.dataset import picture_finder, relocated
 from clipseed.data.paths import is_folder, never_ends
 from clipseed.errors import ImageError, InputError, StoreError
 from clipseed.report.overlay import Pixels, contact_sheet, label_overlay
@@ -110,7 +110,10 @@ def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
         )
 
 
-def write_mask_preview(path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = ()) -> list[str]:
+def write_mask_preview(
+    path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
+    root: Path | None = None,
+) -> list[str]:  # fmt: skip
     """Write some pictures with their masks in colours, small ones on top, to a PNG; returns their ids.
 
     Raises:
@@ -118,7 +121,8 @@ def write_mask_preview(path: Path, out: Path, count: int = 4, ids: tuple[str, ..
         StoreError: the cache is damaged, or ``out`` cannot be written.
     """
     with MaskCache(path) as cache:
-        find = picture_finder(cache.manifest["dataset"], exif=bool(cache.manifest["options"].get("exif")))
+        dataset = relocated(cache.manifest, images, root)["dataset"]
+        find = picture_finder(dataset, exif=bool(cache.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in cache]
         if unknown:
             raise InputError(f"{path}: holds no picture {unknown[0]!r}")

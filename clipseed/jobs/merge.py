@@ -10,15 +10,18 @@ from typing import Any
 
 from clipseed.errors import StoreError, UsageError
 from clipseed.runtime.interrupt import interruptible
+from clipseed.store.differences import differences
 from clipseed.store.files import replacing, storage_errors, write_text
 from clipseed.store.formats import format_of
 from clipseed.store.gather import gathered
 from clipseed.store.layout import RecordFormat
-from clipseed.store.manifest import Manifest, differences, dumps
+from clipseed.store.manifest import Manifest, dumps
 from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
+from clipseed.store.places import located, noted
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.shard import RecordFile, write_portable
 from clipseed.store.share import WHOLE, lock_output
+from clipseed.store.writer import without_input
 
 
 @dataclass
@@ -96,7 +99,7 @@ def _merge_records(paths: Sequence[Path], out: Path) -> MergeReport:
     places: dict[str, Path] = {}
     for path in paths:
         with RecordFile(path, form, verify=True) as file:
-            manifest = _agreed(manifest, file.manifest, path, report)
+            manifest = _agreed(manifest, _located(file.manifest, path), path, report)
             for row, key in enumerate(file.ids):
                 if places.setdefault(key, path) != path:
                     _refuse_contradiction(file, row, places[key], form)
@@ -106,17 +109,26 @@ def _merge_records(paths: Sequence[Path], out: Path) -> MergeReport:
     size = sum(path.stat().st_size for path in paths)
     order = list(places)
     with interruptible(lambda: f"interrupted; {out} was not written"):
-        write_portable(out, dumps(manifest), gathered(order, places, form), form, order, size)
+        write_portable(out, dumps(noted(manifest, out)), gathered(order, places, form), form, order, size)
     return report
+
+
+def _located(manifest: Manifest, path: Path) -> Manifest:
+    """Shards of an unfinished file say where things are from that file."""
+    inside = path.parent.name.endswith(".parts")
+    folder = path.parent.parent if inside else path.parent
+    return located(manifest, folder)
 
 
 def _agreed(first: Manifest | None, other: Manifest, where: Path, report: MergeReport) -> Manifest:
     """The manifest of both. Data sets may differ: shares have their own folders, splits add up."""
     if first is None:
         return other
-    changed = [line for line in differences(first, other) if not line.startswith("dataset.")]
+    changed = differences(first, other, dataset=False)
     if changed:
         raise StoreError(f"{where} was made with other settings than the first:\n  " + "\n  ".join(changed[:12]))
+    if first.get("input") != other.get("input"):
+        first = without_input(first)
     one, two = first.get("dataset") or {}, other.get("dataset") or {}
     if one == two:
         return first
@@ -136,7 +148,8 @@ def _refuse_contradiction(file: RecordFile[Any], row: int, other: Path, form: Re
     with RecordFile(other, form, verify=False) as earlier:
         there = form.pack([earlier.read(earlier.ids.index(file.ids[row]))])
     here = form.pack([file.read(row)])
-    if not all(np.array_equal(there[name], here[name]) for name in form.datasets):
+    # Two copies of a picture may have different times.
+    if not all(np.array_equal(there[name], here[name]) for name in form.datasets if name != "file_time"):
         raise StoreError(f"{file.ids[row]!r} is in {other} and in {file.path}, and not the same in both")
 
 
@@ -168,6 +181,6 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(target) as temporary:
                     shutil.copyfile(path, temporary)
-        write_text(out / MANIFEST, dumps(manifest or {}) + "\n")
+        write_text(out / MANIFEST, dumps(noted(manifest or {}, out)) + "\n")
     report.files = report.images = len(found)
     return report

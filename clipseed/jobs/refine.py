@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
-from clipseed.clip.model import FrozenClip, pick_device
+from clipseed.clip.model import FrozenClip, model_name, pick_device, same_model, weights_location
+from clipseed.data.dataset import relocated
 from clipseed.data.vocabulary import parse_vocabulary
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
     LARGE_PICTURE,
     LoadedPicture,
     LoadedViews,
+    Loading,
     PictureLoader,
     ViewLoader,
     batches_in_flight,
@@ -54,20 +57,24 @@ from clipseed.refine.par import refine_par
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, Task
 from clipseed.runtime.work import Engine, Work
+from clipseed.store.files import freshen
+from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.writer import recorded_manifest
 
 _PIXEL_UNIT = 64
 """Maps of pixels are large: no more of them are held at once, whatever the device."""
 
 
-def run_refine(options: RefineOptions, start: Start | None = None) -> RefineReport:
+def run_refine(options: RefineOptions, start: Start | None = None, loading: Loading | None = None) -> RefineReport:
     """Refine seeds; resumes what an earlier run began.
 
     Args:
         options: What to do.
         start: Called with the number of pictures to do and done; returns the progress callback.
+        loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
         ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported.
@@ -76,14 +83,18 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
     out = options.out or default_out(options.source, options.method)
     if out.resolve() == options.source.resolve():
         raise UsageError(f"--out {out}: is the file that is being refined")
-    with Seeds(options.source) as seeds, contextlib.closing(_open(options, seeds)) as engine:
+    with Seeds(options.source) as seeds, contextlib.closing(_open(options, out, seeds, loading)) as engine:
         began = time.perf_counter()
         about = engine.about
-        manifest = refine_manifest(options.method, about["constants"], seeds.manifest, about["model"], about["weights"])
+        source = relocated(seeds.manifest, options.images, options.root)
+        manifest = refine_manifest(
+            options.method, about["constants"], source, about["model"], about["weights"], options.source
+        )
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
         unit = dealt_unit(about["unit"], len(seeds), options.share.count * engine.hands)
         with SeedWriter(out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share) as writer:
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
+            writer.follow(seeds.keys(), seeds.stamp)
             mine = writer.share_of(list(seeds))
             found = len(writer.done.intersection(mine))
             tasks = [
@@ -98,6 +109,7 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
             refuse_if_nothing(stats, writer.done, options.share)
             with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
                 finished = writer.finish(list(seeds), stats.skipped)
+        freshen(out, options.source)
         return RefineReport(
             source=options.source,
             out=out,
@@ -112,12 +124,50 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
         )
 
 
-def _open(options: RefineOptions, seeds: Seeds) -> Engine[SeedMap]:
+def _open(options: RefineOptions, out: Path, seeds: Seeds, loading: Loading | None) -> Engine[SeedMap]:
     """What can be refused is refused here, before workers start."""
     if options.method != "par" and seeds.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
-    recipe = partial(_Par, options) if options.method == "par" else partial(_Spreading, options)
-    return open_engine(recipe, options.cluster)
+    if options.method == "par":
+        return open_engine(partial(_Par, options), options.cluster)
+    about = None if options.overwrite else _known(options, out, seeds.manifest)
+    _, name, weights = _settings(options, seeds.manifest)
+    say = partial(loading, model_name(name, weights)) if loading else None
+    return open_engine(partial(_Spreading, options), options.cluster, about, say)
+
+
+def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any] | None:
+    """What :class:`_Spreading` would say of itself, if the output that is there was made with the same model."""
+    there = recorded_manifest(out)
+    if there is None or not isinstance(there.get("model"), dict):
+        return None
+    paper, name, weights = _settings(options, source)
+    recorded = there["model"]
+    if recorded.get("sha256") != source["model"].get("sha256") or not same_model(
+        recorded, name, weights, options.device, options.precision, released_rounding=paper
+    ):
+        return None
+    device = pick_device(options.device)
+    return {
+        "constants": _constants(options, source, paper),
+        "model": recorded,
+        "weights": weights_location(weights),
+        "device": str(device),
+        "unit": unit_size_for(device),
+    }
+
+
+def _settings(options: RefineOptions, source: Manifest) -> tuple[bool, str | None, str]:
+    """Whether the released code is wanted, and name and weights of the model."""
+    paper = bool(source["options"].get("paper")) if options.paper is None else options.paper
+    model = source["model"]
+    name = None if model["model"] == "inferred" else model["model"]
+    return paper, name, options.weights or source.get("weights") or model["weights"]
+
+
+def _constants(options: RefineOptions, source: Manifest, paper: bool) -> dict[str, Any]:
+    caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
+    return caa_manifest(caa) | ({"temperature": options.temperature} if options.method == "js" else {})
 
 
 class _Refinement(Work[Any, SeedMap]):
@@ -132,7 +182,7 @@ class _Refinement(Work[Any, SeedMap]):
         super().__init__()
         self.options, self.device = options, device
         self.seeds = Seeds(options.source, verify=False)
-        self.reader = recorded_reader(self.seeds.manifest, options.images)
+        self.reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
         self.workers = options.workers if options.workers is not None else default_workers(device)
         self.ahead = decode_ahead(device, self.workers)
         self.queue = batches_in_flight(device)
@@ -146,7 +196,7 @@ class _Refinement(Work[Any, SeedMap]):
         """Refine a batch, leaving out pictures that do not fit their seeds."""
         seeds = [self.seeds[item.sample.id] for item in items]
         found: list[SeedMap | ImageError | None] = [
-            misfit(seed, item.size) for seed, item in zip(seeds, items, strict=True)
+            misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
         if fit:
@@ -162,13 +212,11 @@ class _Spreading(_Refinement):
     def __init__(self, options: RefineOptions) -> None:
         with Seeds(options.source, verify=False) as seeds:
             source = seeds.manifest
-        paper = bool(source["options"].get("paper")) if options.paper is None else options.paper
+        paper, name, weights = _settings(options, source)
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
-        model = source["model"]
-        name = None if model["model"] == "inferred" else model["model"]
-        weights = options.weights or source.get("weights") or model["weights"]
+        self._constants = _constants(options, source, paper)
         self.clip = FrozenClip.load(name, weights, options.device, options.precision, released_rounding=paper)
-        if self.clip.info.sha256 != model["sha256"]:
+        if self.clip.info.sha256 != source["model"]["sha256"]:
             raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
         super().__init__(options, self.clip.tower.device)
         if options.method == "js":
@@ -176,11 +224,8 @@ class _Spreading(_Refinement):
 
     def about(self) -> dict[str, Any]:
         """Constants, model and where its weights are, device, and pictures per shard."""
-        constants = caa_manifest(self.caa)
-        if self.options.method == "js":
-            constants["temperature"] = self.options.temperature
         return {
-            "constants": constants,
+            "constants": self._constants,
             "model": self.clip.manifest(),
             "weights": self.clip.location,
             "device": str(self.device),
@@ -210,10 +255,7 @@ class _Spreading(_Refinement):
             again = self._maps(self.clip.exact, pixels[broken], [cams[k] for k in broken])
             for k, found in zip(broken, again, strict=True):
                 maps[k] = found
-        return [
-            SeedMap(seed.id, seed.classes, found.nan_to_num(0.0).numpy(), seed.size)
-            for seed, found in zip(seeds, maps, strict=True)
-        ]
+        return [replace(seed, cam=found.nan_to_num(0.0).numpy()) for seed, found in zip(seeds, maps, strict=True)]
 
     @torch.inference_mode()
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
@@ -261,7 +303,4 @@ class _Par(_Refinement):
         )
         refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
         found = refined.clamp_(0, 1).cpu().numpy()
-        return [
-            SeedMap(seed.id, seed.classes, rows[: len(seed.classes)], seed.size)
-            for seed, rows in zip(seeds, found, strict=True)
-        ]
+        return [replace(seed, cam=rows[: len(seed.classes)]) for seed, rows in zip(seeds, found, strict=True)]

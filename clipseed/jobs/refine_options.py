@@ -41,13 +41,14 @@ class RefineOptions:
         source: The seeds to refine; pictures, model and vocabulary are those they were made with.
         box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
         paper: Reproduce the released code; ``None``: as the seeds were made.
-        images, weights: Where the pictures and the weights are now, if they have moved.
+        images, root, weights: Where the pictures, their data set and the weights are now, if they have moved.
     """
 
     method: Method
     source: Path
     out: Path | None = None
     images: Path | None = None
+    root: Path | None = None
     weights: str | None = None
     box_threshold: float | None = None
     caa: CaaOptions = field(default_factory=CaaOptions)
@@ -113,9 +114,13 @@ def caa_options(chosen: CaaOptions, box_threshold: float | None, classes: str, p
 
 
 def refine_manifest(
-    method: str, options: dict[str, Any], source: Manifest, model: dict[str, Any], weights: str
-) -> Manifest:
-    """What decides refined seeds: the constants, and everything that decided the seeds they were made from."""
+    method: str, options: dict[str, Any], source: Manifest, model: dict[str, Any], weights: str,
+    made_from: Path | None = None,
+) -> Manifest:  # fmt: skip
+    """What decides refined seeds: the constants, and everything that decided the seeds they were made from.
+
+    ``made_from`` is where those are, if they were stored at all.
+    """
     kept = {key: source["options"].get(key) for key in ("paper", "exif", "max_side", "min_side")}
     return {
         "kind": "refine",
@@ -127,6 +132,7 @@ def refine_manifest(
         "max_pixels": source.get("max_pixels"),
         "vocabulary": source["vocabulary"],
         "dataset": source["dataset"],
+        **({"input": str(made_from.resolve())} if made_from else {}),
         "versions": package_versions(),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from clipseed.data.dataset import picture_finder
+from clipseed.data.dataset import picture_finder, relocated
 from clipseed.data.types import check_id
 from clipseed.errors import ImageError, StoreError, UsageError
 from clipseed.jobs.evaluate import Start, evaluate, holds_masks
@@ -34,6 +34,7 @@ class ReportOptions:
         scoring: How to score them; its ``prediction`` is replaced by each input in turn.
         out: The HTML file.
         images: Folder of the pictures, instead of what an input itself says.
+        root: Folder of the data set, the same.
         worst, best: How many pictures to show of either kind.
     """
 
@@ -44,6 +45,7 @@ class ReportOptions:
     worst: int = 6
     best: int = 6
     title: str = "clipseed report"
+    root: Path | None = None
 
 
 @dataclass
@@ -110,6 +112,8 @@ def _check(options: ReportOptions) -> None:
     for name, count in (("--worst", options.worst), ("--best", options.best)):
         if not 0 <= count <= MOST_SHOWN:
             raise UsageError(f"{name} {count}: give a number from 0 to {MOST_SHOWN}")
+    if options.images is not None and options.root is not None:
+        raise UsageError("--images and --root: give one of them")
     if options.images is not None and not options.images.is_dir():
         raise UsageError(f"--images {options.images}: no such folder")
     # Scoring may take long; what would fail at its end fails now.
@@ -205,6 +209,8 @@ class _Pictures:
         made = (manifest or {}).get("options")
         exif = isinstance(made, dict) and bool(made.get("exif"))
         self._any_size = options.scoring.resize_pred
+        if options.root is not None:
+            manifest = relocated(manifest or {}, None, options.root)
         dataset = _picture_set(options.images, report.ground_truth, manifest)
         self._find = picture_finder(dataset, exif=exif) if dataset else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.formats.open import Kind, MaskImport, open_masks
@@ -24,6 +25,7 @@ class LoadedForSam:
     sample: Sample
     size: tuple[int, int]
     pixels: npt.NDArray[np.uint8]
+    stamp: FileStamp = UNKNOWN
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -49,12 +51,13 @@ class ShrinkingLoader:
         Raises:
             ImageError: it cannot be read.
         """
+        stamp = file_stamp(self.reader.file(sample))
         image = self.reader(sample)
         size = (image.height, image.width)
         if self.max_side and max(size) > self.max_side:
             height, width = fitted_size(size, self.max_side)
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return LoadedForSam(sample, size, np.asarray(image).copy())
+        return LoadedForSam(sample, size, np.asarray(image).copy(), stamp)
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,11 @@ class ExistingLoader:
         Raises:
             ImageError: picture or masks are missing, damaged, or do not fit each other.
         """
+        stamp = file_stamp(self.reader.file(sample))
         image = self.reader(sample)
         size = (image.height, image.width)
         try:
             proposals = existing_masks(self.path, self.kind).read(sample.id, size)
         except InputError as error:  # one damaged file is no reason to stop
             raise ImageError(str(error)) from error
-        return Stored(pack_proposals(sample.id, size, proposals))
+        return Stored(replace(pack_proposals(sample.id, size, proposals), stamp=stamp))

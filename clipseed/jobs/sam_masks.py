@@ -6,7 +6,9 @@ import contextlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from clipseed.clip.model import pick_device
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ClipseedError, ImageError
 from clipseed.jobs.engine import (
+    Loading,
     batches_in_flight,
     default_workers,
     misfit,
@@ -37,12 +40,12 @@ from clipseed.runtime.stream import BatchSize, Task
 from clipseed.runtime.work import Work
 from clipseed.sam.backend import Embedding
 from clipseed.sam.generator import Limits, generate
-from clipseed.sam.load import load_sam
+from clipseed.sam.load import load_sam, same_sam
 from clipseed.sam.model_backend import ModelBackend
 from clipseed.sam.prompted import prompted_masks
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
 from clipseed.store.reader import Seeds
-from clipseed.store.writer import RecordWriter
+from clipseed.store.writer import RecordWriter, recorded_manifest
 
 _UNIT_SIZE = {"cpu": 8}
 _GPU_UNIT_SIZE = 32
@@ -51,12 +54,15 @@ _IMPORT_UNIT = 64
 _AHEAD = 4
 
 
-def run_sam_masks(options: SamMasksOptions, start: Start | None = None) -> SamMasksReport:
+def run_sam_masks(
+    options: SamMasksOptions, start: Start | None = None, loading: Loading | None = None
+) -> SamMasksReport:
     """Find and store the masks of a data set's pictures; resumes what an earlier run began.
 
     Args:
         options: What to do.
         start: Called with the number of pictures to do and done; returns the progress callback.
+        loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
         ClipseedError: see the modules it uses; pictures that cannot be read, or on which SAM fails, are skipped and
@@ -65,7 +71,8 @@ def run_sam_masks(options: SamMasksOptions, start: Start | None = None) -> SamMa
     check(options)
     pictures, seeds = find_pictures(options)
     recipe = MasksRecipe(options, pictures.reader, str(pictures.dataset.get("name")))
-    with contextlib.closing(open_engine(recipe, options.cluster)) as engine:
+    say = partial(loading, options.model_name) if loading and options.existing is None else None
+    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
         about = engine.about
         manifest = masks_manifest(options, pictures, seeds, about)
         began = time.perf_counter()
@@ -74,6 +81,10 @@ def run_sam_masks(options: SamMasksOptions, start: Start | None = None) -> SamMa
         ) as writer:
             samples = {sample.id: sample for sample in pictures.samples}
             ids = list(samples)
+            writer.forget_replaced({key: pictures.reader.file(samples[key]) for key in writer.done & samples.keys()})
+            if seeds is not None and options.seeds is not None:
+                with Seeds(options.seeds, verify=False) as source:
+                    writer.follow(source.keys(), source.stamp)
             mine = writer.share_of(ids)
             found = len(writer.done.intersection(mine))
             tasks = [Task(unit.index, tuple(samples[key] for key in unit.ids)) for unit in writer.units(ids)]
@@ -109,11 +120,33 @@ class MasksRecipe:
     reader: ImageReader
     dataset: str
 
+    def known(self) -> dict[str, Any] | None:
+        """What the work would say of itself, if the output that is there was made with the same model."""
+        options = self.options
+        there = None if options.overwrite or options.existing or options.factory else recorded_manifest(options.out)
+        if there is None or not isinstance(there.get("model"), dict):
+            return None
+        checkpoint, device, model = find_checkpoint(options, self.dataset), pick_device(options.device), there["model"]
+        named = None if options.model == "auto" else options.model
+        if not same_sam(model, checkpoint, device, precision=options.precision, size=named):
+            return None
+        return _about_model(model, checkpoint, device)
+
     def __call__(self) -> Work[Any, MaskRecord]:
         """Load it."""
         if self.options.existing is not None:
             return _Existing(self)
         return _Prompted(self) if self.options.prompt else _Grid(self)
+
+
+def _about_model(model: dict[str, Any], checkpoint: Path | None, device: torch.device) -> dict[str, Any]:
+    """Model, where its weights are, device, and pictures per shard."""
+    return {
+        "model": model,
+        "weights": None if checkpoint is None else str(checkpoint.resolve()),
+        "device": str(device),
+        "unit": _UNIT_SIZE.get(device.type, _GPU_UNIT_SIZE),
+    }
 
 
 class _Masks(Work[Any, MaskRecord]):
@@ -165,23 +198,17 @@ class _Segmenting(_Masks):
     def __init__(self, recipe: MasksRecipe) -> None:
         options = recipe.options
         super().__init__(recipe, pick_device(options.device))
-        checkpoint = find_checkpoint(options, recipe.dataset)
+        self._checkpoint = checkpoint = find_checkpoint(options, recipe.dataset)
         size = None if options.model == "auto" else options.model
         self.backend = load_sam(
             checkpoint, self.device, factory=options.factory, precision=options.precision, size=size
         )
         if isinstance(self.backend, ModelBackend) and self.backend.small:
             self.one_by_one = one_by_one(self.device, 1)
-        self._weights = None if checkpoint is None else str(checkpoint.resolve())
 
     def about(self) -> dict[str, Any]:
         """Model, where its weights are, device, and pictures per shard."""
-        return {
-            "model": self.backend.manifest(),
-            "weights": self._weights,
-            "device": str(self.device),
-            "unit": _UNIT_SIZE.get(self.device.type, _GPU_UNIT_SIZE),
-        }
+        return _about_model(self.backend.manifest(), self._checkpoint, self.device)
 
     @property
     def loader(self) -> ShrinkingLoader:
@@ -195,7 +222,7 @@ class _Segmenting(_Masks):
     def attempt(self, item: LoadedForSam, given: Any = None) -> MaskRecord | ImageError:
         """Masks of one picture, or why there are none; what is wrong with more than this picture is raised."""
         try:
-            return self.counted(self.masks(item, given))
+            return self.counted(replace(self.masks(item, given), stamp=item.stamp))
         except ImageError as error:
             return error
         except (ClipseedError, MemoryError):
@@ -252,7 +279,7 @@ class _Prompted(_Segmenting):
         """Answers to the prompts of one picture."""
         assert self.options.prompt is not None
         seed = self.seeds[item.sample.id]
-        problem = misfit(seed, item.size)
+        problem = misfit(seed, item.size, item.stamp)
         if problem is not None:
             raise problem
         embedding = given or Embedding((item.pixels.shape[0], item.pixels.shape[1]), None)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipseed.data.dataset import relocated
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.pictures import PictureOptions, PictureSet, open_pictures
 from clipseed.errors import UsageError, WeightsError
-from clipseed.formats.open import Kind
+from clipseed.formats.open import Kind, imported_masks
 from clipseed.jobs.engine import recorded_reader, seed_sample
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
@@ -43,7 +44,7 @@ class SamMasksOptions:
         out: ``NAME.h5`` or a folder.
         data: A data set; ``None`` takes the pictures of ``seeds``.
         seeds: Seeds whose pictures are meant, and whose maps prompt SAM.
-        images: Where the pictures of the seeds are now, if they have moved.
+        images, root: Where the pictures of the seeds, or their data set, are now, if they have moved.
         checkpoint: SAM's weights, or ``toy``; ``None``: ``toy`` for the toy set, else it is missing.
         model: ``auto``, or the size that the checkpoint must have.
         factory: ``module:function`` that makes another model, see :func:`~clipseed.sam.load.load_sam`.
@@ -59,6 +60,7 @@ class SamMasksOptions:
     data: PictureOptions | None = None
     seeds: Path | None = None
     images: Path | None = None
+    root: Path | None = None
     checkpoint: str | None = None
     model: str = "auto"
     factory: str | None = None
@@ -74,6 +76,11 @@ class SamMasksOptions:
     overwrite: bool = False
     share: Share = WHOLE
     cluster: ClusterOptions | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The model, for people."""
+        return f"SAM ({self.factory or Path(self.checkpoint or TOY).name})"
 
     @property
     def method(self) -> str:
@@ -178,9 +185,9 @@ def find_pictures(options: SamMasksOptions) -> tuple[PictureSet, Manifest | None
         return open_pictures(options.data), None
     assert options.seeds is not None
     with Seeds(options.seeds) as seeds:
-        manifest = seeds.manifest
+        manifest = relocated(seeds.manifest, options.images, options.root)
         samples = tuple(seed_sample(seeds, key) for key in seeds)
-    reader = recorded_reader(manifest, options.images)
+    reader = recorded_reader(manifest)
     exif = bool(manifest["options"].get("exif"))
     return PictureSet(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
 
@@ -201,7 +208,7 @@ def masks_manifest(
         assert seeds is not None
         source = {key: seeds[key] for key in ("kind", "method", "options", "model", "source") if key in seeds}
     elif options.existing is not None:
-        source = {"masks": str(options.existing.resolve()), "format": options.existing_kind}
+        source = imported_masks(options.existing, options.existing_kind)
     return {
         "kind": "sam-masks",
         "method": options.method,
@@ -212,5 +219,6 @@ def masks_manifest(
         "max_pixels": pictures.max_pixels,
         "vocabulary": seeds["vocabulary"] if seeds and options.prompt else {},
         "dataset": pictures.dataset,
+        **({"input": str(options.seeds.resolve())} if options.seeds is not None else {}),
         "versions": package_versions(),
     }

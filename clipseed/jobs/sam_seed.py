@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from clipseed.data.paths import is_folder
+from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
-from clipseed.formats.open import Kind
+from clipseed.formats.open import Kind, imported_masks
 from clipseed.jobs.engine import one_by_one, open_engine, refuse_if_nothing, usable_cores
 from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
 from clipseed.pseudo.rules import RuleOptions, Rules, decide
@@ -28,7 +29,7 @@ from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import MaskCache, holds_cache
 from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
-from clipseed.store.masks import mask_classes
+from clipseed.store.masks import mask_origin
 from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.share import WHOLE, Share
@@ -122,13 +123,13 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     if rules.method == "pixel":
         about_masks, known = {}, None
     missing = _missing(options, source, known)
-    manifest = _manifest(source.manifest, rules, about_masks)
+    manifest = _manifest(source.manifest, rules, about_masks, options.source)
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
         contextlib.closing(open_engine(recipe, options.cluster)) as engine,
         MaskWriter(options.out, manifest, overwrite=options.overwrite, share=options.share) as writer,
     ):
-        writer.forget_unlike({key: classes for key, classes in source.classes.items() if classes is not None})
+        writer.follow(source.classes, lambda key: source.stamps[key])
         tasks, mine = _tasks(source.classes, writer.done, options.share)
         found = len(writer.done.intersection(mine))
         with interruptible(
@@ -154,24 +155,28 @@ def _refuse_places(options: SamSeedOptions) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is labelled: its manifest, and classes by id where they are known without looking at pixels."""
+    """What is labelled: its manifest, and by id classes, where they are known without looking at pixels, and images."""
 
     manifest: Manifest
     classes: Mapping[str, tuple[int, ...] | None]
+    stamps: Mapping[str, FileStamp]
     label_map: bool
 
 
 def _look_at_source(path: Path) -> _Source:
     if not is_folder(path) or any(path.glob(SHARD_PATTERN)):
         with Seeds(path) as seeds:
-            return _Source(seeds.manifest, {key: tuple(seeds.classes(key).tolist()) for key in seeds}, False)
+            classes = {key: tuple(seeds.classes(key).tolist()) for key in seeds}
+            return _Source(seeds.manifest, classes, {key: seeds.stamp(key) for key in seeds}, False)
     keys = sorted(MaskFolder(path).ids())
     if not keys:
         raise InputError(f"{path}: neither seeds nor PNG masks in this folder")
     manifest = read_mask_manifest(path) or {}
     if "vocabulary" in manifest:
         class_names(manifest, path)
-    return _Source(manifest, {key: mask_classes(path / f"{key}.png") for key in keys}, True)
+    origins = {key: mask_origin(path / f"{key}.png") for key in keys}
+    stamps = {key: stamp for key, (_, stamp) in origins.items()}
+    return _Source(manifest, {key: classes for key, (classes, _) in origins.items()}, stamps, True)
 
 
 def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict[str, Any], frozenset[str] | None]:
@@ -180,7 +185,7 @@ def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict
         return False, {}, None
     if not holds_cache(options.masks):
         found = masks_at(options.masks.resolve(), options.masks_kind)
-        return False, {"masks": str(options.masks.resolve()), "format": options.masks_kind}, found.ids()
+        return False, dict(imported_masks(options.masks, options.masks_kind)), found.ids()
     if options.masks_kind != "auto":
         raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a mask cache")
     masks = MaskCache(options.masks)
@@ -218,7 +223,7 @@ def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | N
     return missing
 
 
-def _manifest(source: Manifest, rules: Rules, masks: dict[str, Any]) -> Manifest:
+def _manifest(source: Manifest, rules: Rules, masks: dict[str, Any], made_from: Path) -> Manifest:
     before = source.get("options") or {}
     kept = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
     origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
@@ -229,6 +234,7 @@ def _manifest(source: Manifest, rules: Rules, masks: dict[str, Any]) -> Manifest
         "options": {**kept, **rules.manifest()},
         "source": {**origin, "masks": masks},
         **there,
+        "input": str(made_from.resolve()),
         "versions": package_versions(),
     }
 
@@ -245,7 +251,7 @@ def _tasks(classes: Mapping[str, tuple[int, ...] | None], done: set[str], share:
 
 def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
     for result in results:
-        writer.write(result.id, result.labels, result.classes)
+        writer.write(result.id, result.labels, result.classes, result.stamp)
 
 
 @dataclass(frozen=True)

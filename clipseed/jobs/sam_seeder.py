@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.sources import MaskFolder
@@ -18,6 +19,7 @@ from clipseed.pseudo.rules import Rules, seed_labels, voted_labels
 from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import MaskCache, holds_cache
 from clipseed.store.mask_records import unpack_proposals
+from clipseed.store.masks import mask_origin
 from clipseed.store.reader import Seeds
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
@@ -30,6 +32,7 @@ class Seeded:
     labels: LabelMask
     classes: tuple[int, ...]
     masks: int
+    stamp: FileStamp = UNKNOWN
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -89,30 +92,37 @@ class Seeder:
 
     def _voted(self, sample: Sample) -> Seeded:
         labels = MaskFolder(self.source).read(sample.id)
-        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]))
+        _, stamp = mask_origin(self.source / f"{sample.id}.png")
+        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]), stamp)
         found = voted_labels(self.rules, labels, proposals.masks)
         classes = sample.labels
         if classes is None:
             classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
-        return Seeded(sample.id, found, classes, len(proposals))
+        return Seeded(sample.id, found, classes, len(proposals), stamp)
 
     def _seeded(self, sample: Sample) -> Seeded:
         seed = _seeds(self.source)[sample.id]
         problem = misfit(seed, seed.size)
         if problem is not None:
             raise problem
-        proposals, asked = self._proposals(sample.id, seed.size)
+        proposals, asked = self._proposals(sample.id, seed.size, seed.stamp)
         labels = seed_labels(self.rules, seed, proposals, asked)
-        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), len(proposals))
+        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), len(proposals), seed.stamp)
 
-    def _proposals(self, identifier: str, size: tuple[int, int]) -> tuple[Proposals, Any]:
-        """Masks of a picture, none where there are none, and the class that each was asked for."""
+    def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Proposals, Any]:
+        """Masks of a picture, none where there are none, and the class that each was asked for.
+
+        Raises:
+            ImageError: they cannot be used, or were made from another image.
+        """
         if self.rules.method == "pixel" or identifier not in _ids(self.masks, self.kind):
             found = from_masks(np.zeros((0, *size), bool))
             return found, np.zeros(0, np.int32)
         masks = masks_at(self.masks, self.kind)
         if isinstance(masks, MaskCache):
             record = masks.record(identifier, size)
+            if record.stamp.differs(stamp):
+                raise ImageError(f"{self.masks}: its segments are those of another image; run clipseed sam-masks again")
             return unpack_proposals(record), record.class_id
         found = masks.read(identifier, size)
         return found, np.full(len(found), NO_CLASS, np.int32)

@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from clipseed.clip.tagging import tag, word_scores
 from clipseed.clip.text import TextBank
 from clipseed.data.labels import Labels
 from clipseed.data.listing import clean_id
-from clipseed.data.types import ImageSet, Sample
+from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError, StoreError
 from clipseed.jobs.cam import CamOptions, Start
 from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features
 from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.stream import Advance, StreamStats
+from clipseed.store.differences import differences
 from clipseed.store.files import write_text
-from clipseed.store.manifest import Manifest, differences
+from clipseed.store.manifest import Manifest
 from clipseed.store.seed_writer import SeedWriter
 
 _SAVE_EVERY = 20.0
@@ -69,9 +72,9 @@ def label_file(out: Path, portable: bool) -> Path:
 def tag_unlabelled(
     options: CamOptions,
     image_set: ImageSet,
-    clip: FrozenClip,
-    text: TextBank,
+    tagger: Callable[[], tuple[FrozenClip, TextBank]],
     output: SeedWriter,
+    replaced: Collection[str] = (),
     start: Start | None = None,
 ) -> tuple[ImageSet, TagReport]:
     """Give tags to every sample without labels; those that cannot be read stay without.
@@ -79,9 +82,9 @@ def tag_unlabelled(
     Args:
         options: The rule (``tag_threshold``, ``tag_top_k``), and how to run.
         image_set: The data set.
-        clip: The model.
-        text: Prototypes of the data set's vocabulary.
+        tagger: Gives the model, and the prototypes of the vocabulary; not called where nothing is to be tagged.
         output: Where the maps go, locked; :func:`label_file` stands beside it and holds the data set's own labels too.
+        replaced: Pictures whose earlier tags are those of another image.
         start: As of :func:`~clipseed.jobs.cam.run_cam`.
 
     Raises:
@@ -92,33 +95,48 @@ def tag_unlabelled(
     if not options.overwrite:
         store.load()
     store.refuse_foreign()
+    store.scores = {key: found for key, found in store.scores.items() if key not in replaced}
     unlabelled = [sample for sample in image_set.samples if sample.labels is None]
-    units = cut_units(unlabelled, clip.tower.device)
-    missing = [[sample for sample in unit if sample.id not in store.scores] for unit in units]
-    todo = sum(map(len, missing))
-    classes = len(image_set.vocabulary.classes)
-
-    def write(features: Sequence[Feature]) -> None:
-        if not features:
-            return
-        probability = word_scores(torch.stack([row for _, row in features]), text)
-        tags = tag(probability, classes, options.tag_threshold, options.tag_top_k)
-        for (key, _), row, found in zip(features, probability, tags, strict=True):
-            store.scores[key] = {k: float(row[k]) for k in found}
-        store.save_now_and_then()
-
-    run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
-    advance = start(image_set, todo, len(unlabelled) - todo) if start and todo else (lambda count, stats: None)
-    with interruptible(lambda: f"interrupted; {len(store.scores)} pictures are tagged. Run the same command again."):
-        try:
-            stats = stream_features(clip, image_set.reader, missing, run, write, advance)
-        finally:
-            store.save()
+    todo = sum(sample.id not in store.scores for sample in unlabelled)
+    stats = StreamStats()
+    if todo:
+        stats = _tag(
+            options, image_set.reader, unlabelled, *tagger(), store, partial(start, image_set) if start else None
+        )
+    else:
+        store.save()
     samples = [_with_tags(sample, store.scores) for sample in image_set.samples]
     tagged = [sample.id for sample in unlabelled if sample.id in store.scores]
     empty = sum(not store.scores[key] for key in tagged)
     report = TagReport(path, len(tagged), stats.computed, empty, dict(stats.skipped))
     return replace(image_set, samples=samples), report
+
+
+def _tag(
+    options: CamOptions, reader: ImageReader, unlabelled: Sequence[Sample], clip: FrozenClip, text: TextBank,
+    store: _TagStore, start: Callable[[int, int], Advance] | None,
+) -> StreamStats:  # fmt: skip
+    """Tag what is not in the store yet, and save."""
+    units = cut_units(unlabelled, clip.tower.device)
+    missing = [[sample for sample in unit if sample.id not in store.scores] for unit in units]
+    todo = sum(map(len, missing))
+
+    def write(features: Sequence[Feature]) -> None:
+        if not features:
+            return
+        probability = word_scores(torch.stack([row for _, row in features]), text)
+        tags = tag(probability, store.classes, options.tag_threshold, options.tag_top_k)
+        for (key, _), row, found in zip(features, probability, tags, strict=True):
+            store.scores[key] = {k: float(row[k]) for k in found}
+        store.save_now_and_then()
+
+    run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
+    advance = start(todo, len(unlabelled) - todo) if start else (lambda count, stats: None)
+    with interruptible(lambda: f"interrupted; {len(store.scores)} pictures are tagged. Run the same command again."):
+        try:
+            return stream_features(clip, reader, missing, run, write, advance)
+        finally:
+            store.save()
 
 
 def _with_tags(sample: Sample, scores: Scores) -> Sample:
@@ -140,6 +158,7 @@ class _TagStore:
         self._path, self._settings, self._set = path, settings, image_set
         self._memory = path.with_name(path.name.removesuffix("labels.csv") + "tags.json")
         self._saved = time.monotonic()
+        self.classes = len(image_set.vocabulary.classes)
         self.scores: Scores = {}
 
     def load(self) -> None:

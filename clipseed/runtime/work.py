@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from clipseed.data.types import Sample
-from clipseed.errors import ImageError
+from clipseed.errors import ImageError, StoreError
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.stream import Advance, BatchSize, Loaded, StreamStats, Task, run_stream
 from clipseed.runtime.threads import OneByOne
@@ -111,6 +111,56 @@ class Engine(Protocol[Result_co]):
     def close(self) -> None:
         """Let go of workers."""
         ...
+
+
+class Deferred(Generic[R]):
+    """An engine that is opened when there is something to run, if what it would say about itself is known before.
+
+    Args:
+        start: Opens the engine: loads a model, starts workers.
+        about: What it is going to say of itself; ``None`` opens it at once.
+
+    Raises:
+        StoreError: on opening, it says something else.
+    """
+
+    def __init__(self, start: Callable[[], Engine[R]], about: dict[str, Any] | None) -> None:
+        self._start = start
+        self._engine = start() if about is None else None
+        self._about = about
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """See :meth:`Work.about`."""
+        return self._about if self._about is not None else self.engine.about
+
+    @property
+    def hands(self) -> int:
+        """Units that are in work at once; one where nothing is opened yet."""
+        return 1 if self._engine is None else self._engine.hands
+
+    @property
+    def engine(self) -> Engine[R]:
+        """The engine, opened."""
+        if self._engine is None:
+            self._engine = self._start()
+            if self._about is not None and self._engine.about != self._about:
+                raise StoreError(
+                    f"the model is another one than the output was made with: {self._engine.about}, not {self._about}; "
+                    "choose another --out, or start again with --overwrite"
+                )
+        return self._engine
+
+    def run(
+        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+    ) -> StreamStats:
+        """Run all tasks; without any, nothing is opened."""
+        return self.engine.run(tasks, write, advance) if tasks else StreamStats()
+
+    def close(self) -> None:
+        """Let go of workers, if there are any."""
+        if self._engine is not None:
+            self._engine.close()
 
 
 class Here(Generic[R]):

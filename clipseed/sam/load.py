@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def load_sam(
     if size not in {None, name}:
         raise WeightsError(f"{path}: a {name} checkpoint, but {size} is asked for; name the right file or size")
     return ModelBackend(model, device, dtype, SamInfo(name, path.name, read.sha256))
+
+
+def same_sam(
+    recorded: Mapping[str, Any], checkpoint: Path | None, device: torch.device, *, precision: str, size: str | None
+) -> bool:
+    """Whether :func:`load_sam` would give the model that a manifest records; the file is digested, not loaded."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    alike = recorded.get("precision") == names[pick_dtype(precision, device)] and size in {None, recorded.get("size")}
+    return bool(alike and checkpoint and checkpoint.is_file() and recorded.get("weights") == checkpoint.name
+                and recorded.get("sha256") == file_sha256(checkpoint))  # fmt: skip
 
 
 def _from_factory(

@@ -1,8 +1,10 @@
 """Record files: what all of clipseed's HDF5 files have in common.
 
-A file is flat and ragged. ``id (n,)``, ``size (n, 2)`` and ``grid (n, 2)`` have one row per picture; the other datasets
-lie one picture behind the other, cut by offsets ``(n + 1,)``. Which they are is a :class:`RecordFormat`'s matter. The
-attributes ``format``, ``version``, ``manifest`` (JSON) and ``checksum`` make it one of ours.
+A file is flat and ragged. ``id (n,)``, ``size (n, 2)`` and ``grid (n, 2)`` have one row per picture; so have
+``file_bytes (n,)``, ``file_time (n,)`` and ``file_sha256 (n, 16)``, the stamp of the image file that the record was
+made from (:mod:`clipseed.data.stamps`), which files of older versions lack. The other datasets lie one picture behind
+the other, cut by offsets ``(n + 1,)``. Which they are is a :class:`RecordFormat`'s matter. The attributes ``format``,
+``version``, ``manifest`` (JSON) and ``checksum`` make it one of ours.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.data.stamps import DIGEST_BYTES, FileStamp
 from clipseed.errors import StoreError
 
 Arrays = dict[str, npt.NDArray[Any]]
 _CHUNK_BYTES = 1 << 18
 _LONGEST_SIDE = 1 << 20
 """Products of sides stay within 64 bits."""
+_STAMP = ("file_bytes", "file_time", "file_sha256")
 
 
 class Record(Protocol):
@@ -31,6 +35,8 @@ class Record(Protocol):
 
     @property
     def id(self) -> str: ...  # noqa: D102
+    @property
+    def stamp(self) -> FileStamp: ...  # noqa: D102
 
 
 R = TypeVar("R", bound=Record)
@@ -64,7 +70,11 @@ class RecordFormat(Generic[R]):
     def datasets(self) -> tuple[str, ...]:
         """All datasets, in the order of the checksum."""
         cut = (name for offset, names in self.ragged.items() for name in (offset, *names))
-        return ("id", "size", "grid", *cut)
+        return ("id", "size", "grid", *cut, *_STAMP)
+
+    def stored_in(self, file: h5py.File) -> tuple[str, ...]:
+        """Those datasets that a file must have: one of an older version has no stamps."""
+        return self.datasets if _STAMP[0] in file else tuple(name for name in self.datasets if name not in _STAMP)
 
 
 class Checksum:
@@ -156,6 +166,7 @@ def _check_dataset(dataset: h5py.Dataset, name: str, form: RecordFormat[Any], fi
     Packed data, missing chunks and large ones could make a small file take any amount of memory.
     """
     kinds = {"id": "S", "size": "i", "grid": "i"} | dict.fromkeys(form.ragged, "i")
+    kinds |= {"file_bytes": "i", "file_time": "i", "file_sha256": "u"}
     if dataset.dtype.kind not in kinds.get(name, "iufb"):
         raise StoreError(f"{where}: damaged, {name!r} has the type {dataset.dtype}")
     if dataset.ndim < 1 or (name == "id" and dataset.ndim > 1):
@@ -168,14 +179,18 @@ def _check_dataset(dataset: h5py.Dataset, name: str, form: RecordFormat[Any], fi
 
 def check_datasets(file: h5py.File, form: RecordFormat[Any], where: str) -> None:
     """Raise :class:`StoreError` unless all datasets are there with fitting types, shapes and amounts of data."""
-    missing = [name for name in form.datasets if not _is_own_dataset(file, name)]
+    names = form.stored_in(file)
+    missing = [name for name in names if not _is_own_dataset(file, name)]
     if missing:
         raise StoreError(f"{where}: damaged, dataset {missing[0]!r} is missing")
     file_bytes = file.id.get_filesize()
-    for name in form.datasets:
+    for name in names:
         _check_dataset(file[name], name, form, file_bytes, where)
     count = file["id"].shape[0]
-    shapes = dict.fromkeys(("size", "grid"), (count, 2)) | dict.fromkeys(form.ragged, (count + 1,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("size", "grid"), (count, 2))
+    shapes |= dict.fromkeys(form.ragged, (count + 1,))
+    stamp = {"file_bytes": (count,), "file_time": (count,), "file_sha256": (count, DIGEST_BYTES)}
+    shapes |= {name: shape for name, shape in stamp.items() if name in names}
     for name, shape in shapes.items():
         if file[name].shape != shape:
             raise StoreError(f"{where}: damaged, {name!r} has shape {file[name].shape} instead of {shape}")
@@ -187,7 +202,9 @@ def read_index(file: h5py.File, form: RecordFormat[Any], where: str) -> Arrays:
     Raises:
         StoreError: offsets, sizes and grids do not agree with each other or with the data's length.
     """
-    arrays: Arrays = {name: file[name][...] for name in form.datasets if name not in form.heavy}
+    arrays: Arrays = {name: file[name][...] for name in form.stored_in(file) if name not in form.heavy}
+    if _STAMP[0] not in arrays:
+        arrays |= _stamps([FileStamp()] * len(arrays["id"]))
     for offset, names in form.ragged.items():
         cuts = arrays[offset]
         sound = cuts[0] == 0 and (np.diff(cuts) >= 0).all()
@@ -207,8 +224,9 @@ def verify(file: h5py.File, form: RecordFormat[Any], where: str, block: int = 1 
         OSError: something cannot be read, as HDF5's own checksums do not match.
     """
     text, _ = read_manifest(file, form, where)
-    checksum = Checksum(form.datasets)
-    for name in form.datasets:
+    names = form.stored_in(file)
+    checksum = Checksum(names)
+    for name in names:
         dataset = file[name]
         for start in range(0, dataset.shape[0], block):
             checksum.add(name, dataset[start : start + block])
@@ -217,12 +235,21 @@ def verify(file: h5py.File, form: RecordFormat[Any], where: str, block: int = 1 
 
 
 def pack_index(records: Sequence[Any], grids: Sequence[tuple[int, ...]]) -> Arrays:
-    """The datasets that every format has: ids, sizes and grids."""
+    """The datasets that every format has: ids, sizes, grids and stamps."""
     ids = [record.id.encode("utf-8", "surrogateescape") for record in records]
     return {
         "id": np.array(ids, dtype=f"S{max([1, *map(len, ids)])}"),
         "size": np.array([record.size for record in records], np.int32).reshape(-1, 2),
         "grid": np.array(grids, np.int32).reshape(-1, 2),
+        **_stamps([record.stamp for record in records]),
+    }
+
+
+def _stamps(stamps: Sequence[FileStamp]) -> Arrays:
+    return {
+        "file_bytes": np.array([stamp.length for stamp in stamps], np.int64),
+        "file_time": np.array([stamp.time for stamp in stamps], np.int64),
+        "file_sha256": np.frombuffer(b"".join(stamp.sha256 for stamp in stamps), np.uint8).reshape(-1, DIGEST_BYTES),
     }
 
 

@@ -8,11 +8,9 @@ from importlib import metadata
 from typing import Any
 
 from clipseed.errors import StoreError
+from clipseed.store.differences import differences
 
 Manifest = dict[str, Any]
-
-_COMPARED = ("kind", "method", "options", "source", "model", "vocabulary", "dataset")
-"""Parts in which a resumed run must agree with what is there; versions, the weights' path and pixel limits need not."""
 
 
 def package_versions() -> dict[str, str]:
@@ -34,14 +32,6 @@ def dumps(manifest: Manifest) -> str:
     return json.dumps(manifest, sort_keys=True, ensure_ascii=True, indent=1)
 
 
-def differences(stored: Manifest, wanted: Manifest) -> list[str]:
-    """Human-readable differences that forbid adding to an output, e.g. ``model.sha256: ab12… there, cd34… now``."""
-    found: list[str] = []
-    for part in _COMPARED:
-        _compare(part, stored.get(part), wanted.get(part), found)
-    return found
-
-
 class OtherSettings(StoreError):
     """An output exists with another manifest."""
 
@@ -60,16 +50,3 @@ def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
             f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
             f"\n  {shown}{more}"
         )
-
-
-def _compare(path: str, there: Any, now: Any, found: list[str]) -> None:
-    if isinstance(there, dict) and isinstance(now, dict):
-        for key in sorted(there.keys() | now.keys()):
-            _compare(f"{path}.{key}", there.get(key), now.get(key), found)
-    elif json.dumps(there, sort_keys=True) != json.dumps(now, sort_keys=True):
-        found.append(f"{path}: {_short(there)} there, {_short(now)} now")
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock
 
+from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import check_id
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
-from clipseed.store.masks import mask_classes, write_mask
+from clipseed.store.masks import mask_classes, mask_origin, write_mask
+from clipseed.store.places import located, noted
 from clipseed.store.share import WHOLE, RollCall, Share, lock_output
-from clipseed.store.writer import Finished
+from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
 from clipseed.types import LabelMask
 
 MANIFEST = "manifest.json"
@@ -39,9 +41,10 @@ class MaskWriter:
 
     def __init__(self, folder: Path, manifest: Manifest, *, overwrite: bool = False, share: Share = WHOLE) -> None:
         self.folder = folder
-        self._manifest, self._overwrite, self._share = manifest, overwrite, share
+        self._manifest, self._overwrite, self._share = noted(manifest, folder), overwrite, share
         self._roll = RollCall(folder, share)
         self._lock: FileLock | None = None
+        self._same_input = False
         self.done: set[str] = set()
         self.notes: list[str] = []
 
@@ -78,35 +81,62 @@ class MaskWriter:
                 if mask_classes(path) is not None:  # ours
                     path.unlink()
         else:
-            self._refuse_other(plan)
+            stored = self._recorded(plan)
+            refuse_differences(stored, self._manifest, str(self.folder))
+            self._same_input = made_from_the_same(stored, self._manifest, self.folder)
+            if found and not self._same_input:
+                self._manifest = without_input(self._manifest)
         write_text(plan, dumps(self._manifest) + "\n")
         self.done = {key for key, path in found.items() if not path.name.startswith(".") and path.exists()}
 
-    def forget_unlike(self, classes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take masks that were made for other classes than these for not done: the labels were corrected."""
-        stale = {key for key in self.done & classes.keys() if mask_classes(self._path(key)) != classes[key]}
-        self.done -= stale
-        if stale:
-            self.notes.append(f"{len(stale)} masks were made for other labels; they are made again")
+    def follow(self, classes: Mapping[str, tuple[int, ...] | None], stamp: Callable[[str], FileStamp]) -> None:
+        """Follow what masks are made from: delete those made for other labels, or from another image file.
+
+        Masks of images that are not there any more go too, provided that what is here was made from that very input.
+
+        Args:
+            classes: Of each image of the input; ``None``: not known.
+            stamp: From an id to the image file that the input was made from.
+        """
+        origins = {key: mask_origin(self._path(key)) for key in self.done}
+        relabelled, repainted, gone = set(), set(), set()
+        for key, (made_for, image) in origins.items():
+            if key not in classes:
+                gone |= {key} if self._same_input and made_for is not None else set()
+            elif classes[key] not in (None, made_for):
+                relabelled.add(key)
+            elif is_older(image, stamp(key)):
+                repainted.add(key)
+        for keys, note in (
+            (relabelled, "masks were made for other labels; they are made again"),
+            (repainted, f"images were replaced ({some(repainted)}); their masks are made again"),
+            (gone, f"images are not in the input any more ({some(gone)}); their masks are deleted"),
+        ):
+            if keys:
+                self.notes.append(f"{len(keys)} {note}")
+            for key in keys:
+                if origins[key][0] is not None:  # ours
+                    self._path(key).unlink(missing_ok=True)
+            self.done -= keys
 
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.png"
 
-    def _refuse_other(self, plan: Path) -> None:
+    def _recorded(self, plan: Path) -> Manifest:
         try:
             stored = json.loads(plan.read_text(encoding="utf-8"))
             if not isinstance(stored, dict):
                 raise ValueError("not a manifest")
         except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
-        refuse_differences(stored, self._manifest, str(self.folder))
+        return stored
 
-    def write(self, identifier: str, labels: LabelMask, classes: tuple[int, ...]) -> None:
-        """Store one mask ``(H, W)``, and inside it the classes that it was made for."""
+    def write(self, identifier: str, labels: LabelMask, classes: tuple[int, ...], image: FileStamp = UNKNOWN) -> None:
+        """Store one mask ``(H, W)``, and inside it the classes that it was made for and its image file's digest."""
         path = self._path(check_id(identifier, str(self.folder)))
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(path, labels, classes)
+        write_mask(path, labels, classes, image)
         self.done.add(identifier)
 
     def finish(self, skipped: Sequence[tuple[str, str]]) -> Finished:
@@ -142,4 +172,4 @@ def read_mask_manifest(folder: Path) -> Manifest | None:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return located(found, folder) if isinstance(found, dict) else None

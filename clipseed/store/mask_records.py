@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.errors import InputError, StoreError
 from clipseed.formats.rle import compress, expand
 from clipseed.segments import Proposals, room_for
@@ -63,6 +64,7 @@ class MaskRecord:
         level, iou, stability, class_id: ``(S,)``.
         box, crop_box: ``(S, 4)``.
         point: ``(S, 2)``.
+        stamp: The file of the picture as it was.
     """
 
     id: str
@@ -77,6 +79,7 @@ class MaskRecord:
     point: npt.NDArray[np.float32]
     crop_box: npt.NDArray[np.int32]
     class_id: npt.NDArray[np.int32]
+    stamp: FileStamp = UNKNOWN
 
     def __len__(self) -> int:
         return len(self.rle_length)
@@ -196,6 +199,7 @@ def _unpack(file: RecordFile[MaskRecord], row: int) -> MaskRecord:
         rle_length=file.index["rle_length"][file.span("mask_offset", row)].copy(),
         rle=file.heavy("rle", "rle_offset", row).astype(np.uint8),
         **known,
+        stamp=file.stamp(row),
     )
 
 

@@ -12,11 +12,12 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from clipseed.data.paths import never_ends
+from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.errors import InputError
 from clipseed.store.files import replacing
 from clipseed.types import LabelMask
 
-_CLASSES = "clipseed-classes"
+_CLASSES, _IMAGE = "clipseed-classes", "clipseed-image"
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _ROWS = 1 << 22
 """Pixels whose colours are looked up at once."""
@@ -33,10 +34,11 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     return colours
 
 
-def write_mask(path: Path, labels: LabelMask, classes: Sequence[int] | None = None) -> None:
+def write_mask(path: Path, labels: LabelMask, classes: Sequence[int] | None = None, stamp: FileStamp = UNKNOWN) -> None:
     """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
 
-    ``classes`` that the mask was made for go into a text chunk, where :func:`mask_classes` finds them.
+    ``classes`` that the mask was made for, and the digest of its image's file (``stamp``), go into text chunks, where
+    :func:`mask_origin` finds them.
 
     Raises:
         StoreError: it cannot be written.
@@ -46,18 +48,30 @@ def write_mask(path: Path, labels: LabelMask, classes: Sequence[int] | None = No
     note = PngInfo()
     if classes is not None:
         note.add_text(_CLASSES, " ".join(map(str, classes)))
+    if stamp.known:
+        note.add_text(_IMAGE, stamp.sha256.hex())
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=note)
 
 
-def mask_classes(path: Path) -> tuple[int, ...] | None:
-    """Classes that a mask was made for, read from its header; ``None`` where it does not say (not ours)."""
+def mask_origin(path: Path) -> tuple[tuple[int, ...] | None, FileStamp]:
+    """Classes that a mask was made for, and the digest of its image's file, read from its header.
+
+    Classes are ``None`` where it does not say (not ours), the digest is unknown where it does not.
+    """
     try:
         with _opened(path) as image:
-            text = image.info.get(_CLASSES)
-            return None if text is None else tuple(int(word) for word in str(text).split())
+            text, digest = image.info.get(_CLASSES), image.info.get(_IMAGE)
+        classes = None if text is None else tuple(int(word) for word in str(text).split())
+        stamp = UNKNOWN if digest is None else FileStamp(sha256=bytes.fromhex(str(digest)))
     except Exception:  # decoders raise nearly anything on damaged files
-        return None
+        return None, UNKNOWN
+    return classes, stamp
+
+
+def mask_classes(path: Path) -> tuple[int, ...] | None:
+    """Classes that a mask was made for; ``None`` where it does not say (not ours)."""
+    return mask_origin(path)[0]
 
 
 def _opened(path: Path) -> Image.Image:

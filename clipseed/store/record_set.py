@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from clipseed.data.paths import is_file, is_folder, never_ends
+from clipseed.data.stamps import FileStamp
 from clipseed.errors import StoreError
 from clipseed.store.layout import R
 from clipseed.store.manifest import Manifest
+from clipseed.store.places import located
 from clipseed.store.shard import RecordFile
 
 SHARD_PATTERN = "unit-*.h5"
@@ -51,7 +53,7 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
             verify = sum(map(_bytes, self._paths)) < _VERIFY_BELOW
         self._files = self._open(verify)
         self._process = os.getpid()
-        self.manifest: Manifest = self._files[0].manifest
+        self.manifest: Manifest = located(self._files[0].manifest, path)
         self._rows: dict[str, tuple[int, int]] = {}
         try:
             self._check()
@@ -102,6 +104,11 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
             self._files = self._open(verify=False)
             self._process = os.getpid()
         return self._files
+
+    def stamp(self, identifier: str) -> FileStamp:
+        """The file of a picture as it was when its record was made, without reading the record."""
+        file, row = self.place(identifier)
+        return file.stamp(row)
 
     def place(self, identifier: str) -> tuple[F, int]:
         """The file that holds a record, and its row there."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class SeedMap:
         classes: ``(K,)`` class indices, in label order; mask value = index + 1.
         cam: ``(K, h, w)`` float32 in [0, 1] on the patch grid.
         size: ``(H, W)`` of the picture in pixels.
+        stamp: The file of the picture as it was.
     """
 
     id: str
     classes: npt.NDArray[np.int32]
     cam: npt.NDArray[np.float32]
     size: tuple[int, int]
+    stamp: FileStamp = UNKNOWN
 
     def upsampled(self) -> npt.NDArray[np.float32]:
         """Maps at the picture's size: ``(K, H, W)`` float32, bilinear with half-pixel centres (as CLIP-ES's code)."""
@@ -84,7 +87,7 @@ def _pack(records: Sequence[SeedMap], cam_dtype: str) -> Arrays:
 def _unpack(file: RecordFile[SeedMap], row: int) -> SeedMap:
     height, width = (int(side) for side in file.grids[row])
     maps = file.heavy("cam", "cam_offset", row).astype(np.float32).reshape(-1, height, width)
-    return SeedMap(file.ids[row], classes_of(file, row), maps, file.size(row))
+    return SeedMap(file.ids[row], classes_of(file, row), maps, file.size(row), file.stamp(row))
 
 
 def classes_of(file: RecordFile[SeedMap], row: int) -> npt.NDArray[np.int32]:

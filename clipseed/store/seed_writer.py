@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clipseed.errors import StoreError
 from clipseed.store.manifest import Manifest
 from clipseed.store.records import SeedMap, classes_of, seed_format
 from clipseed.store.shard import RecordFile
 from clipseed.store.share import WHOLE, Share
-from clipseed.store.writer import RecordWriter
+from clipseed.store.writer import RecordWriter, some
 
 
 class SeedWriter(RecordWriter[SeedMap]):
@@ -30,12 +31,21 @@ class SeedWriter(RecordWriter[SeedMap]):
     def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
         """Take pictures that are stored with other classes than these for not done: their labels were corrected.
 
-        A shard that holds one of them goes, and its other pictures are computed again too.
+        Those that have no labels any more (``None``) leave the output.
+
+        Raises:
+            StoreError: that are most of them, as with the label file of another data set.
         """
-        stale = {key for key, known in self._classes.items() if key in classes and tuple(classes[key] or ()) != known}
-        shards = {self._done[key] for key in stale} - {self.out}
-        for path in shards:
-            path.unlink()
-        self._done = {key: path for key, path in self._done.items() if key not in stale and path not in shards}
+        known = {key: self._classes[key] for key in self._done if key in classes}
+        gone = {key for key in known if classes[key] is None}
+        stale = {key for key in known.keys() - gone if tuple(classes[key] or ()) != known[key]}
+        if 2 * len(gone) > len(self._done):
+            raise StoreError(
+                f"{self.out}: {len(gone)} of the {len(self._done)} images that it holds have no labels now; is this "
+                "the right label file? Choose another --out, or start again with --overwrite"
+            )
         if stale:
             self.notes.append(f"{len(stale)} pictures are stored with other labels; they are computed again")
+        if gone:
+            self.notes.append(f"{len(gone)} images have no labels any more ({some(gone)}); they leave {self.out}")
+        self.forget(stale | gone)

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.data.stamps import FileStamp
 from clipseed.errors import StoreError
 from clipseed.store import layout
 from clipseed.store.files import replacing, storage_errors
@@ -138,6 +139,11 @@ class RecordFile(Generic[R]):
         """Height and width of the picture in a row."""
         height, width = self.index["size"][row]
         return int(height), int(width)
+
+    def stamp(self, row: int) -> FileStamp:
+        """What the file of the picture in a row was when the record was made."""
+        length, time, digest = (self.index[f"file_{part}"][row] for part in ("bytes", "time", "sha256"))
+        return FileStamp(int(length), int(time), digest.tobytes())
 
     def span(self, offset: str, row: int) -> slice:
         """Where a row's part lies in the datasets that an offsets dataset cuts."""

@@ -2,26 +2,31 @@
 
 ``--out cams.h5`` collects shards in ``cams.h5.parts/`` and ends as one file; ``--out DIR`` keeps the shards. A shard
 holds one *unit*, a fixed run of the data set's order, and appears under its name only when it is complete and on the
-disk. What is there is never computed again; what is missing is. Output made with other settings is refused.
+disk. What is there is never computed again; what is missing is, and what was made from an image that has been replaced
+since. Output made with other settings is refused.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+import h5py
 from filelock import FileLock
 
+from clipseed.data.paths import is_file
+from clipseed.data.stamps import FileStamp, replaced
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_errors, write_skipped, write_text_once
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
+from clipseed.store.places import located, noted, same_places
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.shard import RecordFile, write_portable, write_shard
 from clipseed.store.share import WHOLE, RollCall, Share, Skipped, lock_output, unit_number
@@ -76,13 +81,18 @@ class RecordWriter(Generic[R]):
         self.out = out
         self.portable = out.suffix.lower() in _H5_SUFFIXES
         self.folder = out.with_name(out.name + ".parts") if self.portable else out
-        self.manifest, self._text = manifest, dumps(manifest)
+        self.manifest = noted(manifest, out)
+        self._text = dumps(self.manifest)
         self._form, self._unit_size, self._share = form, unit_size, share
         self._overwrite = overwrite
         self._lock: FileLock | None = None
         self._roll = RollCall(self.folder, share)
         self.notes: list[str] = []
         self._done: dict[str, Path] = {}
+        self._stamps: dict[str, bytes] = {}
+        self._outdated = False
+        """Whether the finished file says something that is true no more, though nothing may be missing in it."""
+        self._other_input = False
         if not self.portable and out.exists() and not out.is_dir():
             raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for shards")
         if self.portable and out.is_dir():
@@ -126,6 +136,9 @@ class RecordWriter(Generic[R]):
                 self._take_stock(shard)
         if self.portable and self.out.is_file():
             self._take_stock(self.out)
+        if self._other_input:
+            self.manifest = without_input(self.manifest)
+            self._text = dumps(self.manifest)
         # Written once nothing is to be refused any more; of several runs the first one's counts.
         write_text_once(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
         self._read_plan(plan)
@@ -152,6 +165,8 @@ class RecordWriter(Generic[R]):
             with RecordFile(path, self._form, verify=True) as file:
                 refuse_differences(file.manifest, self.manifest, str(path))
                 self._note(file, path)
+                self._outdated |= path == self.out and not same_places(file.manifest, self.manifest, self.out)
+                self._other_input |= not made_from_the_same(file.manifest, self.manifest, self.out)
         except OtherSettings:
             raise
         except StoreError as error:
@@ -161,8 +176,45 @@ class RecordWriter(Generic[R]):
             self.notes.append(f"{error}; its pictures are computed again")
 
     def _note(self, file: RecordFile[R], path: Path) -> None:
-        for identifier in file.ids:
+        for row, identifier in enumerate(file.ids):
             self._done.setdefault(identifier, path)
+            self._stamps.setdefault(identifier, file.stamp(row).packed())
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Take records for not done. A shard that holds one of them goes, and its other records are made again too."""
+        paths = {self._done[key] for key in keys}
+        self._outdated |= self.out in paths
+        for path in paths - {self.out}:
+            path.unlink()
+        gone = paths - {self.out}
+        self._done = {key: path for key, path in self._done.items() if key not in keys and path not in gone}
+
+    def forget_replaced(self, files: Mapping[str, Path | None]) -> set[str]:
+        """Take records for not done whose image file holds something else now; returns their ids."""
+        known = ((key, FileStamp.unpacked(self._stamps[key])) for key in self._done if key in files)
+        stale = replaced((key, stamp, files[key]) for key, stamp in known)
+        if stale:
+            self.notes.append(f"{len(stale)} images were replaced ({some(stale)}); they are computed again")
+        self.forget(stale)
+        return stale
+
+    def follow(self, ids: Collection[str], stamp: Callable[[str], FileStamp]) -> None:
+        """Follow the output that this one is made from: what it has of other image files now is to be made again.
+
+        What it holds no more leaves, provided that all that is here was made from that very output.
+
+        Args:
+            ids: What the other output holds.
+            stamp: From an id to its image file there.
+        """
+        ours = self._stamps
+        stale = {key for key in self._done if key in ids and is_older(FileStamp.unpacked(ours[key]), stamp(key))}
+        if stale:
+            self.notes.append(f"{len(stale)} images were replaced ({some(stale)}); they are made again")
+        gone = set() if self._other_input else {key for key in self._done if key not in ids}
+        if gone:
+            self.notes.append(f"{len(gone)} images are not in the input any more ({some(gone)}); they leave {self.out}")
+        self.forget(stale | gone)
 
     @property
     def done(self) -> frozenset[str]:
@@ -236,7 +288,8 @@ class RecordWriter(Generic[R]):
     def _end(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
         if self.portable:
             remove_leftovers_of(self.out)
-        if self.portable and (any(path != self.out for path in self._done.values()) or not self.out.is_file()):
+        fresh = any(path != self.out for path in self._done.values())
+        if self.portable and (fresh or self._outdated or not self.out.is_file()):
             wanted = dict.fromkeys(key for key in ids if key in self._done)
             order = [*wanted, *(key for key in self._done if key not in wanted)]
             size = sum(path.stat().st_size for path in set(self._done.values()))
@@ -260,6 +313,45 @@ class RecordWriter(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._release()
+
+
+def recorded_manifest(out: Path) -> Manifest | None:
+    """The manifest of an output of records that is there, finished or begun; ``None`` where none can be read."""
+    parts = out.with_name(out.name + ".parts") if out.suffix.lower() in _H5_SUFFIXES else out
+    try:
+        if is_file(out):
+            with h5py.File(out, "r", locking=False) as file:
+                found = json.loads(str(file.attrs["manifest"]))
+        else:
+            found = json.loads((parts / "manifest.json").read_text(encoding="utf-8"))["manifest"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
+    return located(found, out) if isinstance(found, dict) else None
+
+
+def made_from_the_same(stored: Manifest, wanted: Manifest, out: Path) -> bool:
+    """Whether two manifests of an output name the same file as what it was made from; a folder may be half written."""
+    then, now = (located(manifest, out).get("input") for manifest in (stored, wanted))
+    return then is not None and then == now and is_file(Path(then))
+
+
+def without_input(manifest: Manifest) -> Manifest:
+    """The manifest of an output that was made from several."""
+    kept = {key: value for key, value in manifest.items() if key != "input"}
+    return {
+        **kept,
+        "relative": {name: place for name, place in manifest.get("relative", {}).items() if name != "input"},
+    }
+
+
+def is_older(ours: FileStamp, source: FileStamp) -> bool:
+    """Whether a record was made before its source's record was, from another image file; without stamp it was."""
+    return source.known and ours.sha256 != source.sha256
+
+
+def some(keys: Collection[str]) -> str:
+    """The first few ids, for messages."""
+    return ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
 
 
 def _foreign(folder: Path) -> bool:

@@ -33,6 +33,10 @@ class ToyReader:
         """Render the scene that the sample's id names."""
         return Image.fromarray(toy_scene(self.seed, sample.id).image())
 
+    def file(self, sample: Sample) -> None:
+        """There is none."""
+        return
+
 
 class _ToySamples(Sequence[Sample]):
     """Samples of the world, laid out when asked for."""
