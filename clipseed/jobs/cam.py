@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import METHODS, Method, compute_cams
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
+from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip
 from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
+from clipseed.device import Precision
 from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
+from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip
 from clipseed.clip.sharpness import Sharpness, log_scores, present_mask, sharpness
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.templates import load_templates
 from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
+from clipseed.device import Precision
 from clipseed.errors import InputError, UsageError
 from clipseed.jobs.cam import DEFAULT_MAX_SIDE, Start
 from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features

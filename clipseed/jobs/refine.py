@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
-from clipseed.clip.model import FrozenClip, pick_device
+from clipseed.clip.model import FrozenClip
 from clipseed.data.vocabulary import parse_vocabulary
+from clipseed.device import pick_device
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
     LoadedPicture,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from clipseed.clip.model import pick_device
 from clipseed.data.types import ImageReader, Sample
+from clipseed.device import pick_device
 from clipseed.errors import ClipseedError, ImageError
 from clipseed.jobs.engine import default_workers, misfit, open_engine, refuse_if_nothing
 from clipseed.jobs.sam_loading import ExistingLoader, LoadedForSam, ShrinkingLoader, Stored, existing_masks

@@ -14,7 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 from clipseed.data.types import Sample
+from clipseed.device import is_out_of_memory
 from clipseed.errors import ImageError
 from clipseed.runtime.decode import DecodePool
 
@@ -185,9 +188,10 @@ def _compute(
     while len(results) < len(items):
         part = items[len(results) : len(results) + batch.limit(cost)]
         try:
-            results.extend(compute(part))
+            with torch.inference_mode():  # of this thread; the functions that compute leave it to their caller
+                results.extend(compute(part))
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
                 results.append(ImageError("does not fit into the device's memory even alone; lower --max-side"))
@@ -196,11 +200,6 @@ def _compute(
                 first = stats.out_of_memory[0] if stats.out_of_memory else len(part)
                 stats.out_of_memory = (first, batch.limit(cost))
     return results
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _await(pending: Future[None] | None, stats: StreamStats) -> None:
