@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,14 @@ from clipseed.clip.architecture import (
     round_linear_weights,
 )
 from clipseed.clip.checkpoint import Activation, Checkpoint, read_checkpoint
-from clipseed.clip.text import TextBank, Tokenizer, encode_vocabulary
+from clipseed.clip.text import (
+    PromptEmbeddings,
+    TextBank,
+    Tokenizer,
+    embed_prompts,
+    encode_embeddings,
+    encode_vocabulary,
+)
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.device import Precision, dtype_name, pick_device, pick_dtype
@@ -131,22 +139,33 @@ class FrozenClip:
             return self
         source: Any = self._model
         mean, std = (tuple(float(x) for x in t.flatten()) for t in (self.tower.mean, self.tower.std))
-        tower = tower_from(
-            source.visual, mean, std, self.tower.device, torch.float32, half_positions=self.tower.half_positions
-        )
+        half = self.tower.half_positions
+        with torch.inference_mode(False):  # the weights stay, and may be used later where gradients are wanted
+            tower = tower_from(source.visual, mean, std, self.tower.device, torch.float32, half_positions=half)
         return FrozenClip(self._model, self._tokenizer, tower, self.info, "fp32", self.location)
 
     def encode_text(self, vocabulary: Vocabulary) -> TextBank:
         """Unit prototypes of a vocabulary: ``(C, E)`` classes and ``(M, E)`` background words, float32."""
         return encode_vocabulary(self._model, self._tokenizer, vocabulary)
 
+    def embed_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Token embeddings of prompts with ``[*]`` for learned vectors; see :func:`~clipseed.clip.text.embed_prompts`.
+
+        ``encode_embeddings(found.filled(vectors).embeddings, found.ends)`` has gradients with respect to ``vectors``.
+        """
+        return embed_prompts(self._model, self._tokenizer, prompts)
+
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> Tensor:
+        """Text features ``(P, E)``, not normalized; see :func:`~clipseed.clip.text.encode_embeddings`."""
+        return encode_embeddings(self._model, embeddings, ends)
+
     def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> DenseFeatures:
         """Dense features of pictures of one size: ``(B, 3, H, W)`` uint8, sides multiples of the patch size."""
-        return self.tower.dense(self.tower.normalise(images), attention_blocks)
+        return self.tower.dense(self.tower.normalize(images), attention_blocks)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The model's own image features ``(B, E)``, not normalised; images as in :meth:`dense`."""
-        return self.tower.encode(self.tower.normalise(images))
+        return self.tower.encode(self.tower.normalize(images))
 
     def manifest(self) -> dict[str, Any]:
         """Plain description for output files."""

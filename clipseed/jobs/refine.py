@@ -212,7 +212,6 @@ class _Spreading(_Refinement):
             for seed, found in zip(seeds, maps, strict=True)
         ]
 
-    @torch.inference_mode()
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
         attention = patch_attention(clip.tower, pixels, self.caa.layers)
         if self.options.method == "caa":
@@ -244,7 +243,6 @@ class _Par(_Refinement):
         """Decodes pictures at their own size."""
         return PictureLoader(self.reader)
 
-    @torch.inference_mode()
     def refined(self, items: Sequence[LoadedPicture], seeds: list[SeedMap]) -> list[SeedMap]:
         """Let maps follow colours."""
         if not len(seeds[0].classes):

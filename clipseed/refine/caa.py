@@ -104,7 +104,7 @@ def _reach(scores: Sequence[Tensor], sources: Sequence[Tensor], affinity: Tensor
     for picture, score, cam in zip(padded, scores, sources, strict=True):
         kept = cam.float().cpu()
         if options.boxes:
-            masks = box_masks(score.float().cpu().numpy(), options.box_threshold, released=options.released)
+            masks = box_masks(score.detach().float().cpu().numpy(), options.box_threshold, released=options.released)
             kept = kept * torch.from_numpy(masks.astype(np.float32))
         picture[: len(cam)] = kept
     reached = spread(affinity, padded.to(affinity.device), options.power).cpu()
