@@ -99,7 +99,7 @@ class BareEncoder:
 
     @torch.inference_mode()
     def __call__(self, batch: list[LoadedViews]) -> None:
-        tokens, _ = self._clip.tower.embed(self._clip.tower.normalise(pixels_of(batch)))
+        tokens, _ = self._clip.tower.embed(self._clip.tower.normalize(pixels_of(batch)))
         pooled, _ = self._visual._pool(self._transformer(tokens.to(self._clip.tower.dtype)).float())
         pooled @ self._visual.proj
 

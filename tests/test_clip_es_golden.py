@@ -16,9 +16,8 @@ from PIL import Image
 import clipseed
 from clipseed.cam.gradcam import (
     channel_weights,
-    class_scores,
     gradcam,
-    normalise,
+    normalize,
     pair_index,
     run_last_block,
     score_gradient,
@@ -87,7 +86,7 @@ def test_forward_pass(folder: str, name: str) -> None:
     close(mean[0], arrays["attn_mean"], 1e-5)
     present = torch.zeros(1, len(bank.classes), dtype=torch.bool)
     present[0, arrays["keys"]] = True
-    logits = class_scores(state.feature, bank, present)[0]
+    logits = bank.logits(state.feature, present)[0]
     chosen = torch.cat([logits[arrays["keys"]], logits[len(bank.classes) :]])
     close(chosen, arrays["logits"], 1e-4)
     close(chosen.softmax(dim=0), arrays["probs"], 1e-5)
@@ -111,7 +110,7 @@ def test_class_activation_maps(folder: str, name: str) -> None:
     close(weights / torch.from_numpy(peak), arrays["grad_mean"] / peak, 5e-5)
     strength = np.abs(arrays["cam_raw"]).max()
     close(raw / strength, arrays["cam_raw"] / strength, 5e-5)
-    close(normalise(raw, released=True), arrays["cam"], 5e-5)
+    close(normalize(raw, released=True), arrays["cam"], 5e-5)
 
 
 @pytest.mark.parametrize(("folder", "name"), [pair for pair in CASES if vocabulary(pair[0]) == "voc"])

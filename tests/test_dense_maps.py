@@ -54,7 +54,7 @@ class FakeClip:
         self.tower = tower
 
     def dense(self, images: Tensor) -> Any:
-        return self.tower.dense(self.tower.normalise(images))
+        return self.tower.dense(self.tower.normalize(images))
 
     @property
     def exact(self) -> FakeClip:
@@ -75,7 +75,7 @@ class Loops:
 
     def __init__(self, model: Any, tower: VisionTower, image: Tensor) -> None:
         self.visual, self.quick = model.visual, tower.blocks[0].activation == "quickgelu"
-        tokens, self.grid = tower.embed(tower.normalise(image[None]))
+        tokens, self.grid = tower.embed(tower.normalize(image[None]))
         self.start = list(array(tokens[0]))
 
     @staticmethod
@@ -221,7 +221,7 @@ def test_number_of_blocks_and_heads_of_the_new_path(blocks: int, heads: Any) -> 
     images = pictures(2, 1)
     loops = Loops(model, tower, images[0])
     theirs = np.array(loops.svc(blocks, heads))
-    found = dual_path(tower, tower.normalise(images), blocks, heads)
+    found = dual_path(tower, tower.normalize(images), blocks, heads)
     assert np.abs(array(found.patches[0]) - theirs).max() < 1e-5 * np.abs(theirs).max()
     assert np.abs(array(F.normalize(found.image, dim=-1)[0]) - loops.image()).max() < 1e-5
     assert found.grid == (3, 5)
@@ -230,7 +230,7 @@ def test_number_of_blocks_and_heads_of_the_new_path(blocks: int, heads: Any) -> 
 def test_the_original_path_is_the_model_itself() -> None:
     for kind in TOWERS:
         _, tower = make(kind)
-        pixels = tower.normalise(pictures(3))
+        pixels = tower.normalize(pictures(3))
         assert (dual_path(tower, pixels).image - tower.encode(pixels)).abs().max() < 1e-5, kind
     with pytest.raises(ValueError, match="at least 1 block"):
         dual_path(tower, pixels, 0)
@@ -251,7 +251,7 @@ def test_vicinity() -> None:
             square = (i // 3 - j // 3) ** 2 + (i % 3 - j % 3) ** 2
             assert found[i, j] == pytest.approx(np.exp(-square / 4.5), rel=1e-5)
     _, tower = make("openai")
-    tokens = tower.dense(tower.normalise(pictures(5))).tokens
+    tokens = tower.dense(tower.normalize(pictures(5))).tokens
     narrow, wide = (neighbour_patches(tower, tokens, (3, 5), sigma) for sigma in (0.5, 50.0))
     assert (narrow - wide).abs().max() > 1e-3
     assert value_patches(tower, tokens).shape == narrow.shape == (3, 15, 64)

@@ -73,7 +73,7 @@ def test_types_fit_together_on_a_gpu(dtype: torch.dtype) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tower = tower_from(model.visual, *PIXELS, CUDA, dtype)
         images = torch.empty(4, 3, 64, 96, dtype=torch.uint8, device=CUDA)
-        features = tower.dense(tower.normalise(images), (0, 1))
+        features = tower.dense(tower.normalize(images), (0, 1))
         assert features.tokens.dtype is dtype
         assert features.attention is not None
         assert (features.attention.dtype, features.attention.shape) == (torch.float32, (4, 24, 24))
@@ -83,7 +83,7 @@ def test_types_fit_together_on_a_gpu(dtype: torch.dtype) -> None:
         assert (maps.dtype, maps.device, maps.shape) == (torch.float32, CUDA, (7, 4, 6))
         reached = spread(balance(features.attention), torch.empty(4, 3, 4, 6, device=CUDA))
         assert (reached.device, reached.shape) == (CUDA, (4, 3, 4, 6))
-        assert tower.encode(tower.normalise(images)).shape == (4, 32)
+        assert tower.encode(tower.normalize(images)).shape == (4, 32)
         assert refine_par(torch.empty(2, 3, 40, 50, device=CUDA), images[:2, :, :40, :50]).device == CUDA
 
 

@@ -14,7 +14,7 @@ from clipseed.cam.gradcam import (
     channel_weights,
     gradcam,
     minmax,
-    normalise,
+    normalize,
     pair_index,
     run_last_block,
     score_gradient,
@@ -147,7 +147,7 @@ def test_half_precision_stays_close(dtype: torch.dtype, tolerance: float) -> Non
         for one in (tower, half):
             features = one.dense(pixels)
             state = run_last_block(one, features.tokens)
-            maps.append(normalise(gradcam(one, state, text, labels, (4, 4), "log-softmax")))
+            maps.append(normalize(gradcam(one, state, text, labels, (4, 4), "log-softmax")))
     assert torch.isfinite(maps[1]).all()
     assert (maps[0] - maps[1]).abs().mean() < tolerance
     assert maps[1].amax(dim=(1, 2)).min() > 0.99
@@ -194,10 +194,10 @@ def test_activation_slope(activation: str) -> None:
     assert (activation_slope(h.detach().float(), activation) - expected).abs().max() < 1e-6
 
 
-def test_normalise() -> None:
+def test_normalize() -> None:
     tiny = [[-1.0, 0.0], [2e-30, 4e-30]]
     raw = torch.tensor([tiny, [[-3.0, -2.0], [-1.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    maps = normalise(raw)
+    maps = normalize(raw)
     assert maps[0].tolist() == [[0.0, 0.0], [0.5, 1.0]]
     assert (maps[1] == 0).all()
     assert (maps[2] == 0).all()  # a constant map has no shape
@@ -206,7 +206,7 @@ def test_normalise() -> None:
 def test_released_normalisation() -> None:
     """Twice, so that a raw peak near the 1e-7 of the denominator still ends near 1."""
     raw = torch.tensor([[[-1.0, 0.0], [2e-6, 4e-6]], [[0.0, 0.0], [2e-30, 4e-30]]])
-    maps = normalise(raw, released=True)
+    maps = normalize(raw, released=True)
     assert maps[0].max() == pytest.approx(1, abs=1e-6)
     assert maps[0].max() < 1
     assert maps[0, 1, 0] == pytest.approx(0.5, abs=1e-3)
@@ -220,7 +220,7 @@ class FakeClip:
         self.tower = tower
 
     def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> Any:
-        return self.tower.dense(self.tower.normalise(images), attention_blocks)
+        return self.tower.dense(self.tower.normalize(images), attention_blocks)
 
     @property
     def exact(self) -> FakeClip:
@@ -238,7 +238,7 @@ def test_scales_and_flip_average_on_the_base_grid() -> None:
         with torch.inference_mode():
             features = clip.dense(pixels)
             raw = gradcam(tower, run_last_block(tower, features.tokens), text, labels, features.grid, "log-softmax")
-            return normalise(raw)
+            return normalize(raw)
 
     plain = compute_cams(clip, text, [images], labels, (4, 4))
     assert [len(maps) for maps in plain.maps] == [1, 2]

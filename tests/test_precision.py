@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.cam.methods import compute_cams
-from clipseed.clip.model import FrozenClip, pick_dtype
-from clipseed.clip.precision import LEAST_WIDTH, cpu_multiplies_bf16
+from clipseed.clip.model import FrozenClip
 from clipseed.clip.vision import attend, attend_with_mean_map
 from clipseed.data.dataset import DatasetOptions, open_dataset
+from clipseed.device import LEAST_WIDTH, cpu_multiplies_bf16, pick_dtype
 from clipseed.jobs.engine import ViewLoader
 from clipseed.refine.caa import caa
 
@@ -32,7 +32,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, bool]], No
     """Pretend to run on a processor with these features."""
 
     def pretend(features: dict[str, bool]) -> None:
-        monkeypatch.setattr("clipseed.clip.precision._cpu_features", lambda: features)
+        monkeypatch.setattr("clipseed.device._cpu_features", lambda: features)
         monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
 
     return pretend
@@ -88,7 +88,7 @@ def test_loading_a_model_decides(processor: Callable[[dict[str, bool]], None], m
     """The toy is narrow: its numbers are the same everywhere. A model as wide as the rule asks gets bfloat16."""
     processor(FAST[0])
     assert FrozenClip.load(weights="toy", device="cpu").precision == "fp32"
-    monkeypatch.setattr("clipseed.clip.precision.LEAST_WIDTH", 1)
+    monkeypatch.setattr("clipseed.device.LEAST_WIDTH", 1)
     found = FrozenClip.load(weights="toy", device="cpu")
     assert (found.precision, found.tower.dtype, found.exact.precision) == ("bf16", torch.bfloat16, "fp32")
     assert FrozenClip.load(weights="toy", device="cpu", released_rounding=True).precision == "fp32"

@@ -15,7 +15,8 @@ import torch
 
 from clipseed.cli.main import main
 from clipseed.clip import FrozenClip
-from clipseed.clip.sharpness import image_sharpness, log_scores, present_mask, sharpness
+from clipseed.clip.sharpness import image_sharpness, sharpness
+from clipseed.clip.text import TextBank, present_mask
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.templates import load_templates
@@ -62,7 +63,8 @@ def test_against_a_plain_loop() -> None:
     features, classes = rng.normal(size=(50, 16)), rng.normal(size=(7, 16))
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     labels = [tuple(rng.permutation(7)[: rng.integers(2, 8)].tolist()) for _ in range(50)]
-    ours = log_scores(torch.from_numpy(features), torch.from_numpy(classes), 20.0)
+    words = torch.from_numpy(classes).float()
+    ours = TextBank(words, words[:0], 20.0).log_probabilities(torch.from_numpy(features))
     scores = [loop_scores(row, classes, 20.0) for row in features]
     np.testing.assert_allclose(ours.exp().numpy(), scores, rtol=2e-5, atol=1e-7)
     assert sharpness(ours, present_mask(labels, 7)).value == pytest.approx(loop_sharpness(scores, labels), rel=2e-5)

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from segment_anything import SamPredictor, sam_model_registry
 
-from clipseed.clip.checkpoint import file_sha256
 from clipseed.errors import UsageError, WeightsError
 from clipseed.sam.architecture import (
     SIZES,
@@ -34,6 +33,7 @@ from clipseed.sam.checkpoint import SamCheckpoint, read_sam_checkpoint
 from clipseed.sam.load import load_sam
 from clipseed.sam.model_backend import ModelBackend
 from clipseed.sam.predictor_backend import PredictorBackend
+from clipseed.weights import file_sha256
 
 TOY = SamConfig(
     image_size=96,
@@ -180,7 +180,7 @@ def test_missing_damaged_and_foreign_files(tmp_path: Path, openai_state: dict[st
     refused(tmp_path, "no such SAM checkpoint")
     for name in ("text.pth", "text.npz", "text.safetensors"):
         (tmp_path / name).write_text("not weights")
-        refused(tmp_path / name, "not a readable weights file|refused")
+        refused(tmp_path / name, "a text file, not weights; it begins with 'not weights'")
     torch.save(openai_state, tmp_path / "clip.pth")
     refused(tmp_path / "clip.pth", "a CLIP checkpoint, not a SAM")
     torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")

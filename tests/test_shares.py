@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from clipseed.cli.main import main
+from clipseed.device import local_device
 from clipseed.errors import StoreError, UsageError
 from clipseed.jobs import crf, engine
-from clipseed.runtime.launch import Launch, find_share, local_device
+from clipseed.runtime.launch import Launch, find_share
 from clipseed.store.reader import open_seeds
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.share import RollCall, Share, lock_output

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipseed.cli.main import main
 from clipseed.clip import FrozenClip
-from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD, tag, word_scores
+from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD, tag
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.labels import read_labels
@@ -56,7 +56,7 @@ def test_on_released_scores(folder: str, name: str) -> None:
     count = len(arrays["keys"])
     words = torch.from_numpy(arrays["text_features"])
     text = TextBank(words[:count], words[count:], scale)
-    scores = word_scores(torch.from_numpy(arrays["image_feature"])[None], text)
+    scores = text.probabilities(torch.from_numpy(arrays["image_feature"])[None])
     golden = arrays["probs"]
     np.testing.assert_allclose(scores[0].numpy(), golden, rtol=0, atol=1e-5)
     for threshold in (0.05, 0.25, 0.6):
@@ -91,7 +91,7 @@ def test_accuracy_on_the_toy_set() -> None:
 
     def tags(image: Image.Image) -> set[int]:
         pixels = resize_to_grid(image, patch_grid(image.height, image.width, 16), 16)
-        scores = word_scores(clip.encode_image(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]), text)
+        scores = text.probabilities(clip.encode_image(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]))
         return set(tag(scores, len(CLASS_NAMES), DEFAULT_TAG_THRESHOLD)[0])
 
     image_set = open_dataset(DatasetOptions("toy"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -15,9 +16,12 @@ from safetensors.torch import save_file
 
 from clipseed.clip import FrozenClip
 from clipseed.clip.architecture import decide_activation, round_linear_weights, supported_models
-from clipseed.clip.checkpoint import file_sha256, read_checkpoint
-from clipseed.clip.model import local_weights, pick_device, pick_dtype
+from clipseed.clip.checkpoint import read_checkpoint
+from clipseed.clip.model import local_weights
+from clipseed.device import pick_device, pick_dtype
 from clipseed.errors import UsageError, WeightsError
+from clipseed.sam.load import load_sam
+from clipseed.weights import file_sha256, read_weights
 
 from conftest import save_npz, tiny_config, tiny_model
 
@@ -195,7 +199,16 @@ def test_code_in_a_scripted_archive_is_not_run(openai_state: State, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a readable weights file|refused"),
+        (b"", "an empty file; fetch it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 605143316\n",
+            "a Git LFS pointer, .*git lfs pull",
+        ),
+        (b"\n<!DOCTYPE html>\n<html><title>Log in</title>" + b" " * 2000, "a web page .*one to log in"),
+        (b"<html>" + "ä".encode() * 3000, "a web page"),
+        (b"Error: access denied\nsee below\n", "a text file, not weights; it begins with 'Error: access denied'"),
+        (b"a" + "ü".encode() * 3000, "a text file, not weights"),  # a character is cut in two where reading ends
+        (b"\n\n", "a text file without text"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "not a readable weights file|refused"),
         (b"PK\x03\x04 truncated", "not a readable weights file|refused"),
     ],
@@ -206,6 +219,33 @@ def test_garbage(content: bytes, message: str, suffix: str, tmp_path: Path) -> N
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=message):
         FrozenClip.load(weights=path, device="cpu")
+    with pytest.raises(WeightsError, match=message):
+        load_sam(path, "cpu")
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    for load in (lambda path: FrozenClip.load(weights=path, device="cpu"), lambda path: load_sam(path, "cpu")):
+        with pytest.raises(WeightsError, match=r"pipe\.pt: (a pipe or a device|no such SAM checkpoint)"):
+            load(tmp_path / "pipe.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="no weights file in this folder"):
+        FrozenClip.load(weights=tmp_path / "empty", device="cpu")
+    with pytest.raises(WeightsError, match="a folder, not a file of weights"):
+        read_weights(tmp_path)
+
+
+def test_texts_beside_the_tensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3)}
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"config": "{}"})
+    np.savez(tmp_path / "w.npz", a=tensors["a"].numpy(), config=np.array("{}"))
+    torch.save(tensors, tmp_path / "w.pt")
+    for name, texts in (("w.safetensors", {"config": "{}"}), ("w.npz", {"config": "{}"}), ("w.pt", {})):
+        found = read_weights(tmp_path / name)
+        assert found.texts == texts
+        assert found.state.keys() == {"a"}
+        assert torch.equal(found.state["a"], tensors["a"])
+        assert found.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
 def test_truncated(openai_state: State, tmp_path: Path) -> None:
@@ -229,7 +269,7 @@ def test_wrong_contents(openai_state: State, tmp_path: Path) -> None:
     refused(lambda s: s.update({"visual.ln_post.bias": torch.zeros(3)}), r"is \(3,\) instead of \(64,\)")
     refused(lambda s: s["visual.proj"].fill_(float("nan")), "'visual.proj' contains NaN")
     refused(lambda s: s.pop("text_projection"), "not a CLIP checkpoint in OpenAI's layout")
-    refused(lambda s: s.clear(), "holds no state dict")
+    refused(lambda s: s.clear(), "holds no tensors")
     refused(lambda s: s.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "a CLIP ResNet")
     refused(lambda s: s.update({"visual.trunk.norm.weight": torch.zeros(1)}), "timm")
 

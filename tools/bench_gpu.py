@@ -332,7 +332,7 @@ class BareEncoder:
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> None:
         tower = self._tower
-        tokens, _ = tower.embed(tower.normalise(pixels))
+        tokens, _ = tower.embed(tower.normalize(pixels))
         pooled, _ = self._visual._pool(self._transformer(tokens.to(tower.dtype)).float())
         (pooled @ self._visual.proj).cpu()
 

@@ -39,7 +39,7 @@ from clipseed.clip.surgery import (
     project,
     value_patches,
 )
-from clipseed.clip.text import TextBank
+from clipseed.clip.text import TextBank, present_mask
 
 DenseMethod = Literal["maskclip", "svc", "naclip"]
 DENSE_METHODS: tuple[DenseMethod, ...] = ("maskclip", "svc", "naclip")
@@ -62,7 +62,6 @@ class PatchFeatures:
     grid: tuple[int, int]
 
 
-@torch.inference_mode()
 def dense_features(
     clip: FrozenClip,
     images: Tensor,
@@ -84,7 +83,7 @@ def dense_features(
     """
     tower = clip.tower
     if method == "svc":
-        found = dual_path(tower, tower.normalise(images), blocks, heads)
+        found = dual_path(tower, tower.normalize(images), blocks, heads)
         return PatchFeatures(project(tower, found.patches), F.normalize(found.image.float(), dim=-1), found.grid)
     features = clip.dense(images)
     if method == "maskclip":
@@ -101,10 +100,7 @@ def similarities(features: PatchFeatures, text: TextBank) -> Tensor:
 
 def competitors(text: TextBank, labels: Sequence[Sequence[int]]) -> Tensor:
     """Which texts may be in each picture, ``(B, C + M)`` booleans: its present classes, and every background word."""
-    device = text.classes.device
-    present = torch.zeros(len(labels), len(text.classes), dtype=torch.bool, device=device)
-    present[pair_index(labels, device)] = True
-    return F.pad(present, (0, len(text.background)), value=True)
+    return text.competing(present_mask(labels, len(text.classes), text.classes.device))
 
 
 def subtract_redundant(
@@ -150,22 +146,19 @@ def pair_scores(
         scores: Cosines, or what feature subtraction made of them.
         text: Prototypes of the vocabulary.
         labels: Present classes of each picture.
-        score: ``probability``: softmax over the :func:`competitors`. A class without any (no background words, no
+        score: ``probability``: among the :func:`competitors`. A class without any (no background words, no
             other class) would be certain everywhere, so it keeps its similarity. ``similarity``: as it is.
-        scale: Of the softmax; default the model's logit scale.
+        scale: Default the model's logit scale.
     """
     picture, label = pair_index(labels, scores.device)
     own = scores[picture, :, label]
     if score == "similarity":
         return own
-    among = competitors(text, labels)
-    logits = (text.logit_scale if scale is None else scale) * scores
-    chance = logits.masked_fill(~among.unsqueeze(1), float("-inf")).softmax(dim=-1)
-    contested = (among.sum(dim=-1) > 1)[picture].unsqueeze(1)
-    return torch.where(contested, chance[picture, :, label], own)
+    present = present_mask(labels, len(text.classes), scores.device)
+    chance = text.probabilities_of(text.logits_of(scores, present, scale))
+    return torch.where(text.contested(present)[picture].unsqueeze(1), chance[picture, :, label], own)
 
 
-@torch.inference_mode()
 def dense_cams(
     clip: FrozenClip,
     images: Tensor,

@@ -5,8 +5,8 @@ to that block's first normalisation is used. So the gradient needs no autograd a
 cotangent is the same vector for every token, and of the backward pass through attention only sums over patches are
 computed. All classes of all pictures of a batch go through together as *pairs* (picture, class).
 
-Shapes: B pictures, P pairs, N = n + 1 tokens (class token first), D width, H heads, d = D / H, F hidden width of the
-MLP, E joint space, C classes, M background words.
+Shapes: B pictures, P pairs, N = p + n tokens (p prefix tokens first), D width, H heads, d = D / H, F hidden width of
+the MLP, E joint space, C classes, M background words.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.clip.text import TextBank
+from clipseed.clip.text import TextBank, present_mask
 from clipseed.clip.vision import QUICK_GELU_SLOPE, Block, Norm, VisionTower, attention_map, merge_heads, scaled
 
 Target = Literal["softmax", "log-softmax", "logit"]
@@ -60,7 +60,13 @@ class LastBlock:
 
     def mean_attention(self) -> Tensor:
         """``(B, n, n)`` attention between patches averaged over heads, float32."""
-        return self.attention[:, :, 1:, 1:].mean(dim=1, dtype=torch.float32)
+        first = self.prefix_tokens
+        return self.attention[:, :, first:, first:].mean(dim=1, dtype=torch.float32)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches."""
+        return self.a.shape[1] - self.middle.shape[1]
 
 
 def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
@@ -71,7 +77,7 @@ def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
     attention = attention_map(q, k)
     attended = attention @ v
     middle = tokens + scaled(block.out(merge_heads(attended)), block.scale_1)
-    middle = middle[:, 1:]
+    middle = middle[:, tower.prefix_tokens :]
     hidden = block.up(block.norm_2(middle))
     last = (middle + scaled(block.down(block.activate(hidden)), block.scale_2)).float()
     if tower.norm_after_pool:
@@ -82,33 +88,23 @@ def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
     return LastBlock(a, q, k, v, attention, attended, middle, hidden, hat, scale, feature)
 
 
-def class_scores(feature: Tensor, text: TextBank, present: Tensor) -> Tensor:
-    """Logits ``(B, C + M)`` of image features against a vocabulary; classes not ``present`` ``(B, C)`` are -inf.
-
-    Absent classes take no part in the softmax, background words always do (CLIP-ES, section 3.2).
-    """
-    logits = text.logit_scale * F.normalize(feature, dim=-1) @ text.all.T
-    absent = F.pad(~present, (0, len(text.background)), value=False)
-    return logits.masked_fill(absent, float("-inf"))
-
-
 def score_gradient(
     feature: Tensor, text: TextBank, present: Tensor, picture: Tensor, label: Tensor, target: Target
 ) -> Tensor:
     """Gradient ``(P, E)`` of each pair's score with respect to its picture's feature.
 
-    The score of pair p is the softmax probability of class ``label[p]`` in picture ``picture[p]``
-    (``target="softmax"``, CLIP-ES Eq. 3), that probability's logarithm (``"log-softmax"``: the same direction, but
-    it does not vanish for classes the softmax is sure are absent), or the logit (``"logit"``, plain Grad-CAM).
+    The score of pair p is the probability of class ``label[p]`` in picture ``picture[p]``
+    (``target="softmax"``, CLIP-ES Eq. 3; where texts do not compete, a sigmoid), that probability's logarithm
+    (``"log-softmax"``: the same direction, but it does not vanish for classes the softmax is sure are absent), or the
+    logit (``"logit"``, plain Grad-CAM).
     """
-    rows = torch.arange(len(label), device=feature.device)
-    outer = torch.zeros(len(label), len(text.classes) + len(text.background), device=feature.device)
-    outer[rows, label] = 1.0
-    if target != "logit":
-        probability = class_scores(feature, text, present).softmax(dim=-1)[picture]
-        outer = outer - probability
+    if target == "logit":
+        outer = F.one_hot(label, len(text.classes) + len(text.background)).float()
+    else:
+        probability = text.probabilities(feature, present)[picture]
+        outer = text.log_slope(probability, label)
         if target == "softmax":
-            outer = probability[rows, label, None] * outer
+            outer = probability.gather(1, label[:, None]) * outer
     direction = text.logit_scale * outer @ text.all
     norm = feature.norm(dim=-1, keepdim=True)[picture]
     unit = feature[picture] / norm
@@ -158,27 +154,31 @@ def _group_weights(tower: VisionTower, state: LastBlock, start: Tensor) -> Tenso
 def _attention_sums(state: LastBlock, block: Block, out: Tensor) -> Tensor:
     """Sum over patches of the gradient at the block's normalised tokens ``(G, K, D)``, given the one behind attention.
 
-    ``out`` ``(G, K, n, D)`` is the cotangent of the heads' concatenated output at the patches (the class token's is 0).
-    With S the scaled scores and A their softmax, dS = A * (dO v^T - rowsum(dO * O)):
+    ``out`` ``(G, K, n, D)`` is the cotangent of the heads' concatenated output at the patches; prefix tokens' is 0, as
+    the feature is the mean of the patches. With S the scaled scores and A their softmax,
+    dS = A * (dO v^T - rowsum(dO * O)), and with c over the prefix tokens, of which there may be none:
 
-    - values: the sum over patches i of dv_i is the sum over j of (1 - A_j0) dO_j;
-    - keys: rows of dS sum to zero, so the sum over patches of dk_i needs the class token's column of dS only;
-    - queries: sum_j dq_j = sum_i c_i k_i with c_i = (A^T dO)_i . v_i - (A^T rowsum(dO * O))_i.
+    - values: the sum over patches i of dv_i is the sum over j of (1 - sum_c A_jc) dO_j;
+    - keys: rows of dS sum to zero, so the sum over patches of dk_i is - sum_j (sum_c dS_jc) q_j;
+    - queries: sum_j dq_j = sum_i c_i k_i with c_i = (A^T dO)_i . v_i - (A^T rowsum(dO * O))_i, i over all tokens.
     """
     group, classes, patches, width = out.shape
+    first = state.prefix_tokens
     heads, d = block.heads, width // block.heads
     cotangent = out.view(group, classes, patches, heads, d).permute(0, 3, 2, 1, 4)  # G, H, n, K, d
-    along = (cotangent * state.attended[:, :, 1:].unsqueeze(3)).sum(dim=-1)  # G, H, n, K
-    to_class = state.attention[:, :, 1:, 0].unsqueeze(-1)  # G, H, n, 1
+    along = (cotangent * state.attended[:, :, first:].unsqueeze(3)).sum(dim=-1)  # G, H, n, K
+    to_prefix = state.attention[:, :, first:, :first]  # G, H, n, p
     flat = cotangent.reshape(group, heads, patches, classes * d)
 
-    d_value = ((1 - to_class).transpose(2, 3) @ flat).view(group, heads, classes, d)
+    to_patches = 1 - to_prefix.sum(dim=-1, keepdim=True)
+    d_value = (to_patches.transpose(2, 3) @ flat).view(group, heads, classes, d)
 
-    towards_class = (cotangent @ state.v[:, :, 0].unsqueeze(2).unsqueeze(-1)).squeeze(-1)
-    d_key = -(to_class * (towards_class - along)).transpose(2, 3) @ state.q[:, :, 1:]
+    towards_prefix = cotangent @ state.v[:, :, :first].transpose(2, 3).unsqueeze(2)  # G, H, n, K, p
+    into_prefix = (to_prefix.unsqueeze(3) * (towards_prefix - along.unsqueeze(-1))).sum(dim=-1)
+    d_key = -into_prefix.transpose(2, 3) @ state.q[:, :, first:]
 
-    spread = state.attention[:, :, 1:].transpose(2, 3) @ torch.cat([flat, along], dim=-1)  # G, H, N, K * d + K
-    forward = spread[..., : classes * d].view(group, heads, patches + 1, classes, d)
+    spread = state.attention[:, :, first:].transpose(2, 3) @ torch.cat([flat, along], dim=-1)  # G, H, N, K * d + K
+    forward = spread[..., : classes * d].view(group, heads, first + patches, classes, d)
     agreement = (forward * state.v.unsqueeze(3)).sum(dim=-1) - spread[..., classes * d :]
     d_query = agreement.transpose(2, 3) @ state.k
 
@@ -189,7 +189,7 @@ def _attention_sums(state: LastBlock, block: Block, out: Tensor) -> Tensor:
 
 def weighted_sums(state: LastBlock, counts: Sequence[int], weights: Tensor, grid: tuple[int, int]) -> Tensor:
     """Raw class activation maps ``(P, h, w)``: patch activations weighted by channel, before the ReLU."""
-    activations = state.a[:, 1:].float()
+    activations = state.a[:, state.prefix_tokens :].float()
     maps = [rows @ activations[b].T for b, rows in enumerate(torch.split(weights, list(counts)))]
     return torch.cat(maps).view(-1, *grid)
 
@@ -218,14 +218,13 @@ def gradcam(
     picture, label = pair_index(labels, state.feature.device)
     if not len(picture):
         return torch.zeros(0, *grid, device=state.feature.device)
-    present = torch.zeros(len(labels), len(text.classes), dtype=torch.bool, device=state.feature.device)
-    present[picture, label] = True
+    present = present_mask(labels, len(text.classes), state.feature.device)
     gradient = score_gradient(state.feature, text, present, picture, label, target)
     counts = [len(row) for row in labels]
     return weighted_sums(state, counts, channel_weights(tower, state, counts, gradient), grid)
 
 
-def normalise(raw: Tensor, *, released: bool = False) -> Tensor:
+def normalize(raw: Tensor, *, released: bool = False) -> Tensor:
     """ReLU and min-max to [0, 1], each map ``(P, h, w)`` by itself; a map without a positive value is zero everywhere.
 
     Args:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.cam.dense import DENSE_METHODS, DenseMethod, dense_cams
-from clipseed.cam.gradcam import Target, gradcam, minmax, normalise, run_last_block
+from clipseed.cam.gradcam import Target, gradcam, minmax, normalize, run_last_block
 from clipseed.clip.attention import attention_blocks, patch_attention, with_last
 from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
@@ -32,7 +32,6 @@ class CamBatch:
     attention: Tensor | None = None
 
 
-@torch.inference_mode()
 def compute_cams(
     clip: FrozenClip,
     text: TextBank,
@@ -58,7 +57,7 @@ def compute_cams(
         method: ``softmax-gradcam`` (CLIP-ES), ``gradcam`` (no competition between classes), or one without gradients:
             ``maskclip``, ``svc`` or ``naclip`` (:mod:`clipseed.cam.dense`).
         flip: Also use the mirrored pictures.
-        released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalise`); for the methods
+        released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalize`); for the methods
             with gradients.
         attention_layers: Also return the attention between patches, averaged over so many blocks from the end, of the
             view that has the result's grid; it comes out of the same forward pass.
@@ -144,4 +143,4 @@ def _one_view(
     target = softmax if request.method == "softmax-gradcam" else "logit"
     raw = gradcam(tower, state, text, labels, features.grid, target)
     attention = with_last(features, state.mean_attention(), blocks) if layers else None
-    return normalise(raw, released=request.released), attention
+    return normalize(raw, released=request.released), attention

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipseed.clip.checkpoint import Activation, Checkpoint
 from clipseed.errors import WeightsError
+from clipseed.weights import check_fit, count_blocks, take_over
 
 Config = dict[str, Any]
 _QUICK = "-quickgelu"
@@ -86,7 +87,7 @@ def inferred_config(state: dict[str, Tensor], where: str) -> Config:
             "embed_dim": state["text_projection"].shape[1],
             "vision_cfg": {
                 "image_size": patch * grid,
-                "layers": _count_blocks(state, "visual.transformer.resblocks."),
+                "layers": count_blocks(state, "visual.transformer.resblocks."),
                 "width": vision_width,
                 "patch_size": patch,
                 "mlp_ratio": mlp / vision_width,
@@ -96,7 +97,7 @@ def inferred_config(state: dict[str, Tensor], where: str) -> Config:
                 "vocab_size": state["token_embedding.weight"].shape[0],
                 "width": text_width,
                 "heads": text_width // 64,
-                "layers": _count_blocks(state, "transformer.resblocks."),
+                "layers": count_blocks(state, "transformer.resblocks."),
             },
         }
     except (KeyError, IndexError) as error:
@@ -108,10 +109,6 @@ def inferred_config(state: dict[str, Tensor], where: str) -> Config:
         raise WeightsError(f"{where}: widths {vision_width} and {text_width} do not divide into heads of 64; "
                            "name the architecture with --model")  # fmt: skip
     return config
-
-
-def _count_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def decide_activation(model: str | None, config: Config, checkpoint: Checkpoint, tagged: Activation | None) -> Config:
@@ -145,8 +142,6 @@ def decide_activation(model: str | None, config: Config, checkpoint: Checkpoint,
 def build_model(config: Config, checkpoint: Checkpoint) -> nn.Module:
     """Build an open_clip model around a checkpoint's tensors, in float32 on the CPU.
 
-    The modules are made without memory and take the tensors over, so nothing is initialised only to be replaced.
-
     Raises:
         WeightsError: tensors are missing, left over, of another shape, or not finite.
     """
@@ -160,36 +155,15 @@ def build_model(config: Config, checkpoint: Checkpoint) -> nn.Module:
     expected = model.state_dict()
     if "logit_scale" in state and "logit_scale" in expected:
         state["logit_scale"] = state["logit_scale"].reshape(expected["logit_scale"].shape)
-    _check_fit(state, expected, checkpoint)
-    for key, value in state.items():
-        state[key] = value.float() if value.is_floating_point() else value
-        if not torch.isfinite(state[key]).all():
-            raise WeightsError(f"{checkpoint.path}: tensor {key!r} contains NaN or infinity; the file is damaged")
-    model.load_state_dict(state, assign=True)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    check_fit(state, expected, checkpoint.path, "name the right one with --model")
+    take_over(model, state)
     for owner in model.modules():
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if buffer.is_meta:  # the causal mask, which checkpoints do not hold
                 size = buffer.shape[-1]
                 owner.register_buffer(name, torch.full((size, size), float("-inf")).triu_(1), persistent=False)
-    return model.requires_grad_(False).eval()
-
-
-def _check_fit(state: dict[str, Tensor], expected: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    missing = sorted(expected.keys() - state.keys())
-    extra = sorted(state.keys() - expected.keys())
-    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing (first {missing[0]!r})")
-    if extra:
-        problems.append(f"{len(extra)} do not belong to it (first {extra[0]!r})")
-    if shapes:
-        key = shapes[0]
-        problems.append(f"{key!r} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
-    if problems:
-        raise WeightsError(
-            f"{checkpoint.path}: does not fit the model: {'; '.join(problems)}; name the right one with --model"
-        )
+    return model
 
 
 _STAY = re.compile(

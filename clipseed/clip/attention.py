@@ -21,7 +21,6 @@ def with_last(features: DenseFeatures, last: Tensor, blocks: tuple[int, ...]) ->
     return (features.attention * len(blocks) + last) / (len(blocks) + 1)
 
 
-@torch.inference_mode()
 def patch_attention(tower: VisionTower, pixels: Tensor, layers: int) -> Tensor:
     """Attention between patches of the last ``layers`` blocks, averaged over heads and blocks.
 
@@ -31,11 +30,12 @@ def patch_attention(tower: VisionTower, pixels: Tensor, layers: int) -> Tensor:
         layers: Number of blocks from the end; all of them, if there are fewer.
 
     Returns:
-        ``(B, n, n)`` float32, rows are queries; the class token is cut off, so rows do not sum to 1.
+        ``(B, n, n)`` float32, rows are queries; prefix tokens are cut off, so rows do not sum to 1.
     """
     blocks = attention_blocks(tower, layers)
-    features = tower.dense(tower.normalise(pixels), blocks)
+    features = tower.dense(tower.normalize(pixels), blocks)
     block = tower.blocks[-1]
     q, k, _ = block.split_heads(block.norm_1(features.tokens))
-    last = attention_map(q, k)[:, :, 1:, 1:].mean(dim=1, dtype=torch.float32)
+    first = tower.prefix_tokens
+    last = attention_map(q, k)[:, :, first:, first:].mean(dim=1, dtype=torch.float32)
     return with_last(features, last, blocks)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,24 @@ from clipseed.clip.architecture import (
     refuse_unsupported,
     round_linear_weights,
 )
-from clipseed.clip.checkpoint import Activation, Checkpoint, file_sha256, read_checkpoint
-from clipseed.clip.precision import automatic_dtype
-from clipseed.clip.text import TextBank, Tokenizer, encode_vocabulary
+from clipseed.clip.checkpoint import Activation, Checkpoint, read_checkpoint
+from clipseed.clip.text import (
+    PromptEmbeddings,
+    TextBank,
+    Tokenizer,
+    embed_prompts,
+    encode_embeddings,
+    encode_vocabulary,
+)
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
-from clipseed.errors import UsageError, WeightsError
-from clipseed.runtime.launch import local_device
+from clipseed.device import Precision, dtype_name, pick_device, pick_dtype
+from clipseed.errors import WeightsError
+from clipseed.weights import file_sha256
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DEFAULT_MODEL = "ViT-B-16"
 DEFAULT_WEIGHTS = "openai"
 TOY_WEIGHTS = "toy"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class FrozenClip:
             weights: Pretrained tag (``openai``, ``laion2b_s34b_b88k``, …), a file or folder, or ``toy``.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
             precision: Type of the vision tower; ``auto`` is half precision on a GPU, and on a CPU bf16 where
-                that is faster, else fp32 (:mod:`clipseed.clip.precision`).
+                that is faster, else fp32 (:mod:`clipseed.device`).
             released_rounding: Round linear weights and position tables to half precision as CLIP-ES's released code
                 does (:func:`~clipseed.clip.architecture.round_linear_weights`).
 
@@ -125,9 +130,8 @@ class FrozenClip:
             embed_dim=config["embed_dim"],
             train_grid=vision["image_size"] // tower.patch,
         )
-        name = next(key for key, value in _DTYPES.items() if value is dtype)
         location = weights_location(weights) if by_name else str(checkpoint.path.resolve())
-        return cls(network.to(device), _tokenizer(model, config), tower, info, name, location)
+        return cls(network.to(device), _tokenizer(model, config), tower, info, dtype_name(dtype), location)
 
     @cached_property
     def exact(self) -> FrozenClip:
@@ -136,68 +140,37 @@ class FrozenClip:
             return self
         source: Any = self._model
         mean, std = (tuple(float(x) for x in t.flatten()) for t in (self.tower.mean, self.tower.std))
-        tower = tower_from(
-            source.visual, mean, std, self.tower.device, torch.float32, half_positions=self.tower.half_positions
-        )
+        half = self.tower.half_positions
+        with torch.inference_mode(False):  # the weights stay, and may be used later where gradients are wanted
+            tower = tower_from(source.visual, mean, std, self.tower.device, torch.float32, half_positions=half)
         return FrozenClip(self._model, self._tokenizer, tower, self.info, "fp32", self.location)
 
     def encode_text(self, vocabulary: Vocabulary) -> TextBank:
         """Unit prototypes of a vocabulary: ``(C, E)`` classes and ``(M, E)`` background words, float32."""
         return encode_vocabulary(self._model, self._tokenizer, vocabulary)
 
+    def embed_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Token embeddings of prompts with ``[*]`` for learned vectors; see :func:`~clipseed.clip.text.embed_prompts`.
+
+        ``encode_embeddings(found.filled(vectors).embeddings, found.ends)`` has gradients with respect to ``vectors``.
+        """
+        return embed_prompts(self._model, self._tokenizer, prompts)
+
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> Tensor:
+        """Text features ``(P, E)``, not normalized; see :func:`~clipseed.clip.text.encode_embeddings`."""
+        return encode_embeddings(self._model, embeddings, ends)
+
     def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> DenseFeatures:
         """Dense features of pictures of one size: ``(B, 3, H, W)`` uint8, sides multiples of the patch size."""
-        return self.tower.dense(self.tower.normalise(images), attention_blocks)
+        return self.tower.dense(self.tower.normalize(images), attention_blocks)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The model's own image features ``(B, E)``, not normalised; images as in :meth:`dense`."""
-        return self.tower.encode(self.tower.normalise(images))
+        return self.tower.encode(self.tower.normalize(images))
 
     def manifest(self) -> dict[str, Any]:
         """Plain description for output files."""
         return {**asdict(self.info), "precision": self.precision}
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """Resolve ``auto`` and check that the device exists.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if str(device) == "auto":
-        mps = torch.backends.mps.is_available()
-        if torch.cuda.is_available():
-            count = torch.cuda.device_count()
-            return torch.device("cuda", local_device(count)) if count > 1 else torch.device("cuda")
-        return torch.device("mps" if mps else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA GPU here (see clipseed doctor)")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch finds no Apple GPU here")
-    if chosen.type not in {"cpu", "cuda", "mps"}:
-        raise UsageError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
-    return chosen
-
-
-def pick_dtype(
-    precision: str, device: torch.device, width: int | None = None, *, released_rounding: bool = False
-) -> torch.dtype:
-    """Resolve ``auto`` (:func:`~clipseed.clip.precision.automatic_dtype`) and the names of types.
-
-    Raises:
-        UsageError: unknown name.
-    """
-    if precision == "auto":
-        return automatic_dtype(device, width, released_rounding=released_rounding)
-    if precision not in _DTYPES:
-        raise UsageError(f"--precision {precision}: choose auto, fp32, bf16 or fp16")
-    return _DTYPES[precision]
 
 
 def toy_weights_path() -> Path:
@@ -251,7 +224,7 @@ def same_model(
     if path is None or recorded.get("weights") != label:
         return False
     dtype = pick_dtype(precision, pick_device(device), width, released_rounding=released_rounding)
-    return _DTYPES.get(str(recorded.get("precision"))) is dtype and recorded.get("sha256") == file_sha256(path)
+    return recorded.get("precision") == dtype_name(dtype) and recorded.get("sha256") == file_sha256(path)
 
 
 def _weights_at_hand(model: str | None, weights: str) -> tuple[Path | None, str]:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,18 +34,6 @@ class Sharpness:
     images: int
 
 
-def log_scores(features: Tensor, classes: Tensor, logit_scale: float) -> Tensor:
-    """Logarithms of CLIP's zero-shot probabilities ``(N, C)``, float32.
-
-    Args:
-        features: Image features ``(N, E)``, any length.
-        classes: Unit text prototypes ``(C, E)``.
-        logit_scale: Factor between cosine similarity and logit.
-    """
-    unit = F.normalize(features.float(), dim=-1)
-    return (logit_scale * unit @ classes.float().T).log_softmax(dim=-1)
-
-
 def image_sharpness(log_probability: Tensor, present: Tensor) -> Tensor:
     """Variance over mean of every picture's present scores, ``(N,)`` (the summand of Eq. 9).
 
@@ -55,7 +41,7 @@ def image_sharpness(log_probability: Tensor, present: Tensor) -> Tensor:
     mean at least 1/k, and scores that single precision cannot hold give 0 instead of 0/0.
 
     Args:
-        log_probability: ``(N, C)`` as of :func:`log_scores`.
+        log_probability: ``(N, C)`` as of :meth:`~clipseed.clip.text.TextBank.log_probabilities`.
         present: ``(N, C)``, true for the classes that a picture shows.
 
     Raises:
@@ -85,11 +71,3 @@ def sharpness(log_probability: Tensor, present: Tensor) -> Sharpness:
     terms = image_sharpness(log_probability, present)
     mass = log_probability.exp().masked_fill(~present, 0.0).sum(dim=-1)
     return Sharpness(float(terms.mean()), float(mass.mean()), len(terms))
-
-
-def present_mask(labels: list[tuple[int, ...]], classes: int) -> Tensor:
-    """``(N, C)``: true where a picture has the label."""
-    mask = torch.zeros(len(labels), classes, dtype=torch.bool)
-    for row, present in enumerate(labels):
-        mask[row, list(present)] = True
-    return mask

@@ -10,7 +10,7 @@ known ways around it, none of which trains anything:
 
 All leave out the MLP, and the first two the residual stream too ("reduced last block"): they carry the global part.
 
-Shapes: B pictures, N = n + 1 tokens (class token first), n patches of a grid ``h x w``, D width, E joint space.
+Shapes: B pictures, N = p + n tokens (p prefix tokens first), n patches of a grid ``h x w``, D width, E joint space.
 """
 
 from __future__ import annotations
@@ -44,24 +44,23 @@ class DualPath:
     grid: tuple[int, int]
 
 
-@torch.inference_mode()
 def value_patches(tower: VisionTower, tokens: Tensor) -> Tensor:
     """Every patch's own value through the last block's output map: ``(B, N, D)`` to ``(B, n, D)`` (MaskCLIP)."""
     block = tower.blocks[-1]
-    _, _, v = block.split_heads(block.norm_1(tokens[:, 1:]))
+    _, _, v = block.split_heads(block.norm_1(tokens[:, tower.prefix_tokens :]))
     return scaled(block.out(merge_heads(v)), block.scale_1)
 
 
-@torch.inference_mode()
 def neighbour_patches(tower: VisionTower, tokens: Tensor, grid: tuple[int, int], sigma: float = NACLIP_SIGMA) -> Tensor:
     """Reduced last block with ``A = softmax(k k^T / sqrt(d) + G)`` (NACLIP): ``(B, N, D)`` to ``(B, n, D)``.
 
-    ``G`` is :func:`vicinity` between patches and 0 where the class token takes part.
+    ``G`` is :func:`vicinity` between patches and 0 where a prefix token takes part.
     """
     block = tower.blocks[-1]
     _, k, v = block.split_heads(block.norm_1(tokens))
-    bonus = F.pad(vicinity(grid, sigma, tokens.device), (1, 0, 1, 0)).to(k.dtype)
-    attended = F.scaled_dot_product_attention(k[:, :, 1:], k, v, attn_mask=bonus[1:])
+    first = tower.prefix_tokens
+    bonus = F.pad(vicinity(grid, sigma, tokens.device), (first, 0)).to(k.dtype)
+    attended = F.scaled_dot_product_attention(k[:, :, first:], k, v, attn_mask=bonus)
     return scaled(block.out(merge_heads(attended)), block.scale_1)
 
 
@@ -87,7 +86,6 @@ def self_correlation(q: Tensor, k: Tensor, v: Tensor, heads: Heads = "sum") -> T
     return total / (3 if heads == "sum" else 3 * q.shape[1])
 
 
-@torch.inference_mode()
 def dual_path(tower: VisionTower, pixels: Tensor, blocks: int = SVC_BLOCKS, heads: Heads = "sum") -> DualPath:
     """Run normalised pixels ``(B, 3, H, W)`` along two paths through the last ``blocks`` blocks (ExCEL's SVC).
 
@@ -119,10 +117,9 @@ def dual_path(tower: VisionTower, pixels: Tensor, blocks: int = SVC_BLOCKS, head
             shared = self_correlation(q, k, v, heads).to(v.dtype)
             fresh = fresh + scaled(block.out(shared @ merge_heads(v)), block.scale_1)
         tokens = block.finish(tokens, attend(q, k, v))
-    return DualPath(fresh[:, 1:], tower.pool(tokens), grid)
+    return DualPath(fresh[:, tower.prefix_tokens :], tower.pool(tokens), grid)
 
 
-@torch.inference_mode()
 def project(tower: VisionTower, patches: Tensor) -> Tensor:
     """Unit features ``(…, E)`` of tokens ``(…, D)`` in the joint space: final norm, then projection; float32."""
     return F.normalize(tower.norm_post(patches).float() @ tower.projection.float(), dim=-1)

@@ -12,30 +12,17 @@ when half of the classes are not in the vocabulary (95.4 against 97.8): ``python
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.clip.text import TextBank
-
 DEFAULT_TAG_THRESHOLD = 0.25
-
-
-def word_scores(features: Tensor, text: TextBank) -> Tensor:
-    """Probabilities ``(B, C + M)`` of all classes and background words of a vocabulary, float32.
-
-    Args:
-        features: Image features ``(B, E)``, any length.
-        text: Prototypes of the vocabulary.
-    """
-    words = text.all.to(features.device)
-    return (text.logit_scale * F.normalize(features.float(), dim=-1) @ words.T).softmax(dim=-1)
 
 
 def tag(scores: Tensor, classes: int, threshold: float, top_k: int | None = None) -> list[tuple[int, ...]]:
     """Class indices of each picture, the most probable first.
 
     Args:
-        scores: Probabilities ``(B, C + M)``, classes first; rows need not sum to 1. NaN is never a tag.
+        scores: Probabilities ``(B, C + M)``, classes first, as of :meth:`~clipseed.clip.text.TextBank.probabilities`;
+            rows need not sum to 1. NaN is never a tag.
         classes: Number of classes C; the rest are background words.
         threshold: A class is a tag when its score is at least this share of the row's largest, in (0, 1].
         top_k: Keep at most so many tags.

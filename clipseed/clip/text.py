@@ -1,60 +1,241 @@
-"""Text prototypes: the unit vectors that image features are compared with."""
+"""Text: the unit vectors that image features are compared with, how they compete, and prompts with learned parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipseed.data.vocabulary import Vocabulary
+from clipseed.errors import WeightsError
 
 Tokenizer = Callable[[list[str]], Tensor]
+Competition = Literal["softmax", "sigmoid"]
+
+SLOT = "[*]"
+"""In a prompt: one token to be replaced by a learned vector."""
+_STAND_INS = (" x ", " y ")
+"""Words of one token each; where two prompts that differ by them differ in tokens, there the slots are."""
 
 
 @dataclass(frozen=True)
 class TextBank:
-    """Unit prototypes of a vocabulary, float32.
+    """Unit prototypes of a vocabulary, float32, and the rule that turns similarities into probabilities.
+
+    The only place where texts compete. Absent classes take no part in it, background words always do (CLIP-ES, section
+    3.2).
 
     Attributes:
         classes: ``(C, E)``, in class order.
         background: ``(M, E)``; ``M`` may be 0.
         logit_scale: Factor between cosine similarity and logit (the exponential already taken).
+        competition: ``softmax``: the texts share one probability (CLIP). ``sigmoid``: each has its own (SigLIP).
+        logit_bias: Added to every logit, which matters to ``sigmoid`` alone.
     """
 
     classes: Tensor
     background: Tensor
     logit_scale: float
+    competition: Competition = "softmax"
+    logit_bias: float = 0.0
 
     @property
     def all(self) -> Tensor:
         """``(C + M, E)``, classes first."""
         return torch.cat([self.classes, self.background])
 
+    def logits(self, features: Tensor, present: Tensor | None = None) -> Tensor:
+        """Logits of all texts ``(B, …, C + M)``, float32.
 
-@torch.inference_mode()
+        Args:
+            features: ``(B, …, E)`` of any length.
+            present: ``(B, C)`` booleans; other classes are -inf. Default: all classes take part.
+        """
+        words = self.all.to(features.device)
+        return self._competing(self.logit_scale * F.normalize(features.float(), dim=-1) @ words.T, present)
+
+    def logits_of(self, similarities: Tensor, present: Tensor | None = None, scale: float | None = None) -> Tensor:
+        """The same from similarities ``(B, …, C + M)`` that are known; ``scale`` in place of the model's own."""
+        return self._competing((self.logit_scale if scale is None else scale) * similarities, present)
+
+    def probabilities(self, features: Tensor, present: Tensor | None = None) -> Tensor:
+        """Probabilities of all texts ``(B, …, C + M)``, those of absent classes 0; arguments as of :meth:`logits`."""
+        return self.probabilities_of(self.logits(features, present))
+
+    def probabilities_of(self, logits: Tensor) -> Tensor:
+        """The same from :meth:`logits`."""
+        return logits.softmax(dim=-1) if self.competition == "softmax" else logits.sigmoid()
+
+    def log_probabilities(self, features: Tensor, present: Tensor | None = None) -> Tensor:
+        """Logarithms of :meth:`probabilities`, also where those are too small for single precision."""
+        logits = self.logits(features, present)
+        return logits.log_softmax(dim=-1) if self.competition == "softmax" else F.logsigmoid(logits)
+
+    def log_slope(self, probability: Tensor, label: Tensor) -> Tensor:
+        """Derivative ``(P, C + M)`` of the logarithm of one text's probability with respect to all logits.
+
+        Args:
+            probability: ``(P, C + M)``.
+            label: ``(P,)`` the text of each row.
+        """
+        own = F.one_hot(label, probability.shape[-1]).to(probability.dtype)
+        return own - probability if self.competition == "softmax" else own * (1 - probability)
+
+    def contested(self, present: Tensor) -> Tensor:
+        """Whether a probability tells anything ``(B,)``: the only text of a softmax is certain, whatever it is."""
+        alone = self.competing(present).sum(dim=-1) < 2
+        return ~alone if self.competition == "softmax" else torch.ones_like(alone)
+
+    def competing(self, present: Tensor) -> Tensor:
+        """Which texts take part ``(B, C + M)``: the ``present`` classes ``(B, C)``, and every background word."""
+        return F.pad(present, (0, len(self.background)), value=True)
+
+    def _competing(self, logits: Tensor, present: Tensor | None) -> Tensor:
+        if self.competition == "sigmoid":
+            logits = logits + self.logit_bias
+        if present is None:
+            return logits
+        absent = ~self.competing(present)
+        while absent.ndim < logits.ndim:
+            absent = absent.unsqueeze(-2)
+        return logits.masked_fill(absent, float("-inf"))
+
+
+def present_mask(labels: Sequence[Sequence[int]], classes: int, device: torch.device | str = "cpu") -> Tensor:
+    """``(B, C)``: true where an image has the label."""
+    mask = torch.zeros(len(labels), classes, dtype=torch.bool, device=device)
+    pairs = [(row, label) for row, present in enumerate(labels) for label in present]
+    index = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
+    mask[index[:, 0], index[:, 1]] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Prompts as the text tower's input, before positions are added.
+
+    Attributes:
+        embeddings: ``(P, L, D)`` token embeddings, L the model's context length.
+        ends: ``(P,)`` position at which each prompt's feature is read: its end-of-text token.
+        slots: ``(P, n)`` positions of the tokens that stand for learned vectors (:data:`SLOT`), in order.
+    """
+
+    embeddings: Tensor
+    ends: Tensor
+    slots: Tensor
+
+    def filled(self, vectors: Tensor) -> PromptEmbeddings:
+        """The same with ``vectors`` in the slots: ``(n, D)`` for all prompts alike, or ``(P, n, D)``."""
+        count, slots = self.slots.shape
+        rows = torch.arange(count, device=self.slots.device)[:, None]
+        embeddings = self.embeddings.clone()
+        embeddings[rows, self.slots] = vectors.to(embeddings.dtype).expand(count, slots, -1)
+        return replace(self, embeddings=embeddings)
+
+
+def embed_prompts(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str]) -> PromptEmbeddings:
+    """Token embeddings of prompts, in which ``[*]`` marks a token that is to be replaced by a learned vector.
+
+    ``"[*] [*] [*] cat."`` has three slots before the words; ``"a photo of a cat."`` has none. What stands in the slots
+    at first is the embedding of some word, as good a start as any.
+
+    Raises:
+        WeightsError: the text tower is not open_clip's own.
+        ValueError: the prompts do not have equally many slots, or one is longer than the context.
+    """
+    text = _own_tower(model)
+    counts = {prompt.count(SLOT) for prompt in prompts}
+    if len(counts) != 1:
+        raise ValueError(f"all prompts must have equally many {SLOT}, not {sorted(counts)}")
+    tokens, other = (tokenizer([prompt.replace(SLOT, word) for prompt in prompts]) for word in _STAND_INS)
+    differs = tokens != other
+    if differs.sum(dim=1).tolist() != [prompt.count(SLOT) for prompt in prompts]:
+        raise ValueError(f"a prompt is too long for the model's {tokens.shape[1]} tokens: {SLOT} is cut off")
+    tokens = tokens.to(text.token_embedding.weight.device)
+    slots = differs.nonzero()[:, 1].view(len(prompts), -1).to(tokens.device)
+    return PromptEmbeddings(text.token_embedding(tokens), _ends(text, tokens), slots)
+
+
+def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor) -> Tensor:
+    """Text features ``(P, E)`` of token embeddings, not normalized; gradients flow through to them.
+
+    Args:
+        model: open_clip's; frozen or not.
+        embeddings: ``(P, L, D)`` before positions are added, L at most the context length.
+        ends: ``(P,)`` positions at which to read the features.
+
+    Raises:
+        WeightsError: the text tower is not open_clip's own.
+    """
+    text = _own_tower(model)
+    causal = text.attn_mask
+    # Under a causal mask nothing behind the end-of-text token is ever read, so the padding need not be computed.
+    length = embeddings.shape[1] if causal is None else int(ends.max()) + 1
+    x = embeddings[:, :length] + text.positional_embedding[:length]
+    x = text.ln_final(text.transformer(x, attn_mask=None if causal is None else causal[:length, :length]))
+    x = x[torch.arange(len(x), device=x.device), ends]
+    projection = text.text_projection
+    if projection is None:
+        return torch.as_tensor(x)
+    return torch.as_tensor(projection(x) if isinstance(projection, nn.Module) else x @ projection)
+
+
 def encode_prompts(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
-    """Text features ``(P, E)`` of whole prompts, not normalised."""
+    """Text features ``(P, E)`` of whole prompts, not normalized."""
     device = next(model.parameters()).device
     features = [_encode(model, tokenizer(list(prompts[k : k + 256])).to(device)) for k in range(0, len(prompts), 256)]
     return torch.cat(features).float()
 
 
 def _encode(model: Any, tokens: Tensor) -> Tensor:
-    causal = getattr(model, "attn_mask", None)
-    if causal is None or getattr(model, "text_pool_type", None) != "argmax":
+    if not _is_own_tower(_tower_of(model)):
         return torch.as_tensor(model.encode_text(tokens))
-    # Under a causal mask nothing behind the end-of-text token is ever read, so the padding need not be computed.
-    length = int(tokens.argmax(dim=-1).max()) + 1
-    tokens = tokens[:, :length]
-    x = model.token_embedding(tokens) + model.positional_embedding[:length]
-    x = model.ln_final(model.transformer(x, attn_mask=causal[:length, :length]))
-    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
-    projection = model.text_projection
-    return torch.as_tensor(projection(x) if isinstance(projection, nn.Module) else x @ projection)
+    text = _own_tower(model)
+    return encode_embeddings(model, text.token_embedding(tokens), _ends(text, tokens))
+
+
+def _tower_of(model: Any) -> Any:
+    """The module that holds the text tower's parts: the model itself, or what open_clip calls custom text."""
+    return getattr(model, "text", model)
+
+
+def _is_own_tower(text: Any) -> bool:
+    """Whether features follow from token embeddings alone: no class token behind them, no mask of the padding."""
+    return (
+        all(hasattr(text, name) for name in ("token_embedding", "positional_embedding", "ln_final", "attn_mask"))
+        and getattr(text, "cls_emb", None) is None
+        and not getattr(text, "use_pad_mask", False)
+        and _pooling(text) != "none"
+    )
+
+
+def _own_tower(model: Any) -> Any:
+    text = _tower_of(model)
+    if not _is_own_tower(text):
+        raise WeightsError(
+            f"the text tower {type(text).__name__} cannot be fed with token embeddings; learned prompts need a model "
+            "with open_clip's own text transformer, such as ViT-B-16"
+        )
+    return text
+
+
+def _pooling(text: Any) -> str:
+    return str(getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax"))
+
+
+def _ends(text: Any, tokens: Tensor) -> Tensor:
+    """Where open_clip reads the features of token ids ``(P, L)``."""
+    pooling = _pooling(text)
+    if pooling == "eos":
+        end = getattr(text, "text_eos_id", None) or text.eos_id
+        return torch.as_tensor((tokens == end).int().argmax(dim=-1))
+    if pooling == "argmax":
+        return tokens.argmax(dim=-1)
+    return torch.full((len(tokens),), 0 if pooling == "first" else tokens.shape[1] - 1, device=tokens.device)
 
 
 def prototypes(
@@ -62,7 +243,7 @@ def prototypes(
 ) -> tuple[Tensor, Tensor]:
     """Unit prototypes ``(P, E)`` of phrases, and the raw features ``(P, T, E)`` they come from.
 
-    Each template's feature is normalised, then they are averaged and the average normalised (CLIP-ES, section 3.1).
+    Each template's feature is normalized, then they are averaged and the average normalized (CLIP-ES, section 3.1).
     """
     prompts = [template.format(phrase) for phrase in phrases for template in templates]
     raw = encode_prompts(model, tokenizer, prompts)
@@ -76,4 +257,6 @@ def encode_vocabulary(model: nn.Module, tokenizer: Tokenizer, vocabulary: Vocabu
     bank, _ = prototypes(model, tokenizer, phrases, vocabulary.templates)
     count = len(vocabulary.classes)
     scale: Any = model.logit_scale
-    return TextBank(bank[:count], bank[count:], float(scale.detach().float().exp()))
+    bias: Any = getattr(model, "logit_bias", None)  # which only models trained with a sigmoid have
+    prompts = TextBank(bank[:count], bank[count:], float(scale.detach().float().exp()))
+    return prompts if bias is None else replace(prompts, competition="sigmoid", logit_bias=float(bias))

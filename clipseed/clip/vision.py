@@ -1,9 +1,17 @@
-"""CLIP's vision transformer as plain functions on weights: any picture size, dense tokens, averaged attention."""
+"""CLIP's vision transformer as plain functions on weights: any picture size, dense tokens, averaged attention.
+
+Every tower's tokens are some *prefix tokens* (CLIP's class token; registers; none in SigLIP), then the patches row by
+row.
+
+Nothing here turns gradients off, and nothing needs them: weights are taken out of their modules, so a graph arises only
+where an input or a replaced weight asks for one. Callers that want none at all, not even its bookkeeping, wrap their
+calls into ``torch.inference_mode()``, which is a matter of each thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -84,6 +92,17 @@ class Block:
         x = x + scaled(self.out(merge_heads(attended)), self.scale_1)
         return x + scaled(self.down(self.activate(self.up(self.norm_2(x)))), self.scale_2)
 
+    def run(self, x: Tensor) -> Tensor:
+        """The whole block on the residual stream ``(B, N, D)``, with fused attention."""
+        q, k, v = self.split_heads(self.norm_1(x))
+        return self.finish(x, attend(q, k, v))
+
+    def run_with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the attention averaged over heads ``(B, N, N)`` float32."""
+        q, k, v = self.split_heads(self.norm_1(x))
+        attended, mean_map = attend_with_mean_map(q, k, v)
+        return self.finish(x, attended), mean_map
+
 
 def folded_slope(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix and bias in front of a QuickGELU, times its slope: ``silu`` then gives the slope times too much."""
@@ -108,19 +127,24 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """What one forward pass leaves behind for CAM and affinity methods.
+    """What one forward pass leaves behind for CAM and affinity methods, and for decoders trained on it.
 
     Attributes:
-        tokens: ``(B, N, D)`` tokens entering the last block, class token first, patches row by row.
-        grid: Patch grid ``(h, w)``; ``N = h * w + 1``.
+        tokens: ``(B, N, D)`` tokens entering the last block, prefix tokens first, patches row by row.
+        grid: Patch grid ``(h, w)``; ``N = h * w + prefix tokens``.
         attention: ``(B, h*w, h*w)`` attention between patches, averaged over the heads and the requested blocks
-            (without the last one), float32; ``None`` when no block was requested. Rows are queries; as the class
-            token is cut off they do not sum to 1.
+            (without the last one), float32; ``None`` when no block was requested. Rows are queries; as prefix tokens
+            are cut off they do not sum to 1.
+        block_tokens: ``(B, N, D)`` residual stream behind each block that was asked for, by the block's index from 0.
+        block_attention: ``(B, N, N)`` attention of each block that was asked for, averaged over its heads, float32:
+            all tokens, so rows sum to 1.
     """
 
     tokens: Tensor
     grid: tuple[int, int]
     attention: Tensor | None
+    block_tokens: Mapping[int, Tensor] = field(default_factory=dict)
+    block_attention: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,10 +154,12 @@ class VisionTower:
     Attributes:
         patch: Patch size in pixels.
         mean, std: Per-channel normalisation of pixels in [0, 1], ``(3, 1, 1)``.
-        positions: ``(1 + g*g, D)`` position table of the ``g x g`` training grid, class token first.
+        prefix: ``(p, D)`` what stands before the patches: a class token, then registers; p may be 0.
+        positions: ``(p + g*g, D)`` position table of the ``g x g`` training grid, prefix tokens first (zeros where
+            they have no position).
         half_positions: Round interpolated position tables to half precision, as CLIP-ES's released code does.
-        mean_pool: The model's own image feature is the patch mean rather than the class token (CLIPA).
-        norm_after_pool: It normalises the pooled feature instead of every token (CLIPA).
+        mean_pool: The model's own image feature is the patch mean rather than the first prefix token (CLIPA).
+        norm_after_pool: It normalizes the pooled feature instead of every token (CLIPA).
         projection: ``(D, E)`` map to the joint image-text space, float32.
         dtype: Type of the matrix products (norms are float32, and on a CPU the last block's attention).
         stream: Type of the residual stream: ``dtype`` on a GPU, which memory limits. A CPU spends its time in matrix
@@ -144,7 +170,7 @@ class VisionTower:
     mean: Tensor
     std: Tensor
     patch_weight: Tensor
-    class_token: Tensor
+    prefix: Tensor
     positions: Tensor
     half_positions: bool
     norm_pre: Norm | None
@@ -159,74 +185,126 @@ class VisionTower:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.class_token.device
+        return self.positions.device
 
     @property
     def width(self) -> int:
         """Token width D."""
-        return self.class_token.shape[-1]
+        return self.positions.shape[-1]
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 pixels ``(B, 3, H, W)`` to CLIP's input."""
-        return (images.to(self.device).float() / 255 - self.mean) / self.std
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens stand before the patches: 1 in CLIP, 0 in SigLIP, 1 + n with n registers."""
+        return self.prefix.shape[0]
+
+    def normalize(
+        self, images: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` from 0 to 255, uint8 as a rule, to the tower's input, float32.
+
+        Args:
+            images: RGB.
+            mean: Of the three channels in [0, 1]; default the model's own. WeCLIP, for one, takes ImageNet's.
+            std: Likewise.
+        """
+
+        def channels(values: Sequence[float] | None, own: Tensor) -> Tensor:
+            return own if values is None else torch.tensor(values, device=self.device).view(3, 1, 1)
+
+        return (images.to(self.device).float() / 255 - channels(mean, self.mean)) / channels(std, self.std)
 
     def position_table(self, grid: tuple[int, int]) -> Tensor:
-        """Positions for a patch grid ``(1 + h*w, D)``: bilinear, half-pixel centres, no antialiasing (CLIP-ES)."""
-        side = round((self.positions.shape[0] - 1) ** 0.5)
+        """Positions for a patch grid ``(p + h*w, D)``: bilinear, half-pixel centres, no antialiasing (CLIP-ES)."""
+        first = self.prefix_tokens
+        side = round((self.positions.shape[0] - first) ** 0.5)
         table = self.positions
         if grid != (side, side):
-            patches = table[1:].T.reshape(1, -1, side, side)
+            patches = table[first:].T.reshape(1, -1, side, side)
             patches = F.interpolate(patches, size=grid, mode="bilinear", align_corners=False)
-            table = torch.cat([table[:1], patches[0].flatten(1).T])
+            table = torch.cat([table[:first], patches[0].flatten(1).T])
         return table.half().to(self.positions.dtype) if self.half_positions else table
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Normalised pixels ``(B, 3, H, W)`` to the first block's tokens and the patch grid."""
         patches, grid = patch_products(pixels.to(self.dtype), self.patch_weight)
         patches = patches.to(self.stream)
-        first = self.class_token.to(self.stream).expand(len(patches), 1, -1)
+        first = self.prefix.to(self.stream).expand(len(patches), -1, -1)
         tokens = torch.cat([first, patches], dim=1) + self.position_table(grid).to(self.stream)
         return (tokens if self.norm_pre is None else self.norm_pre(tokens).to(self.stream)), grid
 
-    @torch.inference_mode()
-    def dense(self, pixels: Tensor, attention_blocks: Collection[int] = ()) -> DenseFeatures:
-        """Run all blocks but the last on normalised pixels ``(B, 3, H, W)``; sides are multiples of the patch size.
+    def dense(
+        self,
+        pixels: Tensor,
+        attention_blocks: Collection[int] = (),
+        *,
+        block_tokens: Collection[int] = (),
+        block_attention: Collection[int] = (),
+    ) -> DenseFeatures:
+        """Run the blocks on normalised pixels ``(B, 3, H, W)``; sides are multiples of the patch size.
 
-        Attention is averaged as it is produced, head by head, and only for ``attention_blocks``; the other blocks use
-        fused attention and never hold a map.
+        The last block runs only if something of it is asked for. Attention is averaged as it is produced, head by head,
+        and only where it is asked for; the other blocks use fused attention and never hold a map.
+
+        Args:
+            pixels: See :meth:`normalize`.
+            attention_blocks: Blocks before the last whose attention between patches is to be averaged.
+            block_tokens: Blocks behind which to keep the tokens, the last one too.
+            block_attention: Blocks whose attention to keep, each for itself, the last one too.
 
         Raises:
-            ValueError: a block index that is not one of the blocks before the last.
+            ValueError: there is no such block.
         """
-        wanted = set(attention_blocks)
-        if not wanted <= set(range(len(self.blocks) - 1)):
-            raise ValueError(f"attention blocks must be among 0…{len(self.blocks) - 2}, not {sorted(wanted)}")
+        last = len(self.blocks) - 1
+        averaged, kept, shown = set(attention_blocks), set(block_tokens), set(block_attention)
+        if not averaged <= set(range(last)):
+            raise ValueError(f"attention blocks must be among 0…{last - 1}, not {sorted(averaged)}")
+        if not kept | shown <= set(range(last + 1)):
+            raise ValueError(f"blocks must be among 0…{last}, not {sorted(kept | shown)}")
         tokens, grid = self.embed(pixels)
+        entering = tokens
         total: Tensor | None = None
-        for position, block in enumerate(self.blocks[:-1]):
-            q, k, v = block.split_heads(block.norm_1(tokens))
-            if position in wanted:
-                attended, mean_map = attend_with_mean_map(q, k, v)
-                total = mean_map if total is None else total.add_(mean_map)
+        stream: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+        for position, block in enumerate(self.blocks):
+            if position == last:
+                entering = tokens
+                if last not in kept | shown:
+                    break
+            if position in averaged | shown:
+                tokens, mean_map = block.run_with_map(tokens)
+                if position in averaged:
+                    total = self._added(total, mean_map)
+                if position in shown:
+                    maps[position] = mean_map
             else:
-                attended = attend(q, k, v)
-            tokens = block.finish(tokens, attended)
-        return DenseFeatures(tokens, grid, None if total is None else total / len(wanted))
+                tokens = block.run(tokens)
+            if position in kept:
+                stream[position] = tokens
+        return DenseFeatures(entering, grid, None if total is None else total / len(averaged), stream, maps)
 
-    @torch.inference_mode()
+    def _added(self, total: Tensor | None, mean_map: Tensor) -> Tensor:
+        """The running sum of attention between patches, in memory of its own."""
+        between = mean_map[:, self.prefix_tokens :, self.prefix_tokens :]
+        return between.clone() if total is None else total.add_(between)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """The model's own image feature ``(B, E)``, not normalised."""
         tokens, _ = self.embed(pixels)
         for block in self.blocks:
-            q, k, v = block.split_heads(block.norm_1(tokens))
-            tokens = block.finish(tokens, attend(q, k, v))
+            tokens = block.run(tokens)
         return self.pool(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The model's own image feature ``(B, E)`` from the tokens ``(B, N, D)`` behind the last block."""
+        """The model's own image feature ``(B, E)`` from the tokens ``(B, N, D)`` behind the last block.
+
+        Raises:
+            ValueError: the feature is a class token, which the tower does not have.
+        """
+        if not self.mean_pool and not self.prefix_tokens:
+            raise ValueError("a tower without a class token has no image feature but the mean of its patches")
         if not self.norm_after_pool:
             tokens = self.norm_post(tokens)
-        pooled = tokens[:, 1:].mean(dim=1) if self.mean_pool else tokens[:, 0]
+        pooled = tokens[:, self.prefix_tokens :].mean(dim=1) if self.mean_pool else tokens[:, 0]
         if self.norm_after_pool:
             pooled = self.norm_post(pooled)
         return pooled @ self.projection
@@ -264,19 +342,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_with_mean_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention result ``(B, heads, N, d)`` and its patch-to-patch map averaged over heads, float32."""
+    """Attention result ``(B, heads, N, d)`` and its map averaged over heads ``(B, N, N)``, float32."""
     if q.device.type != "cpu":
         maps = attention_map(q, k)
-        return maps @ v, maps[:, :, 1:, 1:].mean(dim=1, dtype=torch.float32)
+        return maps @ v, maps.mean(dim=1, dtype=torch.float32)
     # Head by head the map stays in the cache: half the time of all heads at once on a CPU.
     attended = torch.empty_like(v)
-    total: Tensor | None = None
+    total = torch.zeros(q.shape[0], q.shape[2], k.shape[2], dtype=torch.float32)
     for head in range(q.shape[1]):
         weights = attention_map(q[:, head], k[:, head])
         attended[:, head] = weights @ v[:, head]
-        total = weights.float() if total is None else total.add_(weights)
-    assert total is not None
-    return attended, (total / q.shape[1])[:, 1:, 1:]
+        total += weights
+    return attended, total / q.shape[1]
 
 
 def tower_from(
@@ -354,7 +431,7 @@ def tower_from(
         mean=torch.tensor(mean, device=device).view(3, 1, 1),
         std=torch.tensor(std, device=device).view(3, 1, 1),
         patch_weight=matrix(source.conv1.weight),
-        class_token=vector(source.class_embedding),
+        prefix=vector(source.class_embedding)[None],
         positions=vector(source.positional_embedding),
         half_positions=half_positions,
         norm_pre=None if isinstance(source.ln_pre, nn.Identity) else norm(source.ln_pre),

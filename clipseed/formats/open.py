@@ -8,7 +8,6 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from clipseed.clip.checkpoint import file_sha256
 from clipseed.data.labels import read_json
 from clipseed.errors import InputError, UsageError
 from clipseed.formats.coco import CocoInstances
@@ -18,6 +17,7 @@ from clipseed.formats.png import read_values
 from clipseed.formats.sa1b import Sa1b
 from clipseed.formats.segment_folders import MaskFolders
 from clipseed.segments import Proposals
+from clipseed.weights import file_sha256
 
 Kind = Literal["auto", "coco-panoptic", "coco-instances", "instance-maps", "mask-folders", "sa-1b"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

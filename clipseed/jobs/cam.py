@@ -14,21 +14,13 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import METHODS, Method, compute_cams
-from clipseed.clip.model import (
-    DEFAULT_WEIGHTS,
-    TOY_WEIGHTS,
-    FrozenClip,
-    Precision,
-    model_name,
-    pick_device,
-    same_model,
-    weights_location,
-)
+from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, model_name, same_model, weights_location
 from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
+from clipseed.device import Precision, pick_device
 from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,

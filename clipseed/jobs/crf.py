@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from clipseed.clip.model import pick_device
 from clipseed.data.dataset import relocated
 from clipseed.data.stamps import UNKNOWN, FileStamp
+from clipseed.device import pick_device
 from clipseed.errors import ImageError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
 from clipseed.jobs.engine import (

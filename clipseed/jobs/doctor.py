@@ -97,7 +97,7 @@ def _import_torch(findings: list[Finding]) -> bool:
 def _device() -> Iterator[Finding]:
     import torch
 
-    from clipseed.clip.model import pick_device, pick_dtype
+    from clipseed.device import pick_device, pick_dtype
 
     device = pick_device("auto")
     dtype = str(pick_dtype("auto", device, _VIT_B_WIDTH)).removeprefix("torch.")

@@ -73,7 +73,6 @@ def cut_units(samples: Sequence[Sample], device: torch.device) -> list[Sequence[
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
-@torch.inference_mode()
 def image_features(clip: FrozenClip, pixels: Tensor) -> Tensor:
     """Unit features ``(B, E)`` of pictures of one size ``(B, 3, H, W)`` uint8, float32 on the CPU.
 

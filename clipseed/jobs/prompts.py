@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, Precision
-from clipseed.clip.sharpness import Sharpness, log_scores, present_mask, sharpness
+from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip
+from clipseed.clip.sharpness import Sharpness, sharpness
+from clipseed.clip.text import TextBank, present_mask
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.templates import load_templates
 from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
+from clipseed.device import Precision
 from clipseed.errors import InputError, UsageError
 from clipseed.jobs.cam import DEFAULT_MAX_SIDE, Start
 from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features
@@ -167,7 +169,7 @@ def _rank_templates(
     measured = []
     for template in templates:
         text = clip.encode_text(replace(vocabulary, templates=(template,), background=()))
-        measured.append(("template", template, _measure(features, text.classes.cpu(), text.logit_scale, present)))
+        measured.append(("template", template, _measure(features, text, present)))
     return _ranked("", measured)
 
 
@@ -179,15 +181,15 @@ def _rank_words(clip: FrozenClip, vocabulary: Vocabulary, features: Tensor, pres
         return []
     # Names of classes must differ, words may be equal: number them, so that one encoding serves all.
     alone = [ClassText(f"words {n}", words) for n, words in enumerate(w for _, row in choices for _, w in row)]
-    encoded = iter(clip.encode_text(replace(vocabulary, classes=tuple(alone), background=())).classes.cpu())
+    encoded = iter(clip.encode_text(replace(vocabulary, classes=tuple(alone), background=())).classes)
     found: list[Candidate] = []
     for class_id, row in choices:
         shown = present[:, class_id]
         measured = []
         for kind, words in row:
-            classes = base.classes.cpu().clone()
+            classes = base.classes.clone()
             classes[class_id] = next(encoded)
-            measured.append((kind, words, _measure(features[shown], classes, base.logit_scale, present[shown])))
+            measured.append((kind, words, _measure(features[shown], replace(base, classes=classes), present[shown])))
         found += _ranked(vocabulary.classes[class_id].name, measured)
     return found
 
@@ -202,8 +204,8 @@ def word_choices(item: ClassText) -> Iterator[tuple[str, str]]:
             yield kind, words
 
 
-def _measure(features: Tensor, classes: Tensor, logit_scale: float, present: Tensor) -> Sharpness | None:
-    return sharpness(log_scores(features, classes, logit_scale), present) if len(features) else None
+def _measure(features: Tensor, text: TextBank, present: Tensor) -> Sharpness | None:
+    return sharpness(text.log_probabilities(features), present) if len(features) else None
 
 
 def _ranked(class_name: str, measured: Sequence[tuple[str, str, Sharpness | None]]) -> list[Candidate]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
-from clipseed.clip.model import FrozenClip, model_name, pick_device, same_model, weights_location
+from clipseed.clip.model import FrozenClip, model_name, same_model, weights_location
 from clipseed.data.dataset import relocated
 from clipseed.data.vocabulary import parse_vocabulary
+from clipseed.device import pick_device
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
     LARGE_PICTURE,
@@ -257,7 +258,6 @@ class _Spreading(_Refinement):
                 maps[k] = found
         return [replace(seed, cam=found.nan_to_num(0.0).numpy()) for seed, found in zip(seeds, maps, strict=True)]
 
-    @torch.inference_mode()
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
         attention = patch_attention(clip.tower, pixels, self.caa.layers)
         if self.options.method == "caa":
@@ -290,7 +290,6 @@ class _Par(_Refinement):
         """Decodes pictures at their own size."""
         return PictureLoader(self.reader)
 
-    @torch.inference_mode()
     def refined(self, items: Sequence[LoadedPicture], seeds: list[SeedMap]) -> list[SeedMap]:
         """Let maps follow colours."""
         if not len(seeds[0].classes):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clipseed.clip.model import Precision
+from clipseed.device import Precision
 from clipseed.errors import UsageError
 from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions
 from clipseed.refine.distribution import PATCH_TEMPERATURE

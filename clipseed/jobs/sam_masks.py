@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from clipseed.clip.model import pick_device
 from clipseed.data.types import ImageReader, Sample
+from clipseed.device import pick_device
 from clipseed.errors import ClipseedError, ImageError
 from clipseed.jobs.engine import (
     Loading,

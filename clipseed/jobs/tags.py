@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from clipseed.clip.model import FrozenClip
-from clipseed.clip.tagging import tag, word_scores
+from clipseed.clip.tagging import tag
 from clipseed.clip.text import TextBank
 from clipseed.data.labels import Labels
 from clipseed.data.listing import clean_id
@@ -124,7 +124,7 @@ def _tag(
     def write(features: Sequence[Feature]) -> None:
         if not features:
             return
-        probability = word_scores(torch.stack([row for _, row in features]), text)
+        probability = text.probabilities(torch.stack([row for _, row in features]))
         tags = tag(probability, store.classes, options.tag_threshold, options.tag_top_k)
         for (key, _), row, found in zip(features, probability, tags, strict=True):
             store.scores[key] = {k: float(row[k]) for k in found}

@@ -101,11 +101,11 @@ def _reach(scores: Sequence[Tensor], sources: Sequence[Tensor], affinity: Tensor
     most = max(len(cam) for cam in sources)
     height, width = sources[0].shape[-2:]
     padded = torch.zeros(len(sources), most, height, width)
-    for picture, score, cam in zip(padded, scores, sources, strict=True):
+    for number, (score, cam) in enumerate(zip(scores, sources, strict=True)):
         kept = cam.float().cpu()
         if options.boxes:
-            masks = box_masks(score.float().cpu().numpy(), options.box_threshold, released=options.released)
+            masks = box_masks(score.detach().float().cpu().numpy(), options.box_threshold, released=options.released)
             kept = kept * torch.from_numpy(masks.astype(np.float32))
-        picture[: len(cam)] = kept
+        padded[number, : len(cam)] = kept
     reached = spread(affinity, padded.to(affinity.device), options.power).cpu()
     return [maps[: len(cam)] for maps, cam in zip(reached, sources, strict=True)]

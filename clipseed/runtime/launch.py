@@ -78,12 +78,3 @@ def _number(variables: Mapping[str, str], name: str, default: int | None = None)
     if text is None or not text.strip().isdigit():
         raise UsageError(f"{name}={text}: not a number; say which part this run is with --shard i/n")
     return int(text)
-
-
-def local_device(count: int, environment: Mapping[str, str] | None = None) -> int:
-    """Which of a machine's ``count`` visible GPUs is this process's: by its number on the machine."""
-    variables = os.environ if environment is None else environment
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if variables.get(name, "").isdigit():
-            return int(variables[name]) % max(1, count)
-    return 0

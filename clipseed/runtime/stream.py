@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 from clipseed.data.types import Sample
+from clipseed.device import is_out_of_memory
 from clipseed.errors import ImageError
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.threads import OneByOne, single_threads
@@ -123,6 +126,7 @@ def run_stream(
     """
     stats = StreamStats()
     outcomes = pool.stream(sample for task in tasks for sample in task.samples)
+    compute = _without_gradients(compute)
     with ExitStack() as stack:
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
         computer = stack.enter_context(ThreadPoolExecutor(lanes, thread_name_prefix="compute")) if queue else None
@@ -242,7 +246,7 @@ def _one_by_one(
         try:
             result = future.result()[0]
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             stats.out_of_memory, ahead = stats.out_of_memory or (how.threads, 1), 0
             result = alone(item)
@@ -285,6 +289,18 @@ class _Bucket(Generic[T]):
         self.positions, self.items = [], []
 
 
+def _without_gradients(
+    compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
+) -> Callable[[Sequence[T]], Sequence[R | ImageError]]:
+    """The functions that compute leave this to their caller; it holds for the thread that calls."""
+
+    def run(items: Sequence[T]) -> Sequence[R | ImageError]:
+        with torch.inference_mode():
+            return compute(items)
+
+    return run
+
+
 def _compute(
     items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R | ImageError]], batch: BatchSize, stats: StreamStats
 ) -> list[R | ImageError]:
@@ -296,7 +312,7 @@ def _compute(
         try:
             results.extend(compute(part))
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not isis_out_of_memory(error):
                 raise
             if len(part) == 1:
                 results.append(ImageError("does not fit into the device's memory even alone; lower --max-side"))
@@ -305,11 +321,6 @@ def _compute(
                 first = stats.out_of_memory[0] if stats.out_of_memory else len(part)
                 stats.out_of_memory = (first, batch.limit(cost))
     return results
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _await(pending: Future[None] | None, stats: StreamStats) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clipseed.errors import UsageError, WeightsError
 from clipseed.sam.checkpoint import CONFIG_KEY, SamCheckpoint, read_sam_checkpoint
+from clipseed.weights import check_fit, count_blocks, take_over
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -138,8 +139,6 @@ def load_sam(path: str | Path) -> Sam:
 def assemble(checkpoint: SamCheckpoint) -> tuple[Sam, SamConfig]:
     """Build the model that a checkpoint's tensors belong to, in float32 on the CPU, frozen.
 
-    The modules are made without memory and take the tensors over, so nothing is initialised only to be replaced.
-
     Raises:
         WeightsError: not a SAM, or tensors are missing, left over, of another shape, or not finite.
         UsageError: segment_anything is not installed.
@@ -151,14 +150,11 @@ def assemble(checkpoint: SamCheckpoint) -> tuple[Sam, SamConfig]:
     except (TypeError, ValueError, ZeroDivisionError, AssertionError, RuntimeError) as error:
         raise WeightsError(f"{checkpoint.path}: its configuration describes no possible SAM ({error})") from error
     state = {key: value.float() for key, value in checkpoint.state.items()}
-    _check_fit(state, sam.state_dict(), checkpoint.path)
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{checkpoint.path}: tensor {key!r} contains NaN or infinity; the file is damaged")
-    sam.load_state_dict(state, assign=True)
+    check_fit(state, sam.state_dict(), checkpoint.path, "fetch the file again")
+    take_over(sam, state)
     for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):  # which checkpoints do not hold
         sam.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-    return sam.requires_grad_(False).eval(), config
+    return sam, config
 
 
 def stated_config(checkpoint: SamCheckpoint) -> SamConfig | None:
@@ -196,11 +192,11 @@ def inferred_config(checkpoint: SamCheckpoint) -> SamConfig:
         position = state["image_encoder.pos_embed"]
         grid, embed_dim = position.shape[1], position.shape[3]
         patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
-        depth = _count(state, "image_encoder.blocks.")
+        depth = count_blocks(state, "image_encoder.blocks.")
         tables = [state[f"image_encoder.blocks.{index}.attn.rel_pos_h"] for index in range(depth)]
         sides = [(table.shape[0] + 1) // 2 for table in tables]
         windows = sorted({side for side in sides if side != grid})
-        iou_layers = _count(state, "mask_decoder.iou_prediction_head.layers.")
+        iou_layers = count_blocks(state, "mask_decoder.iou_prediction_head.layers.")
         config = SamConfig(
             image_size=grid * patch,
             patch_size=patch,
@@ -212,7 +208,7 @@ def inferred_config(checkpoint: SamCheckpoint) -> SamConfig:
             global_attn_indexes=tuple(index for index, side in enumerate(sides) if side == grid) if windows else (),
             out_chans=state["image_encoder.neck.0.weight"].shape[0],
             mask_in_chans=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
-            decoder_depth=_count(state, "mask_decoder.transformer.layers."),
+            decoder_depth=count_blocks(state, "mask_decoder.transformer.layers."),
             decoder_mlp_dim=state["mask_decoder.transformer.layers.0.mlp.lin1.weight"].shape[0],
             iou_head_depth=iou_layers,
             iou_head_hidden_dim=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
@@ -242,23 +238,3 @@ def _refuse_relatives(state: dict[str, Tensor], path: Path) -> None:
         raise WeightsError(
             f"{path}: not a SAM checkpoint (no tensors of an image encoder, a prompt encoder and a mask decoder)"
         )
-
-
-def _count(state: dict[str, Tensor], prefix: str) -> int:
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def _check_fit(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    missing = sorted(expected.keys() - state.keys())
-    extra = sorted(state.keys() - expected.keys())
-    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing (first {missing[0]!r})")
-    if extra:
-        problems.append(f"{len(extra)} do not belong to it (first {extra[0]!r})")
-    if shapes:
-        key = shapes[0]
-        problems.append(f"{key!r} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
-    if problems:
-        raise WeightsError(f"{path}: does not fit the model: {'; '.join(problems)}; fetch the file again")

@@ -55,7 +55,6 @@ class Candidates:
         )
 
 
-@torch.inference_mode()
 def passing(
     backend: SamBackend,
     embedding: Embedding,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipseed.device import is_out_of_memory
 from clipseed.errors import ImageError
 from clipseed.sam.backend import Embedding, Picture, SamBackend, as_picture
 from clipseed.sam.candidates import Candidates, passing
@@ -115,8 +116,7 @@ def _answers(
 
 
 def _refuse_unless_smaller_helps(error: BaseException, count: int) -> None:
-    text = str(error).lower()
-    if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+    if not is_out_of_memory(error):
         raise error
     if count <= 1:
         raise ImageError("does not fit into the device's memory, even one crop and one point at a time") from error

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipseed.clip.checkpoint import file_sha256
-from clipseed.clip.model import pick_device, pick_dtype
+from clipseed.device import pick_device, pick_dtype
 from clipseed.errors import ClipseedError, UsageError, WeightsError
 from clipseed.sam.architecture import SIZES, assemble, size_name
 from clipseed.sam.backend import SamBackend
 from clipseed.sam.checkpoint import read_sam_checkpoint
 from clipseed.sam.model_backend import ModelBackend, SamInfo
 from clipseed.sam.predictor_backend import PredictorBackend
+from clipseed.weights import file_sha256
 
 
 def load_sam(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from clipseed.device import dtype_name
 from clipseed.errors import ImageError, UsageError
 from clipseed.sam.backend import Decoded, Embedding, Floats, Picture, checked, fit_prompts, fitted_size
 from clipseed.sam.decoder import FINER, ImageSide, PlainDecoder
@@ -75,13 +76,12 @@ class ModelBackend:
         self.mask_threshold = float(getattr(sam, "mask_threshold", 0.0))
         self.crops_at_once = max(1, _PIXELS_AT_ONCE.get(device.type, _GPU_PIXELS_AT_ONCE) // self.side**2)
         self.working_pixels = self.side**2
-        with torch.inference_mode():
-            self._dense_code: Tensor = self.sam.prompt_encoder.get_dense_pe()
-            self._plain = None
-            if has_plain_decoder(sam):
-                # Only bfloat16 has float32's range; in float16 a score may become NaN unnoticed.
-                places = dtype if dtype is torch.bfloat16 else torch.float32
-                self._plain = PlainDecoder(self.sam.mask_decoder, self._dense_code, places)
+        self._dense_code: Tensor = self.sam.prompt_encoder.get_dense_pe()
+        self._plain = None
+        if has_plain_decoder(sam):
+            # Only bfloat16 has float32's range; in float16 a score may become NaN unnoticed.
+            places = dtype if dtype is torch.bfloat16 else torch.float32
+            self._plain = PlainDecoder(self.sam.mask_decoder, self._dense_code, places)
         self._encoder = PlainEncoder(self.sam.image_encoder) if has_plain_encoder(sam) else self.sam.image_encoder
         self._patch = self.side // self._dense_code.shape[-1]
         self._last = _Last()
@@ -91,7 +91,6 @@ class ModelBackend:
         """Whether its operations are too small to share cores, and its modules known to run in several threads."""
         return self.crops_at_once > 1 and self._plain is not None and isinstance(self._encoder, PlainEncoder)
 
-    @torch.inference_mode()
     def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
         """Image features ``(1, E, h, w)`` float32 of each crop, in one forward pass.
 
@@ -105,7 +104,6 @@ class ModelBackend:
             raise ImageError("SAM's features exceed half precision; give --precision fp32")
         return [Embedding(_size(crop), features[i : i + 1]) for i, crop in enumerate(crops)]
 
-    @torch.inference_mode()
     def decode_prompts(
         self,
         embedding: Embedding,
@@ -134,7 +132,6 @@ class ModelBackend:
         )
         return checked(logits, iou, prompts.number)
 
-    @torch.inference_mode()
     def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:
         """Bilinear in SAM's two steps: to the square that the encoder saw, without its padding to the crop's size."""
         height, width = fitted_size(embedding.size, self.side)
@@ -156,8 +153,7 @@ class ModelBackend:
 
     def manifest(self) -> dict[str, Any]:
         """Plain description for output files."""
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        return {**asdict(self.info), "precision": names[self.dtype]}
+        return {**asdict(self.info), "precision": dtype_name(self.dtype)}
 
     def _exact_convolutions(self) -> AbstractContextManager[None]:
         """In float32 a GPU computes convolutions in it, which cuDNN rounds to TF32 unless told otherwise."""

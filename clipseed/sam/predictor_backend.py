@@ -51,10 +51,11 @@ class PredictorBackend:
         point_labels: npt.NDArray[np.integer] | None = None,
     ) -> Decoded:
         """Logits ``(P, M, H, W)`` at the crop's size and predicted IoU ``(P, M)``."""
-        prompts = fit_prompts(embedding.size, self.side, self.device, boxes, points, point_labels)
-        if prompts.number == 0:
-            return Decoded(torch.zeros(0, 3, *embedding.size), torch.zeros(0, 3))
-        with torch.no_grad():  # not inference mode: the code is not ours, and may use tensors elsewhere
+        # Not inference mode, whatever the caller has: the code is not ours, and may use tensors elsewhere.
+        with torch.inference_mode(False), torch.no_grad():
+            prompts = fit_prompts(embedding.size, self.side, self.device, boxes, points, point_labels)
+            if prompts.number == 0:
+                return Decoded(torch.zeros(0, 3, *embedding.size), torch.zeros(0, 3))
             if self._current is not embedding:
                 self._predictor.set_image(embedding.content)
                 self._current = embedding

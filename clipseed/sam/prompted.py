@@ -23,7 +23,6 @@ _BATCH = 16
 """Answers enlarged at once; pictures have a few classes."""
 
 
-@torch.inference_mode()
 def prompted_masks(
     backend: SamBackend, embedding: Embedding, cams: Scores, prompting: Prompting, options: ProposalOptions
 ) -> tuple[Proposals, npt.NDArray[np.int64]]:
