@@ -100,11 +100,11 @@ def similarities(features: PatchFeatures, text: TextBank) -> Tensor:
 
 
 def competitors(text: TextBank, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Which texts may be in each picture, ``(B, C + M)`` booleans: its present classes, and every background word."""
+    """Which texts compete in each picture ``(B, C + M)``, see :meth:`~clipseed.clip.text.TextBank.competing`."""
     device = text.classes.device
     present = torch.zeros(len(labels), len(text.classes), dtype=torch.bool, device=device)
     present[pair_index(labels, device)] = True
-    return F.pad(present, (0, len(text.background)), value=True)
+    return text.competing(present)
 
 
 def subtract_redundant(

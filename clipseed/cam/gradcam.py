@@ -85,11 +85,10 @@ def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
 def class_scores(feature: Tensor, text: TextBank, present: Tensor) -> Tensor:
     """Logits ``(B, C + M)`` of image features against a vocabulary; classes not ``present`` ``(B, C)`` are -inf.
 
-    Absent classes take no part in the softmax, background words always do (CLIP-ES, section 3.2).
+    What remains is what competes, see :meth:`~clipseed.clip.text.TextBank.competing`.
     """
     logits = text.logit_scale * F.normalize(feature, dim=-1) @ text.all.T
-    absent = F.pad(~present, (0, len(text.background)), value=False)
-    return logits.masked_fill(absent, float("-inf"))
+    return logits.masked_fill(~text.competing(present), float("-inf"))
 
 
 def score_gradient(

@@ -38,6 +38,7 @@ def cam(
     tag_threshold: shared.TagThreshold = None,
     tag_top_k: shared.TagTopK = None,
     classes: shared.Classes = None,
+    background: shared.Background = None,
     template: shared.Templates = None,
     limit: shared.Limit = None,
     exif: shared.Exif = False,
@@ -109,7 +110,7 @@ def cam(
     data = DatasetOptions(
         dataset=dataset, root=root, images=images, split=split, auto_labels=auto, classes=classes,
         labels=Path(labels) if labels is not None and not auto else None,
-        templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
+        templates=tuple(template or ()), background=background, exif=exif, max_pixels=max_pixels, limit=limit,
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")

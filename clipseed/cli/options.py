@@ -56,6 +56,15 @@ Classes = Annotated[
     Optional[str],
     typer.Option(help="Class names and words: voc, coco, coco-corrected, toy or a file.", rich_help_panel=DATA),
 ]
+Background = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Words that compete with the classes: none, general, those of voc or coco, or a file with one per line "
+        "(default: the class list's; general where it names none).",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
 Templates = Annotated[
     Optional[list[str]],
     typer.Option("--template", help="Prompt with one {}; several are averaged.", rich_help_panel=DATA),

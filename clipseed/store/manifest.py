@@ -13,6 +13,8 @@ Manifest = dict[str, Any]
 
 _COMPARED = ("kind", "method", "options", "source", "model", "vocabulary", "dataset")
 """Parts in which a resumed run must agree with what is there; versions, the weights' path and pixel limits need not."""
+_NOTES = ("vocabulary.background_from",)
+"""Entries of these parts that are for people: what they are about is compared itself."""
 
 
 def package_versions() -> dict[str, str]:
@@ -63,6 +65,8 @@ def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
 
 
 def _compare(path: str, there: Any, now: Any, found: list[str]) -> None:
+    if path in _NOTES:
+        return
     if isinstance(there, dict) and isinstance(now, dict):
         for key in sorted(there.keys() | now.keys()):
             _compare(f"{path}.{key}", there.get(key), now.get(key), found)
