@@ -143,7 +143,11 @@ def cam(
         f"{done.out}: {done.found + computed} of {done.total} pictures, {computed} computed now{rate(done)} "
         f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
-    return run.finish(done, summary, _facts(done))
+    code = run.finish(done, summary, _facts(done), done.empty)
+    if done.empty is None or not done.empty.most or run.launch.source == "torchrun":
+        return code
+    talker.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
+    return code or 3
 
 
 def _start_tags(talker: Talker, todo: int) -> Any:

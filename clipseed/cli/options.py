@@ -91,6 +91,14 @@ BatchSize = Annotated[str, typer.Option(help="auto, or pictures per batch.", ric
 Workers = Annotated[
     str, typer.Option(help="auto, or decoding processes (0: a thread of this one).", rich_help_panel=RUN)
 ]
+Empty = Annotated[
+    str,
+    typer.Option(
+        help="Masks of images in which some label got no pixel: background (they stay as they are), ignore (0 becomes "
+        "255) or skip (not written).",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Shard = Annotated[
     Optional[str],
     typer.Option(

@@ -34,6 +34,7 @@ from clipseed.refine.caa import CaaOptions, caa
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Engine, Here, Work
+from clipseed.store.empty import EmptyLabels, stage_of
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
@@ -93,6 +94,7 @@ class CamReport:
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
     tags: TagReport | None = None
 
     @property
@@ -129,12 +131,13 @@ def _run(
 ) -> CamReport:  # fmt: skip
     about = engine.about
     manifest = cam_manifest(options, image_set, about["model"], about["weights"])
+    stage = stage_of(manifest)  # in one pass, too: spreading leaves a positive map positive
     if recipe.refinement:
         manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
     with SeedWriter(
-        options.out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
+        options.out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share, stage=stage
     ) as writer:
         tags = None
         if options.data.auto_labels:
@@ -170,6 +173,7 @@ def _run(
         notes=writer.notes,
         skipped_file=finished.skipped_file,
         open_shares=finished.open_shares,
+        empty=finished.empty,
         tags=tags,
     )
 

@@ -25,6 +25,7 @@ from clipseed.jobs.engine import (
     PictureLoader,
     ViewLoader,
     default_workers,
+    earlier_in_seeds,
     misfit,
     open_engine,
     recorded_reader,
@@ -78,8 +79,9 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
         manifest = refine_manifest(options.method, about["constants"], seeds.manifest, about["model"], about["weights"])
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
         with SeedWriter(
-            out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share
-        ) as writer:
+            out, manifest, dtype, about["unit"], overwrite=options.overwrite, share=options.share,
+            earlier=earlier_in_seeds(seeds),
+        ) as writer:  # fmt: skip
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             mine = writer.share_of(list(seeds))
             found = len(writer.done.intersection(mine))
@@ -106,6 +108,7 @@ def run_refine(options: RefineOptions, start: Start | None = None) -> RefineRepo
             notes=writer.notes,
             skipped_file=finished.skipped_file,
             open_shares=finished.open_shares,
+            empty=finished.empty,
         )
 
 

@@ -17,14 +17,22 @@ from clipseed.data.paths import is_folder
 from clipseed.data.types import Sample
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
-from clipseed.jobs.engine import open_engine, refuse_if_nothing, usable_cores
-from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
+from clipseed.jobs.engine import (
+    check_empty,
+    count_empty,
+    earlier_in_seeds,
+    open_engine,
+    refuse_if_nothing,
+    usable_cores,
+)
+from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at, seeds_at
 from clipseed.jobs.seed_rules import RuleOptions, Rules, decide
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
 from clipseed.sam.cached import CachedMasks
 from clipseed.sam.importers import Kind
+from clipseed.store.empty import Earlier, EmptyLabels, EmptyPolicy, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import holds_cache
@@ -52,6 +60,8 @@ class SamSeedOptions:
         masks: A mask cache, or existing masks in another format.
         masks_kind: That format.
         rules: How pictures are labelled.
+        empty: What becomes of the mask of a picture in which some label got no pixel
+            (:class:`~clipseed.store.mask_folder.MaskWriter`).
     """
 
     source: Path
@@ -59,6 +69,7 @@ class SamSeedOptions:
     out: Path
     masks_kind: Kind = "auto"
     rules: RuleOptions = field(default_factory=RuleOptions)
+    empty: EmptyPolicy = "background"
     workers: int | None = None
     overwrite: bool = False
     share: Share = WHOLE
@@ -87,6 +98,7 @@ class SamSeedReport:
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
 
     @property
     def unsure(self) -> float:
@@ -105,6 +117,7 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     """
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
+    check_empty(options.empty)
     _refuse_places(options)
     forget()
     try:
@@ -122,12 +135,15 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     if rules.method == "pixel":
         about_masks, known = {}, None
     missing = _missing(options, source, known)
-    manifest = _manifest(source.manifest, rules, about_masks)
+    manifest = _manifest(source.manifest, {**rules.manifest(), "empty": options.empty}, rules.method, about_masks)
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
         contextlib.closing(open_engine(recipe, options.cluster)) as engine,
-        MaskWriter(options.out, manifest, overwrite=options.overwrite, share=options.share) as writer,
-    ):
+        MaskWriter(
+            options.out, manifest, overwrite=options.overwrite, share=options.share, empty=options.empty,
+            earlier=_earlier(options.source, source),
+        ) as writer,
+    ):  # fmt: skip
         writer.forget_unlike({key: classes for key, classes in source.classes.items() if classes is not None})
         tasks, mine = _tasks(source.classes, writer.done, options.share)
         found = len(writer.done.intersection(mine))
@@ -136,14 +152,28 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
         ):
             advance = start(sum(len(task.samples) for task in tasks), found) if start else None
             stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
+        count_empty(stats, writer)
         refuse_if_nothing(stats, writer.done)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
-            finished = writer.finish(stats.skipped)
+            finished = writer.finish(stats.skipped, mine)
     return SamSeedReport(
         options.source, options.out, len(mine), found, stats, time.perf_counter() - began, rules.method,
-        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shares,
+        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shares, finished.empty,
     )  # fmt: skip
+
+
+def _earlier(path: Path, source: _Source) -> Earlier:
+    """Answers whether a label had come to nothing in the source already, and since which stage."""
+    if not source.label_map:
+        return earlier_in_seeds(seeds_at(path.resolve()))
+
+    def there(key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        classes = mask_classes(path / f"{key}.png") or ()
+        return classes, without_pixel(classes, MaskFolder(path).read(key))
+
+    names = class_names(source.manifest, path) if "vocabulary" in source.manifest else ()
+    return earlier_in(path, source.manifest, names, there)
 
 
 def _refuse_places(options: SamSeedOptions) -> None:
@@ -218,15 +248,15 @@ def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | N
     return missing
 
 
-def _manifest(source: Manifest, rules: Rules, masks: dict[str, Any]) -> Manifest:
+def _manifest(source: Manifest, chosen: dict[str, Any], method: str, masks: dict[str, Any]) -> Manifest:
     before = source.get("options") or {}
     kept = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
     origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
     there: dict[str, Any] = {key: source[key] for key in ("model", "weights", "vocabulary", "dataset") if key in source}
     return {
         "kind": "sam-seed",
-        "method": rules.method,
-        "options": {**kept, **rules.manifest()},
+        "method": method,
+        "options": {**kept, **chosen},
         "source": {**origin, "masks": masks},
         **there,
         "versions": package_versions(),

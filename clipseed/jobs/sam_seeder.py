@@ -44,7 +44,7 @@ class Seeded:
 
 
 @lru_cache(maxsize=2)
-def _seeds(path: Path) -> Seeds:
+def seeds_at(path: Path) -> Seeds:
     """Opened once per process."""
     return Seeds(path, verify=False)
 
@@ -62,7 +62,7 @@ def _ids(path: Path, kind: Kind) -> frozenset[str]:
 
 def forget() -> None:
     """Close what is open: the next run of this process may find other files under these names."""
-    for opened in (_seeds, masks_at, _ids):
+    for opened in (seeds_at, masks_at, _ids):
         opened.cache_clear()
 
 
@@ -98,7 +98,7 @@ class Seeder:
         return Seeded(sample.id, found, classes, len(proposals))
 
     def _seeded(self, sample: Sample) -> Seeded:
-        seed = _seeds(self.source)[sample.id]
+        seed = seeds_at(self.source)[sample.id]
         problem = misfit(seed, seed.size)
         if problem is not None:
             raise problem

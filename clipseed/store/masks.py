@@ -17,6 +17,7 @@ from clipseed.store.files import replacing
 
 IGNORE = 255
 _CLASSES = "clipseed-classes"
+_EMPTY = "clipseed-empty"
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _ROWS = 1 << 22
 """Pixels whose colours are looked up at once."""
@@ -34,10 +35,11 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     return colours
 
 
-def write_mask(path: Path, labels: Labels, classes: Sequence[int] | None = None) -> None:
+def write_mask(path: Path, labels: Labels, classes: Sequence[int] | None = None, empty: Sequence[int] = ()) -> None:
     """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
 
-    ``classes`` that the mask was made for go into a text chunk, where :func:`mask_classes` finds them.
+    ``classes`` that the mask was made for go into a text chunk, where :func:`mask_classes` finds them; so do those of
+    them that got no pixel, for :func:`mask_note`.
 
     Raises:
         StoreError: it cannot be written.
@@ -47,18 +49,29 @@ def write_mask(path: Path, labels: Labels, classes: Sequence[int] | None = None)
     note = PngInfo()
     if classes is not None:
         note.add_text(_CLASSES, " ".join(map(str, classes)))
+    if empty:
+        note.add_text(_EMPTY, " ".join(map(str, empty)))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=note)
 
 
 def mask_classes(path: Path) -> tuple[int, ...] | None:
     """Classes that a mask was made for, read from its header; ``None`` where it does not say (not ours)."""
+    return mask_note(path)[0]
+
+
+def mask_note(path: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """What :func:`mask_classes` says, and those of the classes that got no pixel, read from the header at once."""
     try:
         with _opened(path) as image:
-            text = image.info.get(_CLASSES)
-            return None if text is None else tuple(int(word) for word in str(text).split())
+            classes, empty = (image.info.get(name) for name in (_CLASSES, _EMPTY))
+            return (None if classes is None else _numbers(classes)), _numbers(empty or "")
     except Exception:  # decoders raise nearly anything on damaged files
-        return None
+        return None, ()
+
+
+def _numbers(text: object) -> tuple[int, ...]:
+    return tuple(int(word) for word in str(text).split())
 
 
 def _opened(path: Path) -> Image.Image:

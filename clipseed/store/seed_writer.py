@@ -1,11 +1,22 @@
-"""Writing seeds: records that know which classes they were made for."""
+"""Writing seeds: records that know which classes they were made for, and which of these came to nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clipseed.store.empty import (
+    Earlier,
+    EmptyLabels,
+    EmptyList,
+    Stage,
+    empty_maps,
+    nothing_earlier,
+    stage_of,
+    stored_empty_maps,
+)
 from clipseed.store.manifest import Manifest
+from clipseed.store.reader import class_names
 from clipseed.store.records import SeedMap, classes_of, seed_format
 from clipseed.store.shard import RecordFile
 from clipseed.store.share import WHOLE, Share
@@ -13,29 +24,55 @@ from clipseed.store.writer import RecordWriter
 
 
 class SeedWriter(RecordWriter[SeedMap]):
-    """A :class:`~clipseed.store.writer.RecordWriter` of seeds; ``cam_dtype`` is ``float16`` or ``float32``."""
+    """A :class:`~clipseed.store.writer.RecordWriter` of seeds; ``cam_dtype`` is ``float16`` or ``float32``.
+
+    Classes without a positive map are listed in ``NAME.empty.csv`` (:mod:`clipseed.store.empty`), with the ``stage``
+    that the output comes from (default: as the manifest says), or what is known of ``earlier`` ones.
+    """
 
     def __init__(
         self, out: Path, manifest: Manifest, cam_dtype: str, unit_size: int, *, overwrite: bool = False,
-        share: Share = WHOLE,
+        share: Share = WHOLE, stage: Stage | None = None, earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
         super().__init__(out, manifest, seed_format(cam_dtype), unit_size, overwrite=overwrite, share=share)
-        self._classes: dict[str, tuple[int, ...]] = {}
+        self._empty = EmptyList(out, class_names(manifest, out), stage or stage_of(manifest), earlier)
 
     def _note(self, file: RecordFile[SeedMap], path: Path) -> None:
         super()._note(file, path)
+        self._look(file, path)
+
+    def _adopt(self, file: RecordFile[SeedMap], path: Path) -> None:
+        super()._adopt(file, path)
+        self._look(file, path)
+
+    def _look(self, file: RecordFile[SeedMap], path: Path) -> None:
+        """Note classes, and the empty ones, of what counts as stored in this file."""
+        empty = stored_empty_maps(file)
         for row, identifier in enumerate(file.ids):
-            self._classes.setdefault(identifier, tuple(classes_of(file, row).tolist()))
+            if self._done[identifier] == path:
+                self._empty.add(identifier, classes_of(file, row).tolist(), empty.get(identifier, ()))
+
+    def write(self, index: int, records: Sequence[SeedMap]) -> None:
+        """As :meth:`~clipseed.store.writer.RecordWriter.write`."""
+        super().write(index, records)
+        for record in records:
+            self._empty.add(record.id, record.classes.tolist(), empty_maps(record.classes.tolist(), record.cam))
 
     def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
         """Take pictures that are stored with other classes than these for not done: their labels were corrected.
 
         A shard that holds one of them goes, and its other pictures are computed again too.
         """
-        stale = {key for key, known in self._classes.items() if key in classes and tuple(classes[key] or ()) != known}
+        known = self._empty.classes
+        stale = {key for key, row in known.items() if key in classes and tuple(classes[key] or ()) != row}
         shards = {self._done[key] for key in stale} - {self.out}
         for path in shards:
             path.unlink()
-        self._done = {key: path for key, path in self._done.items() if key not in stale and path not in shards}
+        gone = {key for key, path in self._done.items() if key in stale or path in shards}
+        self._done = {key: path for key, path in self._done.items() if key not in gone}
+        self._empty.forget(gone)
         if stale:
             self.notes.append(f"{len(stale)} pictures are stored with other labels; they are computed again")
+
+    def _empty_labels(self, *, write: bool = False) -> EmptyLabels:
+        return self._empty.write() if write else self._empty.found()
