@@ -9,12 +9,15 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker
-from clipseed.cli.running import RunOptions, prepare, rate
+from clipseed.cli.running import Running, RunOptions, prepare, rate
+from clipseed.data.background import GENERAL
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
+    from clipseed.data.types import ImageSet
     from clipseed.jobs.cam import CamReport
     from clipseed.jobs.tags import TagReport
+    from clipseed.runtime.stream import Advance
 
 
 def register(app: typer.Typer) -> None:
@@ -129,9 +132,7 @@ def cam(
     try:
         done = run_cam(
             options,
-            lambda image_set, todo, found: run.start(
-                todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples)
-            ),
+            lambda image_set, todo, found: _start(run, image_set, todo, found),
             lambda image_set, todo, _: _start_tags(talker, todo),
         )
     finally:
@@ -148,6 +149,16 @@ def cam(
         return code
     talker.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
     return code or 3
+
+
+def _start(run: Running, image_set: ImageSet, todo: int, done: int) -> Advance:
+    words = image_set.vocabulary
+    if words.background_from == GENERAL:
+        run.talker.note(
+            f"{words.name}: no background words of its own; {len(words.background)} general ones compete with its "
+            "classes (--background)"
+        )
+    return run.start(todo, done, f"{image_set.name} {image_set.split}", len(image_set.samples))
 
 
 def _start_tags(talker: Talker, todo: int) -> Any:

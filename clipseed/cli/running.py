@@ -123,15 +123,12 @@ def tell_empty(talker: Talker, empty: EmptyLabels) -> None:
     """Say how many labels came to nothing, of which classes, why, and in which images."""
     count, classes = len(empty.labels), [f"{name} {number}" for name, number in empty.counts("label")]
     came = "have no pixel" if empty.masks else "have no positive map"
-    talker.warn(f"{count} of {empty.of} labels {came}, in {empty.images} images: {some(classes)}")
+    listed = "" if empty.file is None else f" (listed in {empty.file})"
+    talker.warn(f"{count} of {empty.of} labels {came}, in {empty.images} images{listed}: {some(classes)}")
     for why, number in empty_reasons(empty):
         talker.warn(f"{number} {why}")
     if empty.masks == "background":
-        talker.warn(
-            "what is not labelled says background in their masks: --empty ignore makes it 255, skip leaves them out"
-        )
-    if empty.file is not None:
-        talker.warn(f"all of them are listed in {empty.file}")
+        talker.warn("their masks say background there; --empty ignore makes it 255, --empty skip leaves them out")
 
 
 def empty_reasons(empty: EmptyLabels) -> list[tuple[str, str]]:

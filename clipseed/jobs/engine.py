@@ -204,7 +204,7 @@ def earlier_in_seeds(seeds: Seeds) -> Earlier:
         classes: list[int] = seed.classes.tolist()
         return classes, empty_maps(classes, seed.cam)
 
-    return earlier_in(seeds.path, seeds.manifest, seeds.class_names, there)
+    return earlier_in(seeds.path, seeds.manifest, there)
 
 
 def seed_sample(seeds: Seeds, key: str) -> Sample:

@@ -11,7 +11,7 @@ import numpy as np
 from clipseed.data.dataset import picture_finder
 from clipseed.errors import ImageError, InputError
 from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay
-from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, read_empty, stage_of
+from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
 from clipseed.store.files import replacing
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
@@ -89,9 +89,8 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
 
 def _empty(seeds: Seeds, ids: list[str]) -> EmptyLabels:
     """Labels of some pictures whose maps are empty, with the stages and reasons that are listed beside the seeds."""
-    names = seeds.class_names
-    listed = {(item.id, item.label): (item.stage, item.reason) for item in read_empty(seeds.path)}
-    found = EmptyList(seeds.path, names, stage_of(seeds.manifest), lambda key, k: listed.get((key, names[k])))
+    listed = listed_earlier(read_empty(seeds.path), seeds.manifest)
+    found = EmptyList(seeds.path, seeds.manifest, earlier=listed)
     for key in ids:
         seed = seeds[key]
         classes = seed.classes.tolist()

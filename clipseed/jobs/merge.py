@@ -10,7 +10,7 @@ from typing import Any
 
 from clipseed.errors import StoreError, UsageError
 from clipseed.runtime.interrupt import interruptible
-from clipseed.store.empty import EmptyLabel, EmptyLabels, EmptyList, read_empty, stage_of, stored_empty_maps
+from clipseed.store.empty import EmptyLabel, EmptyLabels, EmptyList, listed_earlier, read_empty, stored_empty_maps
 from clipseed.store.files import replacing, storage_errors, write_text
 from clipseed.store.formats import format_of
 from clipseed.store.gather import gathered
@@ -18,11 +18,10 @@ from clipseed.store.layout import RecordFormat
 from clipseed.store.manifest import Manifest, differences, dumps
 from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
 from clipseed.store.masks import mask_note
-from clipseed.store.reader import class_names
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.records import classes_of, seed_format
 from clipseed.store.shard import RecordFile, write_portable
-from clipseed.store.share import WHOLE, lock_output
+from clipseed.store.share import WHOLE, left_without_mask, lock_output
 
 
 @dataclass
@@ -128,9 +127,7 @@ def _list_empty(
     listed: Sequence[EmptyLabel],
 ) -> EmptyLabels:  # fmt: skip
     """List the labels that came to nothing in what was merged; the lists of the sources know since which stage."""
-    names = class_names(manifest, out)
-    known = {(item.id, item.label): (item.stage, item.reason) for item in listed}
-    found = EmptyList(out, names, stage_of(manifest), lambda key, k: known.get((key, names[k])))
+    found = EmptyList(out, manifest, earlier=listed_earlier(listed, manifest))
     for key, (classes, empty) in labels.items():
         found.add(key, classes, empty)
     found.add_listed(item for item in dict.fromkeys(listed) if item.id not in labels)
@@ -198,6 +195,8 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
         write_text(out / MANIFEST, dumps(manifest or {}) + "\n")
         notes = {name.with_suffix("").as_posix(): mask_note(path) for name, path in found.items()}
         labels = {key: (classes, empty) for key, (classes, empty) in notes.items() if classes is not None}
+        for folder in folders:  # pictures that shares left out have no mask
+            labels = {**left_without_mask(folder), **labels}
         listed = [item for folder in folders for item in read_empty(folder)]
         report.empty = _list_empty(out, manifest or {}, labels, listed)
     report.files = report.images = len(found)

@@ -172,8 +172,7 @@ def _earlier(path: Path, source: _Source) -> Earlier:
         classes = mask_classes(path / f"{key}.png") or ()
         return classes, without_pixel(classes, MaskFolder(path).read(key))
 
-    names = class_names(source.manifest, path) if "vocabulary" in source.manifest else ()
-    return earlier_in(path, source.manifest, names, there)
+    return earlier_in(path, source.manifest, there)
 
 
 def _refuse_places(options: SamSeedOptions) -> None:

@@ -195,16 +195,18 @@ class EmptyList:
 
     Args:
         out: The output, ``NAME.h5`` or a folder.
-        names: Class names.
-        stage: Where the output comes from.
+        manifest: What it is, with the names of its classes.
+        stage: Where the output comes from (default: as the manifest says).
         earlier: Asked about every empty label whether it was empty before.
     """
 
-    def __init__(self, out: Path, names: Sequence[str], stage: Stage, earlier: Earlier = nothing_earlier) -> None:
+    def __init__(
+        self, out: Path, manifest: Manifest, stage: Stage | None = None, earlier: Earlier = nothing_earlier
+    ) -> None:
         self.path = empty_file(out)
         self.classes: dict[str, tuple[int, ...]] = {}
         """Classes of every image that is known, by id."""
-        self._names, self._stage, self._earlier = names, stage, earlier
+        self._names, self._stage, self._earlier = _names(manifest), stage or stage_of(manifest), earlier
         self._empty: dict[str, tuple[int, ...]] = {}
         self._elsewhere: list[EmptyLabel] = []
 
@@ -241,7 +243,7 @@ class EmptyList:
 
     def name(self, class_id: int) -> str:
         """What a class is called."""
-        return self._names[class_id] if class_id < len(self._names) else f"mask value {class_id + 1}"
+        return _name(self._names, class_id)
 
     def write(self) -> EmptyLabels:
         """Write the list beside the output, or remove an older one where there is nothing to list.
@@ -277,10 +279,26 @@ def read_empty(out: Path) -> list[EmptyLabel]:
     return [EmptyLabel(*row) for row in rows[1:] if len(row) == 4]
 
 
+def listed_earlier(listed: Iterable[EmptyLabel], manifest: Manifest) -> Earlier:
+    """Answers from lists that were written before, of outputs with the same classes."""
+    known, names = {(item.id, item.label): (item.stage, item.reason) for item in listed}, _names(manifest)
+    return lambda identifier, class_id: known.get((identifier, _name(names, class_id)))
+
+
+def _names(manifest: Manifest) -> tuple[str, ...]:
+    """Class names, where a manifest has any."""
+    words = manifest.get("vocabulary")
+    classes = words.get("classes") if isinstance(words, dict) else None
+    return tuple(str(item["name"]) for item in classes or ())
+
+
+def _name(names: Sequence[str], class_id: int) -> str:
+    return names[class_id] if class_id < len(names) else f"mask value {class_id + 1}"
+
+
 def earlier_in(
     source: Path,
     manifest: Manifest,
-    names: Sequence[str],
     empty_there: Callable[[str], tuple[Sequence[int], Sequence[int]]],
 ) -> Earlier:
     """Answers whether labels had come to nothing in a source, and where.
@@ -288,17 +306,14 @@ def earlier_in(
     Args:
         source: Seeds or label masks; the list beside them knows of stages before theirs.
         manifest: Theirs.
-        names: Class names.
         empty_there: Classes of an image of the source, and those of them that are empty in it.
     """
-    listed = {(item.id, item.label): (item.stage, item.reason) for item in read_empty(source)}
-    stage = stage_of(manifest)
+    known, stage = listed_earlier(read_empty(source), manifest), stage_of(manifest)
 
     def earlier(identifier: str, class_id: int) -> tuple[str, str] | None:
         classes, empty = empty_there(identifier)
         if class_id not in empty:
             return None
-        name = names[class_id] if class_id < len(names) else ""
-        return listed.get((identifier, name)) or (stage.name, stage.why(len(classes)))
+        return known(identifier, class_id) or (stage.name, stage.why(len(classes)))
 
     return earlier

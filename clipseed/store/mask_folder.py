@@ -18,13 +18,11 @@ from clipseed.store.empty import (
     EmptyPolicy,
     background_to_ignore,
     nothing_earlier,
-    stage_of,
     without_pixel,
 )
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
 from clipseed.store.masks import Labels, mask_classes, mask_note, write_mask
-from clipseed.store.reader import class_names
 from clipseed.store.share import WHOLE, Empty, RollCall, Share, lock_output
 from clipseed.store.writer import Finished
 
@@ -56,8 +54,7 @@ class MaskWriter:
         empty: EmptyPolicy = "background", earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
         self.folder = folder
-        names = class_names(manifest, folder) if "vocabulary" in manifest else ()
-        self._policy, self._empty = empty, EmptyList(folder, names, stage_of(manifest), earlier)
+        self._policy, self._empty = empty, EmptyList(folder, manifest, earlier=earlier)
         self._without_mask: Empty = {}
         self.ignored = 0
         self._manifest, self._overwrite, self._share = manifest, overwrite, share

@@ -12,11 +12,9 @@ from clipseed.store.empty import (
     Stage,
     empty_maps,
     nothing_earlier,
-    stage_of,
     stored_empty_maps,
 )
 from clipseed.store.manifest import Manifest
-from clipseed.store.reader import class_names
 from clipseed.store.records import SeedMap, classes_of, seed_format
 from clipseed.store.shard import RecordFile
 from clipseed.store.share import WHOLE, Share
@@ -35,7 +33,7 @@ class SeedWriter(RecordWriter[SeedMap]):
         share: Share = WHOLE, stage: Stage | None = None, earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
         super().__init__(out, manifest, seed_format(cam_dtype), unit_size, overwrite=overwrite, share=share)
-        self._empty = EmptyList(out, class_names(manifest, out), stage or stage_of(manifest), earlier)
+        self._empty = EmptyList(out, manifest, stage, earlier)
 
     def _note(self, file: RecordFile[SeedMap], path: Path) -> None:
         super()._note(file, path)

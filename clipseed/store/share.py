@@ -116,12 +116,7 @@ class RollCall:
 
     def empty(self) -> Empty:
         """Images of all shares that have no mask because a label got no pixel."""
-        found: Empty = {}
-        for index in range(self._share.count):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                rows = json.loads(self._path(index).read_text(encoding="utf-8"))["empty"]
-                found |= {str(key): (tuple(classes), tuple(gone)) for key, classes, gone in rows}
-        return found
+        return left_without_mask(self._folder)
 
     def dismiss(self) -> None:
         """Delete all reports and locks of shares: the work is put together."""
@@ -130,6 +125,16 @@ class RollCall:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"share-{Share(index, self._share.count).tag}.json"
+
+
+def left_without_mask(folder: Path) -> Empty:
+    """Images that the shares at work in a folder left without a mask, because a label got no pixel."""
+    found: Empty = {}
+    for path in sorted(folder.glob("share-*-of-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            rows = json.loads(path.read_text(encoding="utf-8"))["empty"]
+            found |= {str(key): (tuple(classes), tuple(gone)) for key, classes, gone in rows}
+    return found
 
 
 def unit_number(path: Path) -> int:
