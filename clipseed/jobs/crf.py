@@ -220,7 +220,15 @@ class _Sinks:
             earlier=earlier,
         )  # fmt: skip
         self._soft = (
-            SeedWriter(options.soft, manifest, "float16", _UNIT_SIZE, overwrite=options.overwrite, share=options.share)
+            SeedWriter(
+                options.soft,
+                manifest,
+                "float16",
+                _UNIT_SIZE,
+                overwrite=options.overwrite,
+                share=options.share,
+                earlier=earlier,
+            )
             if options.soft
             else None
         )
