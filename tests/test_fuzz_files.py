@@ -28,7 +28,7 @@ from clipseed.jobs.evaluate import evaluate
 from clipseed.jobs.evaluate_options import EvaluateOptions
 from clipseed.jobs.inspect import inspect_seeds
 from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.masks import mask_classes, read_mask, write_mask
+from clipseed.store.masks import mask_note, read_mask, write_mask
 from clipseed.store.reader import open_seeds
 
 from conftest import picture
@@ -234,7 +234,7 @@ def png(width: int, height: int, depth: int, colour: int, *chunks: bytes, pixels
 def check_mask(path: Path) -> None:
     found = survives(lambda: read_mask(path))
     assert found is None or (found.dtype == np.uint8 and found.ndim == 2)
-    classes = mask_classes(path)
+    classes = mask_note(path).classes
     assert classes is None or all(isinstance(k, int) for k in classes)
 
 
@@ -297,7 +297,7 @@ def test_masks_are_pictures_without_loss_only(tmp_path: Path) -> None:
     path.write_bytes(png(60_000, 60_000, 8, 3, chunk(b"PLTE", bytes(768))))
     with pytest.raises(InputError, match="its header promises an enormous mask"):
         read_mask(path)
-    assert mask_classes(path) is None
+    assert mask_note(path).classes is None
 
 
 # Memory and crashes ---------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.data.voc import object_names
 from clipseed.data import coco
 from clipseed.errors import ClipseedError
-from clipseed.store.masks import mask_classes, read_mask
+from clipseed.store.masks import mask_note, read_mask
 from clipseed.store.reader import open_seeds
 Image.init()
 voc = load_vocabulary("voc")
@@ -451,7 +451,7 @@ deep = folder / "deep.json"
 print("json", outcome(read_labels, deep, voc), outcome(coco.read_instances, deep, folder, voc, None))
 print("xml", outcome(object_names, (folder / "laughs.xml").read_bytes(), "laughs.xml"))
 for path in sorted(folder.glob("*.png")):
-    found = outcome(read_mask, path), outcome(mask_classes, path), outcome(read_image, path)
+    found = outcome(read_mask, path), outcome(mask_note, path), outcome(read_image, path)
     print(path.name, *[word if isinstance(word, str | None) else "read" for word in found])
 """
     assert limited(code, tmp_path) == [
@@ -479,7 +479,7 @@ def test_pipes_never_block(tmp_path: Path) -> None:
         read_image(pipe)
     with pytest.raises(InputError, match="a pipe or a device, not a mask"):
         read_mask(pipe)
-    assert mask_classes(pipe) is None
+    assert mask_note(pipe).classes is None
     with pytest.raises(StoreError, match="a pipe or a device, not a seeds file"):
         open_seeds(pipe)
     for path in (pipe, Path("/dev/zero")):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clipseed.cam.gradcam import gradcam, normalise, run_last_block
+from clipseed.cam.gradcam import gradcam, normalize, run_last_block
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import tower_from, unfolded_products
 from clipseed.jobs.engine import batches_in_flight, dealt_unit, stacked, unit_size_for
@@ -79,7 +79,7 @@ def test_types_fit_together_on_a_gpu(dtype: torch.dtype) -> None:
         assert (features.attention.dtype, features.attention.shape) == (torch.float32, (4, 24, 24))
         text = TextBank(torch.empty(5, 32, device=CUDA), torch.empty(3, 32, device=CUDA), 20.0)
         state = run_last_block(tower, features.tokens)
-        maps = normalise(gradcam(tower, state, text, [[0, 1], [2], [1, 2, 3], [4]], features.grid, "log-softmax"))
+        maps = normalize(gradcam(tower, state, text, [[0, 1], [2], [1, 2, 3], [4]], features.grid, "log-softmax"))
         assert (maps.dtype, maps.device, maps.shape) == (torch.float32, CUDA, (7, 4, 6))
         reached = spread(balance(features.attention), torch.empty(4, 3, 4, 6, device=CUDA))
         assert (reached.device, reached.shape) == (CUDA, (4, 3, 4, 6))

@@ -141,8 +141,9 @@ def test_own_vocabularies(tmp_path: Path) -> None:
     yaml = "templates: ['a {} here']\nclasses:\n  - rust\n  - {name: crack, text: thin crack, synonyms: [fissure]}\n"
     found = load_vocabulary(write(tmp_path / "defects.yaml", yaml))
     assert found == Vocabulary(
-        "defects", (ClassText("rust"), ClassText("crack", "thin crack", ("fissure",))), (), ("a {} here",)
+        "defects", (ClassText("rust"), ClassText("crack", "thin crack", ("fissure",))), VOC.background, ("a {} here",)
     )
+    assert found.background_from == "general"
     text = "# defects\nrust\ncrack: thin crack, fissure  # both words\n\n"
     lines = load_vocabulary(write(tmp_path / "defects.txt", text))
     assert [item.prompt for item in lines.classes] == ["rust", "thin crack,fissure"]

@@ -20,7 +20,7 @@ from clipseed.cli.main import main
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp, is_replaced, replaced
 from clipseed.store.differences import differences
 from clipseed.store.mask_cache import MaskCache
-from clipseed.store.masks import mask_origin
+from clipseed.store.masks import mask_note
 
 from conftest import picture
 
@@ -242,7 +242,7 @@ def test_files_say_what_they_were_made_from(project: Path, run: Run) -> None:
         assert {key: opened[key].stamp for key in opened} == wanted
     for key, stamp in wanted.items():
         for folder in ("pseudo", "seeds"):
-            assert mask_origin(Path(folder) / f"{key}.png")[1].sha256 == stamp.sha256
+            assert mask_note(Path(folder) / f"{key}.png").image.sha256 == stamp.sha256
 
 
 def test_stamps_can_be_read_without_clipseed(project: Path, run: Run) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from clipseed.store.reader import open_seeds
+
 from conftest import picture
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +104,12 @@ def test_own_pictures(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "labels.csv").write_text("IMG_0001.jpg,rust\nIMG_0002.jpg,rust\nIMG_0002.jpg,crack\n")
     (tmp_path / "classes.txt").write_text("rust\ncrack: thin crack, fissure\n")
     assert "2 of 2 pictures" in run(script, tmp_path, weights)
-    assert (tmp_path / "cams.h5").exists()
+    with open_seeds(tmp_path / "cams.h5") as seeds:
+        assert seeds.manifest["vocabulary"]["background_from"] == "general"
+        for key, seed in seeds.items():
+            assert len(seed.classes) == {"IMG_0001": 1, "IMG_0002": 2}[key]
+            assert (seed.cam.max(axis=(1, 2)) > 0.5).all(), key  # one class alone in its picture, too
+    assert not (tmp_path / "cams.empty.csv").exists()
 
 
 @pytest.mark.slow

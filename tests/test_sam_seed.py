@@ -22,7 +22,7 @@ from clipseed.pseudo.seeding import PRESETS, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.segments import Proposals, enlarged, from_masks
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
-from clipseed.store.masks import mask_classes, read_mask, write_mask
+from clipseed.store.masks import mask_note, read_mask, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.writer import RecordWriter
 
@@ -102,7 +102,7 @@ def test_fma(words: list[str], options: object, folder: Path, capsys: pytest.Cap
         small = seed_from_masks(seed.cam, rectangles(GRID, k), seed.classes, options).labels
         wanted = np.asarray(Image.fromarray(small).resize((SIZE[1], SIZE[0]), Image.Resampling.NEAREST))
         np.testing.assert_array_equal(found[seed.id], wanted)
-        assert mask_classes(folder / "seeds" / f"{seed.id}.png") == tuple(seed.classes.tolist())
+        assert mask_note(folder / "seeds" / f"{seed.id}.png").classes == tuple(seed.classes.tolist())
     assert len(np.unique(np.concatenate([mask.ravel() for mask in found.values()]))) > 3
     with Image.open("seeds/a.png") as image:
         assert (image.mode, image.size) == ("P", (64, 48))
@@ -382,7 +382,7 @@ def test_resuming_shares_and_corrected_labels(
     write_seeds(folder / "cams.h5", corrected, small_manifest(folder))
     assert seeded("--out", "cut") == 0
     assert "1 masks were made for other labels; they are made again" in capsys.readouterr().err
-    assert mask_classes(folder / "cut" / "a.png") == (7,)
+    assert mask_note(folder / "cut" / "a.png").classes == (7,)
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def test_slurm_and_resuming(run: Run, tmp_path: Path) -> None:
         after = run(*CAM, cwd=tmp_path, SLURM_PROCID=rank, SLURM_NTASKS="2")
         assert after.returncode == 0, after.stderr
     assert (tmp_path / "cams.h5").read_bytes() == content
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cams.h5", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cams.empty.csv", "cams.h5", "run.json"]
 
 
 @pytest.mark.slow

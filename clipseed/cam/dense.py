@@ -99,7 +99,7 @@ def similarities(features: PatchFeatures, text: TextBank) -> Tensor:
 
 
 def competitors(text: TextBank, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Which texts may be in each picture, ``(B, C + M)`` booleans: its present classes, and every background word."""
+    """Which texts compete in each picture ``(B, C + M)``, see :meth:`~clipseed.clip.text.TextBank.competing`."""
     return text.competing(present_mask(labels, len(text.classes), text.classes.device))
 
 

@@ -10,6 +10,7 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker
 from clipseed.cli.running import Running, RunOptions, prepare, rate, warn_of_toy_weights
+from clipseed.data.background import GENERAL
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def cam(
     tag_threshold: shared.TagThreshold = None,
     tag_top_k: shared.TagTopK = None,
     classes: shared.Classes = None,
+    background: shared.Background = None,
     template: shared.Templates = None,
     limit: shared.Limit = None,
     exif: shared.Exif = False,
@@ -112,7 +114,7 @@ def cam(
     data = DatasetOptions(
         dataset=dataset, root=root, images=images, split=split, auto_labels=auto, classes=classes,
         labels=Path(labels) if labels is not None and not auto else None,
-        templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
+        templates=tuple(template or ()), background=background, exif=exif, max_pixels=max_pixels, limit=limit,
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")
@@ -145,11 +147,21 @@ def cam(
         f"{done.out}: {done.found + computed} of {done.total} pictures, {computed} computed now{rate(done)} "
         f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
-    return run.finish(done, summary, _facts(done))
+    code = run.finish(done, summary, _facts(done), done.empty)
+    if done.empty is None or not done.empty.most or run.launch.source == "torchrun":
+        return code
+    talker.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
+    return code or 3
 
 
 def _start(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
     warn_of_toy_weights(run.talker, weights, image_set)
+    words = image_set.vocabulary
+    if words.background_from == GENERAL:
+        run.talker.note(
+            f"{words.name}: no background words of its own; {len(words.background)} general ones compete with its "
+            "classes (--background)"
+        )
     return run.start(todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples))
 
 

@@ -36,6 +36,7 @@ def crf(
         Optional[Path],
         typer.Option(help="Also keep the posterior as seeds: NAME.h5 or a folder.", rich_help_panel=shared.OUTPUT),
     ] = None,
+    empty: shared.Empty = "background",
     iterations: Annotated[
         Optional[int], typer.Option(help="Mean-field steps.", rich_help_panel=KERNELS, show_default=False)
     ] = None,
@@ -94,7 +95,7 @@ def crf(
     options = CrfOptions(
         source=source, out=out, engine=cast("Any", "torch" if run.cluster else engine), parameters=parameters,
         alpha=alpha, confidence=confidence,
-        soft=soft, paper=paper, images=images, root=root, device=device,
+        soft=soft, empty=cast("Any", empty), paper=paper, images=images, root=root, device=device,
         workers=shared.workers_of(workers), overwrite=overwrite,
         share=run.launch.share, cluster=run.cluster,
     )  # fmt: skip
@@ -105,4 +106,5 @@ def crf(
     computed = done.stats.computed
     unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
     summary = f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
-    return run.finish(done, summary, {"source": str(done.source), "ignored_share": done.unsure, "engine": done.engine})
+    facts = {"source": str(done.source), "ignored_share": done.unsure, "engine": done.engine}
+    return run.finish(done, summary, facts, done.empty)

@@ -10,6 +10,7 @@ import typer
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json, print_table
 from clipseed.cli.inspect_masks import Look, show
+from clipseed.cli.running import empty_reasons
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,10 +76,12 @@ def _print(found: Inspection) -> None:
                   f"{model.get('precision')})"),
         ("weights SHA-256", str(model.get("sha256"))),
         ("vocabulary", f"{words.get('name')}, {len(words['classes'])} classes, "
-                       f"{len(words.get('background') or ())} background words"),
+                       f"{len(words.get('background') or ())} background words "
+                       f"({words.get('background_from') or '-'})"),
         ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
         ("pictures", f"{found.pictures} ({found.without_class} without a class)"),
-        ("maps", f"{found.maps}, {found.empty_maps} empty among the first {found.checked} pictures"),
+        ("maps", f"{found.maps}, {len(found.empty.labels)} empty among the first {found.checked} pictures"),
+        *(("", f"{number} {why}") for why, number in empty_reasons(found.empty)),
         ("grids", grids),
         ("versions", _pairs(manifest.get("versions"))),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import typer
 
 from clipseed.cli import options as shared
 from clipseed.cli.console import Talker, print_json
+from clipseed.cli.running import tell_empty
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +50,9 @@ def merge(
         talker.warn(note)
     twice = f", {report.repeated} of them more than once" if report.repeated else ""
     talker.note(f"{report.out}: {report.images} pictures out of {report.files} files{twice}")
+    if report.empty is not None and report.empty.labels:
+        tell_empty(talker, report.empty)
     if json:
-        print_json({"out": str(report.out), "files": report.files, "images": report.images})
+        empty = {} if report.empty is None else {"empty": report.empty.as_dict()}
+        print_json({"out": str(report.out), "files": report.files, "images": report.images, **empty})
     return 0

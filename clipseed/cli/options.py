@@ -67,6 +67,15 @@ Classes = Annotated[
     Optional[str],
     typer.Option(help="Class names and words: voc, coco, coco-corrected, toy or a file.", rich_help_panel=DATA),
 ]
+Background = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Words that compete with the classes: none, general, those of voc or coco, or a file with one per line "
+        "(default: the class list's; general where it names none).",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
 Templates = Annotated[
     Optional[list[str]],
     typer.Option("--template", help="Prompt with one {}; several are averaged.", rich_help_panel=DATA),
@@ -92,6 +101,14 @@ Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_h
 BatchSize = Annotated[str, typer.Option(help="auto, or pictures per batch.", rich_help_panel=RUN)]
 Workers = Annotated[
     str, typer.Option(help="auto, or decoding processes (0: a thread of this one).", rich_help_panel=RUN)
+]
+Empty = Annotated[
+    str,
+    typer.Option(
+        help="Masks of images in which some label got no pixel: background (they stay as they are), ignore (0 becomes "
+        "255) or skip (not written).",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Shard = Annotated[
     Optional[str],

@@ -203,4 +203,4 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
         f"{report.out}: {report.found + computed} of {report.total} pictures, {computed} computed now{rate(report)} "
         f"({report.device})"
     )
-    return run.finish(report, summary, {"source": str(report.source), "device": report.device})
+    return run.finish(report, summary, {"source": str(report.source), "device": report.device}, report.empty)

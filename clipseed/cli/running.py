@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
     from clipseed.runtime.launch import Launch
     from clipseed.runtime.stream import Advance, StreamStats
+    from clipseed.store.empty import EmptyLabels
 
 
 class StreamReport(Protocol):
@@ -80,13 +81,16 @@ class Running:
         """Say that a model is loaded now, which takes seconds in which nothing else is said."""
         self.talker.note(f"loading {model}")
 
-    def finish(self, report: StreamReport, summary: str, facts: dict[str, Any]) -> int:
+    def finish(
+        self, report: StreamReport, summary: str, facts: dict[str, Any], empty: EmptyLabels | None = None
+    ) -> int:
         """Tell how it went, write what was asked for, and give the exit code.
 
         Args:
             report: Of the job.
             summary: The last line; `images/s` are filled in.
             facts: What ``--json`` and ``--report`` say besides what every command reports.
+            empty: Labels that came to nothing.
         """
         stats, talker = report.stats, self.talker
         for note in report.notes:
@@ -104,13 +108,15 @@ class Running:
             talker.warn(f"{len(stats.skipped)} pictures skipped: {reasons}")
         if report.skipped_file:
             talker.warn(f"all of them are listed in {report.skipped_file}")
+        if empty is not None and empty.labels:
+            tell_empty(talker, empty)
         talker.note(summary)
         if report.open_shares:
             talker.note(
                 f"share {self.launch.share} is done; {report.open_shares} of {self.launch.share.count} are not yet, "
                 "and the last of them finishes the output (if they ran on other disks: clipseed merge)"
             )
-        data = {**_common(report, self), **facts}
+        data = {**_common(report, self), **facts, **({} if empty is None else {"empty": empty.as_dict()})}
         if self.options.report:
             from clipseed.jobs.run_report import write_run_report
 
@@ -119,6 +125,29 @@ class Running:
             print_json(data)
         # torchrun would stop the other processes for it.
         return exit_code(talker, len(stats.skipped), self.allowed) if self.launch.source != "torchrun" else 0
+
+
+def tell_empty(talker: Talker, empty: EmptyLabels) -> None:
+    """Say how many labels came to nothing, of which classes, why, and in which images."""
+    count, classes = len(empty.labels), [f"{name} {number}" for name, number in empty.counts("label")]
+    came = "have no pixel" if empty.masks else "have no positive map"
+    listed = "" if empty.file is None else f" (listed in {empty.file})"
+    talker.warn(f"{count} of {empty.of} labels {came}, in {empty.images} images{listed}: {some(classes)}")
+    for why, number in empty_reasons(empty):
+        talker.warn(f"{number} {why}")
+    if empty.masks == "background":
+        talker.warn("their masks say background there; --empty ignore makes it 255, --empty skip leaves them out")
+
+
+def empty_reasons(empty: EmptyLabels) -> list[tuple[str, str]]:
+    """Why labels came to nothing, since which stage and in which images, and how many, the commonest first."""
+    images: dict[tuple[str, str], list[str]] = {}
+    for item in empty.labels:
+        images.setdefault((item.stage, item.reason), []).append(item.id)
+    return [
+        (f"since {stage}: {reason} ({some(list(dict.fromkeys(ids)), 3)})", str(len(ids)))
+        for (stage, reason), ids in sorted(images.items(), key=lambda pair: -len(pair[1]))
+    ]
 
 
 def prepare(command: str, options: RunOptions) -> Running:

@@ -82,6 +82,7 @@ def sam_seed(
     min_confidence: Annotated[
         float, typer.Option(help="Less certain labels become 255 (fma, pixel).", rich_help_panel=METHOD)
     ] = 0.0,
+    empty: shared.Empty = "background",
     paper: Annotated[
         bool, typer.Option("--paper", help="The released programs with their quirks.", rich_help_panel=METHOD)
     ] = False,
@@ -123,7 +124,7 @@ def sam_seed(
         cast("Any", method), preset, alpha, cast("Any", uncovered), cast("Any", without_masks), min_confidence, paper
     )
     options = SamSeedOptions(
-        source=source, masks=masks, masks_kind=cast("Any", masks_kind), out=out, rules=rules,
+        source=source, masks=masks, masks_kind=cast("Any", masks_kind), out=out, rules=rules, empty=cast("Any", empty),
         workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
         cluster=run.cluster,
     )  # fmt: skip
@@ -148,4 +149,4 @@ def sam_seed(
         "source": str(done.source), "method": done.method, "ignored_share": done.unsure, "missing": done.missing,
         "without_masks": without,
     }  # fmt: skip
-    return run.finish(done, summary, facts)
+    return run.finish(done, summary, facts, done.empty)

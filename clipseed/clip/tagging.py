@@ -1,9 +1,9 @@
 """Image-level tags from CLIP's own classifier, for pictures that nobody has labelled.
 
-A class is a tag when its probability reaches a share of the *best word's*, background words included. Softmax makes one
-word win, so the classes of a picture with four objects score about a quarter each; an absolute threshold asks them for
-too much, and depends on how many words there are. Measured against the best *class* alone, every picture gets a tag,
-even one that shows nothing but sand.
+A class is a tag when its probability reaches a share of the *best word's*, background words included: all of them
+compete (:meth:`~clipseed.clip.text.TextBank.competing`). Softmax makes one word win, so the classes of a picture with
+four objects score about a quarter each; an absolute threshold asks them for too much, and depends on how many words
+there are. Measured against the best *class* alone, every picture gets a tag, even one that shows nothing but sand.
 
 The feature is the model's own (class token for CLIP), the only one that CLIP's training compares with text. On the toy
 set the best patches do half a point better (F1 98.6 against 98.1), because its training has a loss for them, and worse

@@ -91,7 +91,24 @@ class TextBank:
         return ~alone if self.competition == "softmax" else torch.ones_like(alone)
 
     def competing(self, present: Tensor) -> Tensor:
-        """Which texts take part ``(B, C + M)``: the ``present`` classes ``(B, C)``, and every background word."""
+        """Which texts compete with each other in each image: its present classes, and every background word.
+
+        This is the one rule of what a class is compared with (CLIP-ES, section 3.2). Maps with a softmax
+        (softmax-GradCAM and the dense methods) follow it. Tagging follows it too; which classes are present is what it
+        is to find out, so all of them compete. Two things differ for a reason:
+
+        - Where nothing competes (one class, no background word) its probability is 1 whatever the image shows. Its
+          gradient is zero, so softmax-GradCAM has an empty map, as the released code has; the dense methods, which
+          have a cosine for every patch, fall back to that. Plain Grad-CAM never compares.
+        - Sharpness (``clipseed prompts``) compares all classes, without background words: it is linear in the scores,
+          so that a template under which every image looks like grass would score best.
+
+        Args:
+            present: ``(B, C)`` booleans.
+
+        Returns:
+            ``(B, C + M)`` booleans, classes first.
+        """
         return F.pad(present, (0, len(self.background)), value=True)
 
     def _competing(self, logits: Tensor, present: Tensor | None) -> Tensor:

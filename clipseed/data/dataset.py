@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipseed.data import coco, voc
+from clipseed.data.background import choose_background
 from clipseed.data.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, FileReader, read_image
 from clipseed.data.labels import Labels, read_labels
 from clipseed.data.listing import list_images, read_split
@@ -30,7 +31,8 @@ _BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "split": _FIL
 class DatasetOptions:
     """Where the images, labels and class texts are; the command line's data-set options.
 
-    ``template`` and ``background`` replace the vocabulary's own when given. With ``auto_labels`` pictures may lack
+    ``templates`` and ``background`` replace the vocabulary's own when given
+    (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` pictures may lack
     labels: the command finds them itself.
     """
 
@@ -42,6 +44,7 @@ class DatasetOptions:
     auto_labels: bool = False
     classes: str | None = None
     templates: tuple[str, ...] = ()
+    background: str | None = None
     exif: bool = False
     max_pixels: int = DEFAULT_MAX_PIXELS
     limit: int | None = None
@@ -67,6 +70,8 @@ def open_dataset(options: DatasetOptions) -> ImageSet:
     if options.templates:
         vocabulary = checked(replace(image_set.vocabulary, templates=options.templates), "--template")
         image_set = replace(image_set, vocabulary=vocabulary)
+    if options.background is not None:
+        image_set = replace(image_set, vocabulary=choose_background(image_set.vocabulary, options.background))
     if options.limit is not None:
         image_set = replace(image_set, samples=image_set.samples[: options.limit])
     return image_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -15,9 +15,13 @@ from clipseed.data.paths import is_file
 from clipseed.errors import InputError
 
 DEFAULT_TEMPLATE = "a clean origami {}."
-_MAX_BYTES = 1_000_000
+OWN_BACKGROUND = "class list"
+MAX_BYTES = 1_000_000
 """No list of 254 classes is longer; YAML takes seconds for each megabyte."""
+YAML_SUFFIXES = {".yaml", ".yml", ".json"}
 _KNOWN_KEYS = {"name", "description", "templates", "classes", "background"}
+_NOTED_KEYS = {"background_from"}
+"""What manifests say about a class list besides."""
 _KNOWN_CLASS_KEYS = {"name", "text", "synonyms"}
 
 
@@ -46,6 +50,8 @@ class Vocabulary:
         name: Short name for manifests and tables.
         classes: Mask value = index + 1, since 0 is the background.
         background: Things that may surround the classes; they take part in the softmax only.
+        background_from: Where these words come from, for people: ``class list``, or what ``--background`` can be told
+            (:mod:`clipseed.data.background`).
         templates: Each contains one ``{}``; several are averaged in feature space.
     """
 
@@ -53,6 +59,7 @@ class Vocabulary:
     classes: tuple[ClassText, ...]
     background: tuple[str, ...] = ()
     templates: tuple[str, ...] = field(default=(DEFAULT_TEMPLATE,))
+    background_from: str = field(default=OWN_BACKGROUND, compare=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -101,6 +108,7 @@ class Vocabulary:
             "templates": list(self.templates),
             "classes": classes,
             "background": list(self.background),
+            "background_from": self.background_from,
         }
 
 
@@ -118,27 +126,36 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     """Load a vocabulary by built-in name (``voc``, ``coco``, …) or from a file.
 
     A file is YAML as in ``clipseed/data/vocabularies``, or plain text with one class per line
-    (``name`` or ``name: words,more words``).
+    (``name`` or ``name: words,more words``). A list that says nothing about the background gets the general words
+    (:mod:`clipseed.data.background`); ``background: []`` in YAML means none.
 
     Raises:
         InputError: no such name or file, or malformed content (with file and line).
     """
     if str(source) in builtin_vocabularies():
         content = (resources.files("clipseed.data") / "vocabularies" / f"{source}.yaml").read_text(encoding="utf-8")
-        return parse_vocabulary(_yaml(content, str(source)), str(source), str(source))
+        return parse_vocabulary(parse_yaml(content, str(source)), str(source), str(source))
+    from clipseed.data.background import with_general_background
     from clipseed.data.listing import read_text  # imports Pillow, which names alone do not need
 
     path = Path(source)
     if not is_file(path):
         known = ", ".join(builtin_vocabularies())
         raise InputError(f"{source}: no such class list; give a file, or one of: {known}")
-    content = read_text(path, "a class list", most=_MAX_BYTES)
-    if path.suffix.lower() in {".yaml", ".yml", ".json"}:
-        return parse_vocabulary(_yaml(content, str(path)), str(path), path.stem)
-    return _parse_lines(content, path)
+    content = read_text(path, "a class list", most=MAX_BYTES)
+    if path.suffix.lower() not in YAML_SUFFIXES:
+        return with_general_background(_parse_lines(content, path))
+    data = parse_yaml(content, str(path))
+    vocabulary = parse_vocabulary(data, str(path), path.stem)
+    return vocabulary if data.get("background") is not None else with_general_background(vocabulary)
 
 
-def _yaml(content: str, where: str) -> Any:
+def parse_yaml(content: str, where: str) -> Any:
+    """Plain data of a YAML or JSON text.
+
+    Raises:
+        InputError: not valid, or with aliases.
+    """
     import yaml
 
     try:
@@ -160,13 +177,18 @@ def _yaml(content: str, where: str) -> Any:
         raise InputError(f"{where}:{at} not valid YAML ({problem})") from error
 
 
+def text_lines(content: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without comments and empty ones."""
+    for number, raw in enumerate(content.splitlines(), 1):
+        line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()  # a class may be called C#
+        if line:
+            yield number, line
+
+
 def _parse_lines(content: str, path: Path) -> Vocabulary:
     """One class per line; after a colon the words CLIP reads, the first being the text and the rest synonyms."""
     classes = []
-    for number, raw in enumerate(content.splitlines(), 1):
-        line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()  # a class may be called C#
-        if not line:
-            continue
+    for number, line in text_lines(content):
         name, _, words = line.partition(":")
         parts = [part.strip() for part in words.split(",") if part.strip()]
         if not name.strip():
@@ -183,16 +205,17 @@ def parse_vocabulary(data: Any, where: str, default_name: str) -> Vocabulary:
     """
     if not isinstance(data, dict) or not isinstance(data.get("classes"), list):
         raise InputError(f"{where}: a vocabulary is a mapping with a list 'classes' (see clipseed/data/vocabularies)")
-    unknown = sorted(set(map(str, data)) - _KNOWN_KEYS)
+    unknown = sorted(set(map(str, data)) - _KNOWN_KEYS - _NOTED_KEYS)
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0][:80]!r}; known keys are {', '.join(sorted(_KNOWN_KEYS))}")
     classes = tuple(_parse_class(item, f"{where}: class {number}") for number, item in enumerate(data["classes"]))
-    background = _strings(data.get("background") or [], f"{where}: background")
-    templates = _strings(data.get("templates") or [DEFAULT_TEMPLATE], f"{where}: templates")
+    background = strings(data.get("background") or [], f"{where}: background")
+    templates = strings(data.get("templates") or [DEFAULT_TEMPLATE], f"{where}: templates")
     name = data.get("name") or default_name
     if not isinstance(name, str | int):
         raise InputError(f"{where}: 'name' must be a string")
-    return checked(Vocabulary(str(name), classes, background, templates), where)
+    origin = str(data.get("background_from") or OWN_BACKGROUND)
+    return checked(Vocabulary(str(name), classes, background, templates, origin), where)
 
 
 def _parse_class(item: Any, where: str) -> ClassText:
@@ -206,10 +229,15 @@ def _parse_class(item: Any, where: str) -> ClassText:
     text = item.get("text") or ""
     if not isinstance(text, str):
         raise InputError(f"{where}: 'text' must be a string")
-    return ClassText(item["name"].strip(), text, _strings(item.get("synonyms") or [], f"{where}: synonyms"))
+    return ClassText(item["name"].strip(), text, strings(item.get("synonyms") or [], f"{where}: synonyms"))
 
 
-def _strings(value: Any, where: str) -> tuple[str, ...]:
+def strings(value: Any, where: str) -> tuple[str, ...]:
+    """A list of texts from plain data.
+
+    Raises:
+        InputError: it is none.
+    """
     if not isinstance(value, list) or not all(isinstance(entry, str) and entry.strip() for entry in value):
         raise InputError(f"{where}: must be a list of non-empty strings")
     return tuple(value)

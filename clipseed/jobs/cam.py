@@ -41,6 +41,7 @@ from clipseed.refine.caa import CaaOptions, caa
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Deferred, Here, Work
+from clipseed.store.empty import EmptyLabels, stage_of
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
@@ -111,6 +112,7 @@ class CamReport:
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
     tags: TagReport | None = None
 
     @property
@@ -151,12 +153,15 @@ def _run(
 ) -> CamReport:  # fmt: skip
     about = engine.about
     manifest = cam_manifest(options, image_set, about["model"], about["weights"])
+    stage = stage_of(manifest)  # in one pass, too: spreading leaves a positive map positive
     if recipe.refinement:
         manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
     unit = dealt_unit(about["unit"], len(image_set.samples), options.share.count * engine.hands)
-    with SeedWriter(options.out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share) as writer:
+    with SeedWriter(
+        options.out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share, stage=stage
+    ) as writer:
         samples = {sample.id: sample for sample in image_set.samples}
         reader = image_set.reader
         replaced = writer.forget_replaced({key: reader.file(samples[key]) for key in writer.done & samples.keys()})
@@ -197,6 +202,7 @@ def _run(
         notes=writer.notes,
         skipped_file=finished.skipped_file,
         open_shares=finished.open_shares,
+        empty=finished.empty,
         tags=tags,
     )
 

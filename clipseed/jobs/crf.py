@@ -25,7 +25,10 @@ from clipseed.jobs.engine import (
     LoadedPicture,
     PictureLoader,
     batches_in_flight,
+    check_empty,
+    count_empty,
     default_workers,
+    earlier_in_seeds,
     misfit,
     one_by_one,
     open_engine,
@@ -38,6 +41,7 @@ from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
+from clipseed.store.empty import Earlier, EmptyLabels, EmptyPolicy
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.reader import Seeds
@@ -66,6 +70,8 @@ class CrfOptions:
         alpha: Exponent of the background score ``(1 - max) ** alpha``; CLIP-ES: 1.
         confidence: Pixels whose largest posterior is below become 255; CLIP-ES: 0.95. ``None``: never.
         soft: Seeds file for the posterior of the classes (that of the background is what is missing to 1).
+        empty: What becomes of the mask of a picture in which some label got no pixel
+            (:class:`~clipseed.store.mask_folder.MaskWriter`).
         paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the seeds were made.
         images, root: Where the pictures, or their data set, are now, if they have moved.
     """
@@ -77,6 +83,7 @@ class CrfOptions:
     alpha: float = 1.0
     confidence: float | None = None
     soft: Path | None = None
+    empty: EmptyPolicy = "background"
     paper: bool | None = None
     images: Path | None = None
     root: Path | None = None
@@ -101,6 +108,7 @@ class CrfReport:
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
 
     @property
     def unsure(self) -> float:
@@ -123,7 +131,7 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
         manifest = _manifest(options, relocated(seeds.manifest, options.images, options.root))
         with (
             contextlib.closing(open_engine(partial(_CrfWork, options), options.cluster)) as engine,
-            _Sinks(options, manifest) as sinks,
+            _Sinks(options, manifest, earlier_in_seeds(seeds)) as sinks,
         ):
             sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
             tasks, mine = _tasks(seeds, sinks, options.share)
@@ -132,12 +140,13 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
             with interruptible(lambda: hint):
                 advance = start(sum(len(task.samples) for task in tasks), found) if start else None
                 stats = engine.run(tasks, lambda task, masks: sinks.write(task.index, masks), advance)
+            count_empty(stats, sinks.masks)
             refuse_if_nothing(stats, sinks.done, options.share)
             with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-                finished = sinks.finish(list(seeds), stats.skipped)
+                finished = sinks.finish(list(seeds), stats.skipped, mine)
         return CrfReport(
             options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.engine,
-            sinks.notes, finished.skipped_file, finished.open_shares,
+            sinks.notes, finished.skipped_file, finished.open_shares, finished.empty,
         )  # fmt: skip
 
 
@@ -169,6 +178,7 @@ def _check(options: CrfOptions) -> None:
     for (one, first), (other, second) in combinations(named, 2):
         if first == second:
             raise UsageError(f"{one} and {other} are both {first}; give each its own place")
+    check_empty(options.empty)
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
 
@@ -180,7 +190,10 @@ def _paper(options: CrfOptions, source: Manifest) -> bool:
 def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
     paper = _paper(options, source)
     kept = {key: source["options"].get(key) for key in ("exif", "max_side", "min_side")}
-    made = {"alpha": options.alpha, "confidence": options.confidence, "paper": paper, "engine": options.engine}
+    made = {
+        "alpha": options.alpha, "confidence": options.confidence, "paper": paper, "engine": options.engine,
+        "empty": options.empty,
+    }  # fmt: skip
     return {
         "kind": "crf",
         "method": "dense-crf",
@@ -209,54 +222,65 @@ class Mask:
 class _Sinks:
     """Where results go: masks always, posteriors on request; a picture is done when both have it."""
 
-    def __init__(self, options: CrfOptions, manifest: Manifest) -> None:
-        self._masks = MaskWriter(options.out, manifest, overwrite=options.overwrite, share=options.share)
+    def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
+        self.masks = MaskWriter(
+            options.out, manifest, overwrite=options.overwrite, share=options.share, empty=options.empty,
+            earlier=earlier,
+        )  # fmt: skip
         self._soft = (
-            SeedWriter(options.soft, manifest, "float16", _UNIT_SIZE, overwrite=options.overwrite, share=options.share)
+            SeedWriter(
+                options.soft,
+                manifest,
+                "float16",
+                _UNIT_SIZE,
+                overwrite=options.overwrite,
+                share=options.share,
+                earlier=earlier,
+            )
             if options.soft
             else None
         )
 
     def __enter__(self) -> _Sinks:
-        self._masks.__enter__()
+        self.masks.__enter__()
         try:
             if self._soft:
                 self._soft.__enter__()
         except BaseException:
-            self._masks.__exit__(None, None, None)
+            self.masks.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self._soft:
             self._soft.__exit__(*error)
-        self._masks.__exit__(*error)
+        self.masks.__exit__(*error)
 
     @property
     def done(self) -> set[str]:
-        return self._masks.done & self._soft.done if self._soft else self._masks.done
+        return self.masks.done & self._soft.done if self._soft else self.masks.done
 
     @property
     def notes(self) -> list[str]:
-        return [*self._masks.notes, *(self._soft.notes if self._soft else [])]
+        return [*self.masks.notes, *(self._soft.notes if self._soft else [])]
 
     def follow(self, classes: Mapping[str, tuple[int, ...]], stamp: Callable[[str], FileStamp]) -> None:
-        self._masks.follow(classes, stamp)
+        self.masks.follow(classes, stamp)
         if self._soft:
             self._soft.forget_unlike(classes)
             self._soft.follow(classes.keys(), stamp)
 
     def write(self, index: int, results: Sequence[Mask]) -> None:
         for mask in results:
-            self._masks.write(mask.id, mask.labels, mask.classes, mask.stamp)
+            self.masks.write(mask.id, mask.labels, mask.classes, mask.stamp)
         if self._soft:
             soft = [mask.soft for mask in results if mask.soft is not None and mask.id not in self._soft.done]
             self._soft.write(index, soft)
 
-    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
+    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]], mine: Sequence[str]) -> Finished:
         if self._soft:
             self._soft.finish(ids, skipped)
-        return self._masks.finish(skipped)
+        return self.masks.finish(skipped, mine)
 
 
 class _CrfWork(Work[Any, Mask]):

@@ -17,11 +17,13 @@ from clipseed.data.dataset import PictureFinder, picture_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ImageError, InputError
+from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.runtime.stream import StreamStats
 from clipseed.runtime.threads import OneByOne
 from clipseed.runtime.work import Deferred, Engine, Here, Recipe
+from clipseed.store.empty import EMPTY_POLICIES, Earlier, earlier_in, empty_maps
 from clipseed.store.manifest import Manifest
+from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.share import WHOLE, Share
@@ -128,6 +130,20 @@ def refuse_if_nothing(stats: StreamStats, done: Collection[str], share: Share = 
     if stats.skipped and not done and share.whole:
         key, reason = stats.skipped[0]
         raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
+
+
+def check_empty(policy: str) -> None:
+    """Raise :class:`~clipseed.errors.UsageError` for a ``--empty`` that means nothing."""
+    if policy not in EMPTY_POLICIES:
+        raise UsageError(f"--empty {policy}: choose one of {', '.join(EMPTY_POLICIES)}")
+
+
+def count_empty(stats: StreamStats, masks: MaskWriter) -> None:
+    """Count what became of pictures in which some label got no pixel: those without a mask were skipped."""
+    left_out = masks.left_out
+    stats.skipped.extend(left_out)
+    stats.computed -= len(left_out)
+    stats.counters["unsure"] += masks.ignored
 
 
 @dataclass(frozen=True)
@@ -241,6 +257,17 @@ def recorded_reader(manifest: Manifest) -> FoundReader:
     dataset = manifest["dataset"]
     exif = bool(manifest["options"].get("exif"))
     return FoundReader(picture_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
+
+
+def earlier_in_seeds(seeds: Seeds) -> Earlier:
+    """Answers whether a label's map had no positive value in these seeds already, and since which stage."""
+
+    def there(key: str) -> tuple[list[int], tuple[int, ...]]:
+        seed = seeds[key]
+        classes: list[int] = seed.classes.tolist()
+        return classes, empty_maps(classes, seed.cam)
+
+    return earlier_in(seeds.path, seeds.manifest, there)
 
 
 def seed_sample(seeds: Seeds, key: str) -> Sample:

@@ -11,6 +11,7 @@ import numpy as np
 from clipseed.data.dataset import picture_finder, relocated
 from clipseed.errors import ImageError, InputError
 from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay
+from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
 from clipseed.store.files import replacing
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
@@ -24,7 +25,7 @@ class Inspection:
         maps: Number of class activation maps.
         per_class: Class name to number of pictures.
         grid_range: Smallest and largest ``(h, w)``.
-        empty_maps: Maps that are zero everywhere, among those looked at.
+        empty: Labels whose maps are zero everywhere, among those looked at, with reasons.
         checked: How many pictures were looked at for that.
     """
 
@@ -38,12 +39,14 @@ class Inspection:
     per_class: dict[str, int]
     grid_range: tuple[tuple[int, int], tuple[int, int]] | None
     cam_dtype: str
-    empty_maps: int
+    empty: EmptyLabels
     checked: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
-        return {**vars(self), "path": str(self.path)}
+        return {
+            **vars(self), "path": str(self.path), "empty": self.empty.as_dict(), "empty_maps": len(self.empty.labels)
+        }  # fmt: skip
 
 
 def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> Inspection:
@@ -65,8 +68,6 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
             counts[: len(found)] += found
         grids = np.concatenate([file.grids for file in seeds.files])
         ids = list(seeds)[:look_at]
-        empty = sum(int((maps.reshape(len(maps), -1).max(axis=1) <= 0).sum())
-                    for maps in (seeds[key].cam for key in ids) if len(maps))  # fmt: skip
         order = np.argsort(grids.prod(axis=1), kind="stable")
         ends = tuple((int(grids[k][0]), int(grids[k][1])) for k in (order[0], order[-1])) if len(grids) else None
         without = int(sum((np.diff(file.class_offsets) == 0).sum() for file in seeds.files))
@@ -81,9 +82,20 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
             per_class={name: int(count) for name, count in zip(names, counts, strict=True)},
             grid_range=ends if ends is None else (ends[0], ends[1]),
             cam_dtype=seeds.files[0].cam_dtype,
-            empty_maps=empty,
+            empty=_empty(seeds, ids),
             checked=len(ids),
         )
+
+
+def _empty(seeds: Seeds, ids: list[str]) -> EmptyLabels:
+    """Labels of some pictures whose maps are empty, with the stages and reasons that are listed beside the seeds."""
+    listed = listed_earlier(read_empty(seeds.path), seeds.manifest)
+    found = EmptyList(seeds.path, seeds.manifest, earlier=listed)
+    for key in ids:
+        seed = seeds[key]
+        classes = seed.classes.tolist()
+        found.add(key, classes, empty_maps(classes, seed.cam))
+    return found.found()
 
 
 def write_preview(

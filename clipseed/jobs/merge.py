@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,19 @@ from typing import Any
 from clipseed.errors import StoreError, UsageError
 from clipseed.runtime.interrupt import interruptible
 from clipseed.store.differences import differences
+from clipseed.store.empty import EmptyLabel, EmptyLabels, EmptyList, listed_earlier, read_empty, stored_empty_maps
 from clipseed.store.files import replacing, storage_errors, write_text
 from clipseed.store.formats import format_of
 from clipseed.store.gather import gathered
 from clipseed.store.layout import RecordFormat
 from clipseed.store.manifest import Manifest, dumps
 from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
+from clipseed.store.masks import mask_note
 from clipseed.store.places import located, noted
 from clipseed.store.record_set import SHARD_PATTERN
+from clipseed.store.records import classes_of, seed_format
 from clipseed.store.shard import RecordFile, write_portable
-from clipseed.store.share import WHOLE, lock_output
+from clipseed.store.share import WHOLE, left_without_mask, lock_output
 from clipseed.store.writer import without_input
 
 
@@ -32,6 +35,7 @@ class MergeReport:
     files: int
     images: int
     repeated: int = 0
+    empty: EmptyLabels | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -57,10 +61,11 @@ def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
         if len(folders) < len(sources):
             raise UsageError("masks and seeds cannot be merged with each other")
         return _merge_masks(folders, out)
+    listed = [item for source in sources for item in read_empty(source)]
     files = [file for source in sources for file in _record_files(source)]
     if out.exists() and out not in sources:
         raise UsageError(f"--out {out}: is there already; choose another name")
-    return _merge_records(files, out)
+    return _merge_records(files, out, listed)
 
 
 def _finish(sources: Sequence[Path]) -> MergeReport:
@@ -74,7 +79,7 @@ def _finish(sources: Sequence[Path]) -> MergeReport:
     lock = lock_output(parts, out, WHOLE)
     try:
         files = _record_files(out)
-        report = _merge_records(files, out)
+        report = _merge_records(files, out, read_empty(out))
         shutil.rmtree(parts, ignore_errors=True)
     finally:
         lock.release()
@@ -92,11 +97,12 @@ def _record_files(source: Path) -> list[Path]:
     return shards
 
 
-def _merge_records(paths: Sequence[Path], out: Path) -> MergeReport:
+def _merge_records(paths: Sequence[Path], out: Path, listed: Sequence[EmptyLabel]) -> MergeReport:
     form = format_of(paths[0])
     report = MergeReport(out, len(paths), 0)
     manifest: Manifest | None = None
     places: dict[str, Path] = {}
+    labels: dict[str, tuple[list[int], tuple[int, ...]]] = {}
     for path in paths:
         with RecordFile(path, form, verify=True) as file:
             manifest = _agreed(manifest, _located(file.manifest, path), path, report)
@@ -104,12 +110,18 @@ def _merge_records(paths: Sequence[Path], out: Path) -> MergeReport:
                 if places.setdefault(key, path) != path:
                     _refuse_contradiction(file, row, places[key], form)
                     report.repeated += 1
+            if form.name == seed_format().name:
+                empty = stored_empty_maps(file)
+                for row, key in enumerate(file.ids):
+                    labels.setdefault(key, (classes_of(file, row).tolist(), empty.get(key, ())))
     assert manifest is not None
     report.images = len(places)
     size = sum(path.stat().st_size for path in paths)
     order = list(places)
     with interruptible(lambda: f"interrupted; {out} was not written"):
         write_portable(out, dumps(noted(manifest, out)), gathered(order, places, form), form, order, size)
+        if labels:
+            report.empty = _list_empty(out, manifest, labels, listed)
     return report
 
 
@@ -118,6 +130,18 @@ def _located(manifest: Manifest, path: Path) -> Manifest:
     inside = path.parent.name.endswith(".parts")
     folder = path.parent.parent if inside else path.parent
     return located(manifest, folder)
+
+
+def _list_empty(
+    out: Path, manifest: Manifest, labels: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    listed: Sequence[EmptyLabel],
+) -> EmptyLabels:  # fmt: skip
+    """List the labels that came to nothing in what was merged; the lists of the sources know since which stage."""
+    found = EmptyList(out, manifest, earlier=listed_earlier(listed, manifest))
+    for key, (classes, empty) in labels.items():
+        found.add(key, classes, empty)
+    found.add_listed(item for item in dict.fromkeys(listed) if item.id not in labels)
+    return found.write()
 
 
 def _agreed(first: Manifest | None, other: Manifest, where: Path, report: MergeReport) -> Manifest:
@@ -182,5 +206,11 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
                 with replacing(target) as temporary:
                     shutil.copyfile(path, temporary)
         write_text(out / MANIFEST, dumps(noted(manifest or {}, out)) + "\n")
+        notes = {name.with_suffix("").as_posix(): mask_note(path) for name, path in found.items()}
+        labels = {key: (note.classes, note.empty) for key, note in notes.items() if note.classes is not None}
+        for folder in folders:  # pictures that shares left out have no mask
+            labels = {**left_without_mask(folder), **labels}
+        listed = [item for folder in folders for item in read_empty(folder)]
+        report.empty = _list_empty(out, manifest or {}, labels, listed)
     report.files = report.images = len(found)
     return report

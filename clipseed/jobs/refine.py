@@ -31,6 +31,7 @@ from clipseed.jobs.engine import (
     dealt_unit,
     decode_ahead,
     default_workers,
+    earlier_in_seeds,
     misfit,
     one_by_one,
     open_engine,
@@ -93,7 +94,10 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
         )
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
         unit = dealt_unit(about["unit"], len(seeds), options.share.count * engine.hands)
-        with SeedWriter(out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share) as writer:
+        with SeedWriter(
+            out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share,
+            earlier=earlier_in_seeds(seeds),
+        ) as writer:  # fmt: skip
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             writer.follow(seeds.keys(), seeds.stamp)
             mine = writer.share_of(list(seeds))
@@ -122,6 +126,7 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
             notes=writer.notes,
             skipped_file=finished.skipped_file,
             open_shares=finished.open_shares,
+            empty=finished.empty,
         )
 
 

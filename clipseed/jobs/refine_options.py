@@ -13,6 +13,7 @@ from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions
 from clipseed.refine.distribution import PATCH_TEMPERATURE
 from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNESS
 from clipseed.runtime.stream import Advance, StreamStats
+from clipseed.store.empty import EmptyLabels
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.share import WHOLE, Share
 
@@ -78,6 +79,7 @@ class RefineReport:
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
 
     @property
     def recomputed(self) -> int:

@@ -19,17 +19,26 @@ from clipseed.data.types import Sample
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
 from clipseed.formats.open import Kind, imported_masks
-from clipseed.jobs.engine import one_by_one, open_engine, refuse_if_nothing, usable_cores
-from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at
+from clipseed.jobs.engine import (
+    check_empty,
+    count_empty,
+    earlier_in_seeds,
+    one_by_one,
+    open_engine,
+    refuse_if_nothing,
+    usable_cores,
+)
+from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at, seeds_at
 from clipseed.pseudo.rules import RuleOptions, Rules, decide
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
+from clipseed.store.empty import Earlier, EmptyLabels, EmptyPolicy, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import MaskCache, holds_cache
 from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
-from clipseed.store.masks import mask_origin
+from clipseed.store.masks import mask_note
 from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import SHARD_PATTERN
 from clipseed.store.share import WHOLE, Share
@@ -53,6 +62,8 @@ class SamSeedOptions:
         masks: A mask cache, or existing masks in another format.
         masks_kind: That format.
         rules: How pictures are labelled.
+        empty: What becomes of the mask of a picture in which some label got no pixel
+            (:class:`~clipseed.store.mask_folder.MaskWriter`).
     """
 
     source: Path
@@ -60,6 +71,7 @@ class SamSeedOptions:
     out: Path
     masks_kind: Kind = "auto"
     rules: RuleOptions = field(default_factory=RuleOptions)
+    empty: EmptyPolicy = "background"
     workers: int | None = None
     overwrite: bool = False
     share: Share = WHOLE
@@ -88,6 +100,7 @@ class SamSeedReport:
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
 
     @property
     def unsure(self) -> float:
@@ -106,6 +119,7 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     """
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
+    check_empty(options.empty)
     _refuse_places(options)
     forget()
     try:
@@ -123,12 +137,16 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     if rules.method == "pixel":
         about_masks, known = {}, None
     missing = _missing(options, source, known)
-    manifest = _manifest(source.manifest, rules, about_masks, options.source)
+    chosen = {**rules.manifest(), "empty": options.empty}
+    manifest = _manifest(source.manifest, chosen, rules.method, about_masks, options.source)
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
         contextlib.closing(open_engine(recipe, options.cluster)) as engine,
-        MaskWriter(options.out, manifest, overwrite=options.overwrite, share=options.share) as writer,
-    ):
+        MaskWriter(
+            options.out, manifest, overwrite=options.overwrite, share=options.share, empty=options.empty,
+            earlier=_earlier(options.source, source),
+        ) as writer,
+    ):  # fmt: skip
         writer.follow(source.classes, lambda key: source.stamps[key])
         tasks, mine = _tasks(source.classes, writer.done, options.share)
         found = len(writer.done.intersection(mine))
@@ -137,14 +155,27 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
         ):
             advance = start(sum(len(task.samples) for task in tasks), found) if start else None
             stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
+        count_empty(stats, writer)
         refuse_if_nothing(stats, writer.done, options.share)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
-            finished = writer.finish(stats.skipped)
+            finished = writer.finish(stats.skipped, mine)
     return SamSeedReport(
         options.source, options.out, len(mine), found, stats, time.perf_counter() - began, rules.method,
-        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shares,
+        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shares, finished.empty,
     )  # fmt: skip
+
+
+def _earlier(path: Path, source: _Source) -> Earlier:
+    """Answers whether a label had come to nothing in the source already, and since which stage."""
+    if not source.label_map:
+        return earlier_in_seeds(seeds_at(path.resolve()))
+
+    def there(key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        classes = mask_note(path / f"{key}.png").classes or ()
+        return classes, without_pixel(classes, MaskFolder(path).read(key))
+
+    return earlier_in(path, source.manifest, there)
 
 
 def _refuse_places(options: SamSeedOptions) -> None:
@@ -174,9 +205,9 @@ def _look_at_source(path: Path) -> _Source:
     manifest = read_mask_manifest(path) or {}
     if "vocabulary" in manifest:
         class_names(manifest, path)
-    origins = {key: mask_origin(path / f"{key}.png") for key in keys}
-    stamps = {key: stamp for key, (_, stamp) in origins.items()}
-    return _Source(manifest, {key: classes for key, (classes, _) in origins.items()}, stamps, True)
+    notes = {key: mask_note(path / f"{key}.png") for key in keys}
+    stamps = {key: note.image for key, note in notes.items()}
+    return _Source(manifest, {key: note.classes for key, note in notes.items()}, stamps, True)
 
 
 def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict[str, Any], frozenset[str] | None]:
@@ -223,15 +254,17 @@ def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | N
     return missing
 
 
-def _manifest(source: Manifest, rules: Rules, masks: dict[str, Any], made_from: Path) -> Manifest:
+def _manifest(
+    source: Manifest, chosen: dict[str, Any], method: str, masks: dict[str, Any], made_from: Path
+) -> Manifest:
     before = source.get("options") or {}
     kept = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
     origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
     there: dict[str, Any] = {key: source[key] for key in ("model", "weights", "vocabulary", "dataset") if key in source}
     return {
         "kind": "sam-seed",
-        "method": rules.method,
-        "options": {**kept, **rules.manifest()},
+        "method": method,
+        "options": {**kept, **chosen},
         "source": {**origin, "masks": masks},
         **there,
         "input": str(made_from.resolve()),

@@ -19,7 +19,7 @@ from clipseed.pseudo.rules import Rules, seed_labels, voted_labels
 from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import MaskCache, holds_cache
 from clipseed.store.mask_records import unpack_proposals
-from clipseed.store.masks import mask_origin
+from clipseed.store.masks import mask_note
 from clipseed.store.reader import Seeds
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
@@ -46,7 +46,7 @@ class Seeded:
 
 
 @lru_cache(maxsize=2)
-def _seeds(path: Path) -> Seeds:
+def seeds_at(path: Path) -> Seeds:
     """Opened once per process."""
     return Seeds(path, verify=False)
 
@@ -64,7 +64,7 @@ def _ids(path: Path, kind: Kind) -> frozenset[str]:
 
 def forget() -> None:
     """Close what is open: the next run of this process may find other files under these names."""
-    for opened in (_seeds, masks_at, _ids):
+    for opened in (seeds_at, masks_at, _ids):
         opened.cache_clear()
 
 
@@ -92,7 +92,7 @@ class Seeder:
 
     def _voted(self, sample: Sample) -> Seeded:
         labels = MaskFolder(self.source).read(sample.id)
-        _, stamp = mask_origin(self.source / f"{sample.id}.png")
+        stamp = mask_note(self.source / f"{sample.id}.png").image
         proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]), stamp)
         found = voted_labels(self.rules, labels, proposals.masks)
         classes = sample.labels
@@ -101,7 +101,7 @@ class Seeder:
         return Seeded(sample.id, found, classes, len(proposals), stamp)
 
     def _seeded(self, sample: Sample) -> Seeded:
-        seed = _seeds(self.source)[sample.id]
+        seed = seeds_at(self.source)[sample.id]
         problem = misfit(seed, seed.size)
         if problem is not None:
             raise problem

@@ -312,7 +312,7 @@ def _compute(
         try:
             results.extend(compute(part))
         except (MemoryError, RuntimeError) as error:
-            if not isis_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
                 results.append(ImageError("does not fit into the device's memory even alone; lower --max-side"))

@@ -143,7 +143,7 @@ def _vocabulary(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found += _members("background word", then.get("background"), now.get("background"))
     if not _equal(then.get("templates"), now.get("templates")):
         found.append(f"--template {_list(then.get('templates'))} then, {_list(now.get('templates'))} now")
-    told = {"name", "classes", "background", "templates"}
+    told = {"name", "classes", "background", "background_from", "templates"}
     return found + _options(*({key: part[key] for key in part if key not in told} for part in (then, now)))
 
 

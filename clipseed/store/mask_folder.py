@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -12,11 +12,20 @@ from filelock import FileLock
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import check_id
 from clipseed.errors import StoreError, UsageError
+from clipseed.store.empty import (
+    Earlier,
+    EmptyLabels,
+    EmptyList,
+    EmptyPolicy,
+    background_to_ignore,
+    nothing_earlier,
+    without_pixel,
+)
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
-from clipseed.store.masks import mask_classes, mask_origin, write_mask
+from clipseed.store.masks import MaskNote, mask_note, write_mask
 from clipseed.store.places import located, noted
-from clipseed.store.share import WHOLE, RollCall, Share, lock_output
+from clipseed.store.share import WHOLE, Empty, RollCall, Share, lock_output
 from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
 from clipseed.types import LabelMask
 
@@ -33,14 +42,24 @@ class MaskWriter:
         manifest: What decides the content, kept as ``manifest.json``.
         overwrite: Delete the masks of an earlier run first.
         share: Which pictures are this run's to do; the folder is shared with the others.
+        empty: What becomes of the mask of a picture in which some label got no pixel: ``background``: nothing;
+            ``ignore``: its 0 becomes 255; ``skip``: it is not written. All are listed in ``empty.csv``
+            (:mod:`clipseed.store.empty`).
+        earlier: Knows which labels had come to nothing before.
 
     Raises:
         StoreError: made with other settings, in use by another process, or not writable.
         UsageError: ``folder`` is a file, or holds other things.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, overwrite: bool = False, share: Share = WHOLE) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, overwrite: bool = False, share: Share = WHOLE,
+        empty: EmptyPolicy = "background", earlier: Earlier = nothing_earlier,
+    ) -> None:  # fmt: skip
         self.folder = folder
+        self._policy, self._empty = empty, EmptyList(folder, manifest, earlier=earlier)
+        self._without_mask: Empty = {}
+        self.ignored = 0
         self._manifest, self._overwrite, self._share = noted(manifest, folder), overwrite, share
         self._roll = RollCall(folder, share)
         self._lock: FileLock | None = None
@@ -70,7 +89,7 @@ class MaskWriter:
         self._roll.withdraw()
         plan = self.folder / MANIFEST
         there = read_mask_manifest(self.folder)
-        found = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in self.folder.rglob("*.png")}
+        found = self._masks()
         if there is None and not plan.exists():
             if found:
                 raise UsageError(f"--out {self.folder}: holds masks that clipseed did not make; choose another folder")
@@ -78,7 +97,7 @@ class MaskWriter:
             raise UsageError(f"--out {self.folder}: holds another command's output; choose another folder")
         elif self._overwrite:
             for path in found.values():
-                if mask_classes(path) is not None:  # ours
+                if mask_note(path).classes is not None:  # ours
                     path.unlink()
         else:
             stored = self._recorded(plan)
@@ -89,6 +108,10 @@ class MaskWriter:
         write_text(plan, dumps(self._manifest) + "\n")
         self.done = {key for key, path in found.items() if not path.name.startswith(".") and path.exists()}
 
+    def _masks(self) -> dict[str, Path]:
+        """Masks in the folder, whoever made them, by id."""
+        return {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in self.folder.rglob("*.png")}
+
     def follow(self, classes: Mapping[str, tuple[int, ...] | None], stamp: Callable[[str], FileStamp]) -> None:
         """Follow what masks are made from: delete those made for other labels, or from another image file.
 
@@ -98,26 +121,27 @@ class MaskWriter:
             classes: Of each image of the input; ``None``: not known.
             stamp: From an id to the image file that the input was made from.
         """
-        origins = {key: mask_origin(self._path(key)) for key in self.done}
+        notes = {key: mask_note(self._path(key)) for key in self.done}
         relabelled, repainted, gone = set(), set(), set()
-        for key, (made_for, image) in origins.items():
+        for key, note in notes.items():
             if key not in classes:
-                gone |= {key} if self._same_input and made_for is not None else set()
-            elif classes[key] not in (None, made_for):
+                gone |= {key} if self._same_input and note.classes is not None else set()
+            elif classes[key] not in (None, note.classes):
                 relabelled.add(key)
-            elif is_older(image, stamp(key)):
+            elif is_older(note.image, stamp(key)):
                 repainted.add(key)
-        for keys, note in (
+        for keys, told in (
             (relabelled, "masks were made for other labels; they are made again"),
             (repainted, f"images were replaced ({some(repainted)}); their masks are made again"),
             (gone, f"images are not in the input any more ({some(gone)}); their masks are deleted"),
         ):
             if keys:
-                self.notes.append(f"{len(keys)} {note}")
+                self.notes.append(f"{len(keys)} {told}")
             for key in keys:
-                if origins[key][0] is not None:  # ours
+                if notes[key].classes is not None:  # ours
                     self._path(key).unlink(missing_ok=True)
             self.done -= keys
+            self._empty.forget(keys)
 
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.png"
@@ -134,26 +158,64 @@ class MaskWriter:
     def write(self, identifier: str, labels: LabelMask, classes: tuple[int, ...], image: FileStamp = UNKNOWN) -> None:
         """Store one mask ``(H, W)``, and inside it the classes that it was made for and its image file's digest."""
         path = self._path(check_id(identifier, str(self.folder)))
+        gone = without_pixel(classes, labels)
+        self._empty.add(identifier, classes, gone)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(path, labels, classes, image)
+            if gone and self._policy == "skip":
+                path.unlink(missing_ok=True)  # one that was made for other labels
+                self._without_mask[identifier] = (classes, gone)
+                return
+        if gone and self._policy == "ignore":
+            self.ignored += int((labels == 0).sum())
+            labels = background_to_ignore(labels)
+        write_mask(path, labels, MaskNote(classes, gone, image))
         self.done.add(identifier)
 
-    def finish(self, skipped: Sequence[tuple[str, str]]) -> Finished:
-        """End the run and list what was skipped; of several runs the last one lists it for all."""
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """Pictures that have no mask because some label got no pixel, with that as the reason."""
+        return [
+            (key, f"no pixel of {', '.join(map(self._empty.name, gone))} (--empty skip)")
+            for key, (_, gone) in self._without_mask.items()
+        ]
+
+    def finish(self, skipped: Sequence[tuple[str, str]], ids: Collection[str]) -> Finished:
+        """End the run and list what was skipped; of several runs the last one lists it for all.
+
+        Args:
+            skipped: Pictures without a mask, with reasons.
+            ids: Those that were this run's to do, for what it says about empty labels while others are at work.
+        """
         listed: Sequence[tuple[str, str]] = skipped
         if not self._share.whole:
-            report = self._roll.report(skipped)
+            report = self._roll.report(skipped, self._without_mask)
             reported = self._roll.reported()
             if not reported:  # two were last at once, and the other one is through with it
-                return Finished(None)
+                return Finished(None, empty=self._empty_of(ids))
             missing = self._share.count - reported
             if missing:
-                return Finished(report if skipped else None, missing)
+                return Finished(report if skipped else None, missing, self._empty_of(ids))
             listed = self._roll.skipped()
+            for key, (classes, gone) in self._roll.empty().items():
+                self._empty.add(key, classes, gone)
         path = write_skipped(self.folder / "skipped.csv", listed)
+        self._look(self._masks())
+        empty = self._empty.write()
         self._roll.dismiss()
-        return Finished(path)
+        return Finished(path, empty=empty)
+
+    def _empty_of(self, ids: Collection[str]) -> EmptyLabels:
+        self._look(self.done.intersection(ids))
+        return self._empty.found(ids)
+
+    def _look(self, ids: Iterable[str]) -> None:
+        """Read off masks that are there which classes they were made for, and which got no pixel."""
+        for key in ids:
+            if key not in self._empty.classes:
+                note = mask_note(self._path(key))
+                if note.classes is not None:
+                    self._empty.add(key, note.classes, note.empty)
 
     def _release(self) -> None:
         if self._lock is not None:

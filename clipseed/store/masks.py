@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from clipseed.errors import InputError
 from clipseed.store.files import replacing
 from clipseed.types import LabelMask
 
-_CLASSES, _IMAGE = "clipseed-classes", "clipseed-image"
+_CLASSES, _EMPTY, _IMAGE = "clipseed-classes", "clipseed-empty", "clipseed-image"
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _ROWS = 1 << 22
 """Pixels whose colours are looked up at once."""
@@ -34,44 +34,59 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     return colours
 
 
-def write_mask(path: Path, labels: LabelMask, classes: Sequence[int] | None = None, stamp: FileStamp = UNKNOWN) -> None:
-    """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
+@dataclass(frozen=True)
+class MaskNote:
+    """What a mask of ours says about itself, in text chunks of the PNG.
 
-    ``classes`` that the mask was made for, and the digest of its image's file (``stamp``), go into text chunks, where
-    :func:`mask_origin` finds them.
+    Attributes:
+        classes: Class indices that it was made for; ``None`` where it does not say (not ours).
+        empty: Those of them that got no pixel.
+        image: Digest of the image's file; unknown where it does not say.
+    """
+
+    classes: tuple[int, ...] | None = None
+    empty: tuple[int, ...] = ()
+    image: FileStamp = UNKNOWN
+
+
+NO_NOTE = MaskNote()
+
+
+def write_mask(path: Path, labels: LabelMask, note: MaskNote = NO_NOTE) -> None:
+    """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically; :func:`mask_note` reads its note.
 
     Raises:
         StoreError: it cannot be written.
     """
     image = Image.fromarray(labels, mode="P")
     image.putpalette(voc_palette().tobytes())
-    note = PngInfo()
-    if classes is not None:
-        note.add_text(_CLASSES, " ".join(map(str, classes)))
-    if stamp.known:
-        note.add_text(_IMAGE, stamp.sha256.hex())
+    chunks = PngInfo()
+    if note.classes is not None:
+        chunks.add_text(_CLASSES, " ".join(map(str, note.classes)))
+    if note.image.known:
+        chunks.add_text(_IMAGE, note.image.sha256.hex())
+    if note.empty:
+        chunks.add_text(_EMPTY, " ".join(map(str, note.empty)))
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=note)
+        image.save(temporary, format="PNG", pnginfo=chunks)
 
 
-def mask_origin(path: Path) -> tuple[tuple[int, ...] | None, FileStamp]:
-    """Classes that a mask was made for, and the digest of its image's file, read from its header.
-
-    Classes are ``None`` where it does not say (not ours), the digest is unknown where it does not.
-    """
+def mask_note(path: Path) -> MaskNote:
+    """What a mask says about itself, read from its header; nothing where it is not ours."""
     try:
         with _opened(path) as image:
-            text, digest = image.info.get(_CLASSES), image.info.get(_IMAGE)
-        classes = None if text is None else tuple(int(word) for word in str(text).split())
-        stamp = UNKNOWN if digest is None else FileStamp(sha256=bytes.fromhex(str(digest)))
+            classes, empty, digest = (image.info.get(name) for name in (_CLASSES, _EMPTY, _IMAGE))
+        return MaskNote(
+            None if classes is None else _numbers(classes),
+            _numbers(empty or ""),
+            UNKNOWN if digest is None else FileStamp(sha256=bytes.fromhex(str(digest))),
+        )
     except Exception:  # decoders raise nearly anything on damaged files
-        return None, UNKNOWN
-    return classes, stamp
+        return NO_NOTE
 
 
-def mask_classes(path: Path) -> tuple[int, ...] | None:
-    """Classes that a mask was made for; ``None`` where it does not say (not ours)."""
-    return mask_origin(path)[0]
+def _numbers(text: object) -> tuple[int, ...]:
+    return tuple(int(word) for word in str(text).split())
 
 
 def _opened(path: Path) -> Image.Image:

@@ -1,11 +1,20 @@
-"""Writing seeds: records that know which classes they were made for."""
+"""Writing seeds: records that know which classes they were made for, and which of these came to nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from clipseed.errors import StoreError
+from clipseed.store.empty import (
+    Earlier,
+    EmptyLabels,
+    EmptyList,
+    Stage,
+    empty_maps,
+    nothing_earlier,
+    stored_empty_maps,
+)
 from clipseed.store.manifest import Manifest
 from clipseed.store.records import SeedMap, classes_of, seed_format
 from clipseed.store.shard import RecordFile
@@ -14,19 +23,39 @@ from clipseed.store.writer import RecordWriter, some
 
 
 class SeedWriter(RecordWriter[SeedMap]):
-    """A :class:`~clipseed.store.writer.RecordWriter` of seeds; ``cam_dtype`` is ``float16`` or ``float32``."""
+    """A :class:`~clipseed.store.writer.RecordWriter` of seeds; ``cam_dtype`` is ``float16`` or ``float32``.
+
+    Classes without a positive map are listed in ``NAME.empty.csv`` (:mod:`clipseed.store.empty`), with the ``stage``
+    that the output comes from (default: as the manifest says), or what is known of ``earlier`` ones.
+    """
 
     def __init__(
         self, out: Path, manifest: Manifest, cam_dtype: str, unit_size: int, *, overwrite: bool = False,
-        share: Share = WHOLE,
+        share: Share = WHOLE, stage: Stage | None = None, earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
         super().__init__(out, manifest, seed_format(cam_dtype), unit_size, overwrite=overwrite, share=share)
-        self._classes: dict[str, tuple[int, ...]] = {}
+        self._empty = EmptyList(out, manifest, stage, earlier)
 
     def _note(self, file: RecordFile[SeedMap], path: Path) -> None:
         super()._note(file, path)
+        self._look(file, path)
+
+    def _adopt(self, file: RecordFile[SeedMap], path: Path) -> None:
+        super()._adopt(file, path)
+        self._look(file, path)
+
+    def _look(self, file: RecordFile[SeedMap], path: Path) -> None:
+        """Note classes, and the empty ones, of what counts as stored in this file."""
+        empty = stored_empty_maps(file)
         for row, identifier in enumerate(file.ids):
-            self._classes.setdefault(identifier, tuple(classes_of(file, row).tolist()))
+            if self._done[identifier] == path:
+                self._empty.add(identifier, classes_of(file, row).tolist(), empty.get(identifier, ()))
+
+    def write(self, index: int, records: Sequence[SeedMap]) -> None:
+        """As :meth:`~clipseed.store.writer.RecordWriter.write`."""
+        super().write(index, records)
+        for record in records:
+            self._empty.add(record.id, record.classes.tolist(), empty_maps(record.classes.tolist(), record.cam))
 
     def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
         """Take pictures that are stored with other classes than these for not done: their labels were corrected.
@@ -36,7 +65,7 @@ class SeedWriter(RecordWriter[SeedMap]):
         Raises:
             StoreError: that are most of them, as with the label file of another data set.
         """
-        known = {key: self._classes[key] for key in self._done if key in classes}
+        known = {key: row for key, row in self._empty.classes.items() if key in self._done and key in classes}
         gone = {key for key in known if classes[key] is None}
         stale = {key for key in known.keys() - gone if tuple(classes[key] or ()) != known[key]}
         if 2 * len(gone) > len(self._done):
@@ -49,3 +78,12 @@ class SeedWriter(RecordWriter[SeedMap]):
         if gone:
             self.notes.append(f"{len(gone)} images have no labels any more ({some(gone)}); they leave {self.out}")
         self.forget(stale | gone)
+
+    def forget(self, keys: Collection[str]) -> None:
+        """As :meth:`~clipseed.store.writer.RecordWriter.forget`."""
+        before = set(self._done)
+        super().forget(keys)
+        self._empty.forget(before - self._done.keys())
+
+    def _empty_labels(self, *, write: bool = False) -> EmptyLabels:
+        return self._empty.write() if write else self._empty.found()

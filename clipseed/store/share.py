@@ -21,6 +21,8 @@ from clipseed.store.files import write_text
 
 Skipped = list[tuple[str, str]]
 """Sample ids with the reason why each was left out."""
+Empty = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Classes by sample id, and those of them that got no pixel."""
 _PATIENCE = 3.0
 """Seconds: other runs of the same start may be looking at a lock at the same moment."""
 
@@ -92,10 +94,11 @@ class RollCall:
         """Take back what an earlier run of this share reported: it is being worked on again."""
         self._path(self._share.index).unlink(missing_ok=True)
 
-    def report(self, skipped: Sequence[tuple[str, str]]) -> Path:
-        """Say that this share is done, and what it left out."""
+    def report(self, skipped: Sequence[tuple[str, str]], empty: Empty | None = None) -> Path:
+        """Say that this share is done, what it left out, and the labels of images that have no mask for being empty."""
         path = self._path(self._share.index)
-        write_text(path, json.dumps({"skipped": list(skipped)}, indent=1))
+        rows = [[key, list(classes), list(gone)] for key, (classes, gone) in (empty or {}).items()]
+        write_text(path, json.dumps({"skipped": list(skipped), "empty": rows}, indent=1))
         return path
 
     def reported(self) -> int:
@@ -111,6 +114,10 @@ class RollCall:
                 found += [(str(key), str(reason)) for key, reason in rows]
         return found
 
+    def empty(self) -> Empty:
+        """Images of all shares that have no mask because a label got no pixel."""
+        return left_without_mask(self._folder)
+
     def dismiss(self) -> None:
         """Delete all reports and locks of shares: the work is put together."""
         for path in (*self._folder.glob("share-*-of-*.json"), *self._folder.glob("lock-*-of-*")):
@@ -118,6 +125,16 @@ class RollCall:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"share-{Share(index, self._share.count).tag}.json"
+
+
+def left_without_mask(folder: Path) -> Empty:
+    """Images that the shares at work in a folder left without a mask, because a label got no pixel."""
+    found: Empty = {}
+    for path in sorted(folder.glob("share-*-of-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            rows = json.loads(path.read_text(encoding="utf-8"))["empty"]
+            found |= {str(key): (tuple(classes), tuple(gone)) for key, classes, gone in rows}
+    return found
 
 
 def unit_number(path: Path) -> int:

@@ -22,6 +22,7 @@ from filelock import FileLock
 from clipseed.data.paths import is_file
 from clipseed.data.stamps import FileStamp, replaced
 from clipseed.errors import StoreError, UsageError
+from clipseed.store.empty import EmptyLabels
 from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_errors, write_skipped, write_text_once
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
@@ -49,10 +50,12 @@ class Finished:
     Attributes:
         skipped_file: List of what was left out; ``None`` when nothing was.
         open_shares: How many other runs' shares are still missing; the last of them finishes the output.
+        empty: Labels that came to nothing, of the whole output or of the share; ``None`` where records have no labels.
     """
 
     skipped_file: Path | None
     open_shares: int = 0
+    empty: EmptyLabels | None = None
 
 
 W = TypeVar("W", bound="RecordWriter[Any]")
@@ -216,6 +219,10 @@ class RecordWriter(Generic[R]):
             self.notes.append(f"{len(gone)} images are not in the input any more ({some(gone)}); they leave {self.out}")
         self.forget(stale | gone)
 
+    def _adopt(self, file: RecordFile[R], path: Path) -> None:
+        """Take over what another run's share made, which is newer than what a finished file holds."""
+        self._done |= dict.fromkeys(file.ids, path)
+
     @property
     def done(self) -> frozenset[str]:
         """Ids that are stored already."""
@@ -268,21 +275,21 @@ class RecordWriter(Generic[R]):
         self._release()
         missing = self._share.count - self._roll.reported()
         if missing:
-            return Finished(report if skipped else None, missing)
+            return Finished(report if skipped else None, missing, self._empty_labels())
         try:
             self._lock = lock_output(self.folder, self.out, WHOLE)
         except StoreError:  # two were last at once, and the other one is at it
-            return Finished(report if skipped else None)
+            return Finished(report if skipped else None, empty=self._empty_labels())
         if not self._roll.reported():  # ... and through with it
             self._release()
             if self.portable and not self._shards():
                 shutil.rmtree(self.folder, ignore_errors=True)  # locking made it again
-            return Finished(None)
+            return Finished(None, empty=self._empty_labels())
         everything: Skipped = self._roll.skipped()
         for shard in self._shards():
             if not self._share.takes(unit_number(shard)):
                 with RecordFile(shard, self._form, verify=False) as file:
-                    self._done |= dict.fromkeys(file.ids, shard)
+                    self._adopt(file, shard)
         return self._end(ids, everything)
 
     def _end(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
@@ -297,12 +304,17 @@ class RecordWriter(Generic[R]):
             write_portable(self.out, self._text, records, self._form, order, size)
         path = self.out.with_name(f"{self.out.stem}.skipped.csv") if self.portable else self.out / "skipped.csv"
         listed = write_skipped(path, skipped)
+        empty = self._empty_labels(write=True)
         if self.portable:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             self._roll.dismiss()
         self._release()
-        return Finished(listed)
+        return Finished(listed, empty=empty)
+
+    def _empty_labels(self, *, write: bool = False) -> EmptyLabels | None:
+        """Labels that came to nothing, for records that have labels; ``write``: the output is whole, list them."""
+        return None
 
     def _release(self) -> None:
         if self._lock is not None:
