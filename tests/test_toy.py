@@ -11,11 +11,11 @@ import pytest
 from clipseed.cli.main import main
 from clipseed.clip.model import toy_weights_path
 from clipseed.store.reader import open_seeds
-from clipseed.toy.captions import CONCEPTS, Captioner, Description, concept_targets, hue_name
 from clipseed.toy.dataset import HELD_OUT_COUNT
 from clipseed.toy.shapes import SHAPES
 from clipseed.toy.textures import MATERIALS, PATTERNS
 from clipseed.toy.world import WorldOptions, lay_out
+from tools.toy.captions import CONCEPTS, Captioner, Description, concept_targets, hue_name
 
 
 def test_scenes_depend_on_seed_and_index_alone() -> None:
@@ -105,8 +105,8 @@ def test_shipped_weights_are_small() -> None:
 def test_training_looks_through_the_model_itself() -> None:
     import torch
 
-    from clipseed.toy import train_clip
-    from clipseed.toy.objective import attention_loss, kinship, look
+    from tools.toy import train_clip
+    from tools.toy.objective import attention_loss, kinship, look
 
     model = train_clip.build()
     pixels = torch.randn(2, 3, 176, 176, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def test_training_resumes_and_its_weights_load(tmp_path: Path) -> None:
     import torch
 
     from clipseed.clip.model import FrozenClip
-    from clipseed.toy import train_clip
+    from tools.toy import train_clip
 
     train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])
     first = (tmp_path / "clip.npz").read_bytes()
@@ -153,7 +153,7 @@ def test_training_resumes_and_its_weights_load(tmp_path: Path) -> None:
 def test_the_tiny_clip_keeps_its_promises() -> None:
     """Issue 2: zero-shot top-1, peaks, no class empty or inverted, mIoU, attention that follows objects."""
     from clipseed.clip.model import FrozenClip
-    from clipseed.toy.measure import CAA_BLOCKS, measure
+    from tools.toy.measure import CAA_BLOCKS, measure
 
     found = measure(FrozenClip.load(weights="toy", device="cpu"))
     assert found.scenes == HELD_OUT_COUNT

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from clipseed.sam.architecture import SamConfig
 from clipseed.sam.generator import generate
 from clipseed.sam.load import load_sam
-from clipseed.toy import sam_objective, sam_start, sam_targets, train_clip, train_sam
 from clipseed.toy.dataset import HELD_OUT_SEED
-from clipseed.toy.measure_sam import GRID, TOY_SAM, iou, measure
 from clipseed.toy.world import Scene, lay_out
+from tools.toy import sam_objective, sam_start, sam_targets, train_clip, train_sam
+from tools.toy.measure_sam import GRID, TOY_SAM, iou, measure
 
 SMALL = SamConfig(
     image_size=64,

@@ -1,4 +1,4 @@
-"""Train the tiny CLIP that ships with clipseed: ``python -m clipseed.toy.train_clip --out runs/toy-clip``.
+"""Train the tiny CLIP that ships with clipseed: ``python -m tools.toy.train_clip --out runs/toy-clip``.
 
 It sees pictures, captions and labels, never masks. What makes a toy behave like a CLIP is described, with curves and
 times, in docs/toy.md: a curriculum from wholly patterned single objects to the scored world, both the class token and
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.toy.captions import Captioner, Description, concept_targets
-from clipseed.toy.objective import attention_loss, look, losses
 from clipseed.toy.world import WorldOptions, lay_out
+from tools.toy.captions import Captioner, Description, concept_targets
+from tools.toy.objective import attention_loss, look, losses
 
 FIRST_SEED = 1000
 """Training scenes come from this seed and above; the scored ones from seed 0."""

@@ -1,4 +1,4 @@
-"""Train the tiny SAM that ships with clipseed: ``python -m clipseed.toy.train_sam --out runs/toy-sam``.
+"""Train the tiny SAM that ships with clipseed: ``python -m tools.toy.train_sam --out runs/toy-sam``.
 
 segment_anything's own modules with small sizes, taught on scenes that are drawn as they are needed. A picture's number
 fixes the picture and its prompts, so a run that was interrupted goes on where its last checkpoint stands, and no
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from clipseed.sam.architecture import SamConfig, save_sam
-from clipseed.toy.sam_objective import Lesson, some_cells, step_losses
-from clipseed.toy.sam_start import CONFIG, CellHead, build, sharpen
-from clipseed.toy.sam_targets import boxes, several_points, single_points, view
 from clipseed.toy.world import lay_out
+from tools.toy.sam_objective import Lesson, some_cells, step_losses
+from tools.toy.sam_start import CONFIG, CellHead, build, sharpen
+from tools.toy.sam_targets import boxes, several_points, single_points, view
 
 FIRST_SEED = 5000
 """Training scenes come from this seed; the scored ones from seed 0, those of the tiny CLIP from 1000 to 1005."""
