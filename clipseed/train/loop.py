@@ -302,7 +302,7 @@ class _Run:
 
     def hint(self) -> str:
         """What to do after an interruption."""
-        return f"interrupted; {self._kept()}: the same command goes on there"
+        return f"interrupted; {self._kept()}: the same command {'goes on there' if self.done else 'begins anew'}"
 
     def _kept(self) -> str:
         return f"{self._path} holds step {self.done}" if self.done else "no checkpoint was written yet"
