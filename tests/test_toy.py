@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,10 +131,35 @@ def test_training_looks_through_the_model_itself() -> None:
 
 
 @pytest.mark.slow
+def test_the_loop_teaches_it(tmp_path: Path) -> None:
+    """One leg of few pictures, seen again and again: the loss falls, and attention stays a similarity."""
+    from clipseed.train.checkpoint import read_checkpoint
+    from clipseed.train.loop import CHECKPOINT, METRICS
+    from clipseed.train.metrics import read_metrics
+    from tools.toy import train_clip
+
+    stage = replace(train_clip.STAGES[0], pictures=16, epochs=10, rate=2e-2)  # the warm-up takes it to 2e-3
+    learner = train_clip.Learner(train_clip.build())
+    train_clip.train_stage(learner, stage, train_clip.FIRST_SEED, tmp_path, batch=8)
+    rows = read_metrics(tmp_path / METRICS)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    for name in ("loss", "label token", "label mean"):
+        assert np.mean([row[name] for row in rows[-4:]]) < 0.8 * np.mean([row[name] for row in rows[:4]]), name
+    state = read_checkpoint(tmp_path / CHECKPOINT).weights
+    for block in range(8):  # queries and keys stay equal
+        query, key, _ = state[f"model.visual.transformer.resblocks.{block}.attn.in_proj_weight"].chunk(3)
+        np.testing.assert_allclose(query, key, atol=1e-6)
+    assert 20 < int(state["used"].sum()) < 200  # the words of captions, of 49,408
+    assert not (tmp_path / "pool.npy").exists()
+
+
+@pytest.mark.slow
 def test_training_resumes_and_its_weights_load(tmp_path: Path) -> None:
     import torch
 
     from clipseed.clip.model import FrozenClip
+    from clipseed.train.checkpoint import read_checkpoint
+    from clipseed.train.loop import CHECKPOINT
     from tools.toy import train_clip
 
     train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])
@@ -141,12 +167,9 @@ def test_training_resumes_and_its_weights_load(tmp_path: Path) -> None:
     train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])  # everything is there: only the export runs
     assert (tmp_path / "clip.npz").read_bytes() == first
     clip = FrozenClip.load(weights=str(tmp_path / "clip.npz"), device="cpu")
-    state = torch.load(tmp_path / f"after-{train_clip.STAGES[-1].name}.pt", weights_only=True)["state"]
-    torch.testing.assert_close(clip.tower.projection, state["visual.proj"].half().float())
-    for block in range(8):  # queries and keys stay equal
-        query, key, _ = state[f"visual.transformer.resblocks.{block}.attn.in_proj_weight"].chunk(3)
-        torch.testing.assert_close(query, key)
-    assert not list(tmp_path.glob("pool-*"))
+    state = read_checkpoint(tmp_path / train_clip.STAGES[-1].name / CHECKPOINT).weights
+    torch.testing.assert_close(clip.tower.projection, state["model.visual.proj"].half().float())
+    assert not list(tmp_path.rglob("pool*"))
 
 
 @pytest.mark.slow

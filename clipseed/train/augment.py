@@ -83,6 +83,8 @@ def _resize(pixels: Tensor, size: list[int], smooth: bool) -> Tensor:
     v2 resizes masks with torch's ``nearest``, which takes the pixel at a corner of each new one, up to half a pixel
     beside the image. ``nearest-exact`` takes the one under its centre, as Pillow does.
     """
+    # Channels last, as images come from Pillow: of the other order, torch 2.14 fails to make a single pixel.
+    pixels = pixels[None].contiguous(memory_format=torch.channels_last)[0]
     mode = InterpolationMode.BILINEAR if smooth else InterpolationMode.NEAREST_EXACT
     resized: Tensor = functional.resize_image(pixels, size, interpolation=mode, antialias=smooth)
     return resized

@@ -8,13 +8,10 @@ the patch mean aligned with text, and attention that starts, and stays, a simila
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipseed.store.files import replacing
 from clipseed.toy.world import WorldOptions, lay_out
+from clipseed.train.loop import LoopOptions, say, train
 from tools.toy.captions import Captioner, Description, concept_targets
 from tools.toy.objective import attention_loss, look, losses
 
@@ -40,6 +39,8 @@ CONFIG: dict[str, Any] = {
 }
 _CONTEXT = 40
 """Tokens of text that are computed; no caption is longer, and the causal mask makes the padding irrelevant."""
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1) * 255
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1) * 255
 
 
 @dataclass(frozen=True)
@@ -90,38 +91,74 @@ def build() -> Any:
     return model
 
 
-def _draw(options: WorldOptions, seed: int, index: int) -> tuple[npt.NDArray[np.uint8], Description]:
-    scene = lay_out(seed, index, options)
-    return scene.image(), Description.of(scene)
+class Pool:
+    """Pictures of a stage and what is known of them, drawn into a file when the first one is asked for."""
+
+    def __init__(self, stage: Stage, seed: int, path: Path) -> None:
+        self._stage, self._seed, self.path = stage, seed, path
+        self._pixels: npt.NDArray[np.uint8] | None = None
+        self._known: list[Description] = []
+
+    def __len__(self) -> int:
+        return self._stage.pictures
+
+    def sample(self, index: int, seed: int) -> tuple[Tensor, Description]:
+        """A picture ``(3, H, W)``, mirrored or not, and its description."""
+        if self._pixels is None:
+            self._pixels, self._known = self._drawn()
+        pixels = torch.from_numpy(self._pixels[index]).permute(2, 0, 1)
+        return (pixels.flip(2) if np.random.default_rng(seed).random() < 0.5 else pixels), self._known[index]
+
+    def collate(self, samples: Sequence[tuple[Tensor, Description]]) -> tuple[Tensor, list[Description]]:
+        """Pictures ``(B, 3, H, W)`` and descriptions."""
+        return torch.stack([pixels for pixels, _ in samples]), [description for _, description in samples]
+
+    def _drawn(self) -> tuple[npt.NDArray[np.uint8], list[Description]]:
+        numbers, options = range(len(self)), self._stage.options
+        with ProcessPoolExecutor() as workers:
+            known = list(workers.map(partial(_describe, options, self._seed), numbers, chunksize=64))
+            if not self.path.exists():
+                assert options.size is not None
+                shape = (len(self), *options.size, 3)
+                with replacing(self.path) as temporary:
+                    pool = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+                    for index, image in enumerate(
+                        workers.map(partial(_draw, options, self._seed), numbers, chunksize=64)
+                    ):
+                        pool[index] = image
+                    pool.flush()
+        return np.load(self.path, mmap_mode="c"), known
 
 
-def draw_pool(stage: Stage, seed: int, folder: Path) -> tuple[npt.NDArray[np.uint8], list[Description]]:
-    """Pictures of a stage, drawn once into a file, and what is known of them."""
-    path = folder / f"pool-{stage.name}.npy"
-    assert stage.options.size is not None
-    pool = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(stage.pictures, *stage.options.size, 3))
-    known = []
-    with ProcessPoolExecutor() as workers:
-        drawn = workers.map(partial(_draw, stage.options, seed), range(stage.pictures), chunksize=64)
-        for index, (image, description) in enumerate(drawn):
-            pool[index] = image
-            known.append(description)
-    return pool, known
+def _draw(options: WorldOptions, seed: int, index: int) -> npt.NDArray[np.uint8]:
+    return lay_out(seed, index, options).image()
 
 
-class Reader:
-    """Tokenises with CLIP's own tokenizer and runs the text tower on the tokens that matter."""
+def _describe(options: WorldOptions, seed: int, index: int) -> Description:
+    return Description.of(lay_out(seed, index, options))
+
+
+class Learner(torch.nn.Module):
+    """The model, and which tokens it has read so far."""
+
+    used: Tensor
 
     def __init__(self, model: Any) -> None:
         from open_clip import SimpleTokenizer
 
-        self._model, self._tokenizer = model, SimpleTokenizer(context_length=77)
+        super().__init__()
+        self.model, self._tokenizer = model, SimpleTokenizer(context_length=77)
+        self.register_buffer("used", torch.zeros(len(model.token_embedding.weight), dtype=torch.bool))
         self._seen: dict[str, tuple[int, ...]] = {}
+        for block in model.visual.transformer.resblocks:
+            block.attn.in_proj_weight.register_hook(_tied)
+            block.attn.in_proj_bias.register_hook(_tied)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Unit text features ``(T, E)``."""
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Unit text features ``(T, E)``, with CLIP's own tokenizer, computed on the tokens that matter."""
         tokens = torch.tensor([self._tokens(text) for text in texts])
-        model = self._model
+        self.used[tokens] = True
+        model = self.model
         x = model.token_embedding(tokens) + model.positional_embedding[:_CONTEXT]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:_CONTEXT, :_CONTEXT]))
         x = x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
@@ -135,71 +172,55 @@ class Reader:
             self._seen[text] = tuple(found[:_CONTEXT].tolist())
         return self._seen[text]
 
-    @property
-    def used(self) -> list[int]:
-        """Token ids that occurred in training."""
-        return sorted({token for tokens in self._seen.values() for token in tokens})
 
-
-def _tie(model: Any) -> None:
+def _tied(gradient: Tensor) -> Tensor:
     """Give queries and keys the same gradient, so that they stay equal and attention stays a similarity."""
-    for block in model.visual.transformer.resblocks:
-        for gradient in (block.attn.in_proj_weight.grad, block.attn.in_proj_bias.grad):
-            width = len(gradient) // 3
-            gradient[: 2 * width] = ((gradient[:width] + gradient[width : 2 * width]) / 2).repeat(
-                2, *[1] * (gradient.ndim - 1)
-            )
+    query, key, value = gradient.chunk(3)
+    return torch.cat([(query + key) / 2, (query + key) / 2, value])
 
 
-def train_stage(model: Any, reader: Reader, stage: Stage, seed: int, folder: Path, batch: int = 64) -> None:
-    """Run one leg; progress goes to stderr and ``curve.jsonl``."""
-    rng = np.random.default_rng([seed, 7])
-    pool, known = draw_pool(stage, seed, folder)
-    captioner = Captioner(rng)
-    steps = int(stage.epochs * len(known)) // batch
-    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1) * 255
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1) * 255
-    order = np.zeros(0, np.int64)
-    sums: dict[str, float] = {}
-    began = time.perf_counter()
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = stage.rate * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        if len(order) < batch:
-            order = rng.permutation(len(known))
-        chosen, order = np.sort(order[:batch]), order[batch:]
-        pixels = torch.from_numpy(pool[chosen]).permute(0, 3, 1, 2)
-        mirrored = torch.from_numpy(rng.random(batch) < 0.5).view(-1, 1, 1, 1)
-        pixels = torch.where(mirrored, pixels.flip(3), pixels).float()
-        colours = F.avg_pool2d(pixels / 255, 16)
-        scenes = [known[k] for k in chosen]
+class ClipTrainer:
+    """One leg of the curriculum."""
+
+    def __init__(self, learner: Learner, stage: Stage, seed: int, steps: int) -> None:
+        self.module, self._stage, self._seed, self._steps = learner, stage, seed, steps
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; matrices decay, embeddings do not."""
+        named = list(self.module.named_parameters())
+        decayed = [value for name, value in named if value.ndim >= 2 and "embedding" not in name]
+        others = [value for name, value in named if not (value.ndim >= 2 and "embedding" not in name)]
+        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self._stage.rate, betas=(0.9, 0.98))
+
+    def schedule(self, step: int) -> float:
+        """200 steps of warm-up under half a cosine."""
+        return min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / self._steps))
+
+    def losses(self, batch: tuple[Tensor, list[Description]], step: int) -> dict[str, Tensor]:
+        """Of :mod:`tools.toy.objective`; the networks run in bfloat16, on a CPU too."""
+        pixels, scenes = batch
+        pixels = pixels.float()
+        captioner = Captioner(np.random.default_rng([self._seed, 7, step]))
+        model = self.module.model
         with torch.autocast("cpu", torch.bfloat16):
-            tokens, values, attention = look(model, (pixels - mean) / std)
-            texts = reader([captioner.caption(scene) for scene in scenes] + captioner.prompts())
+            tokens, values, attention = look(model, (pixels - _MEAN) / _STD)
+            texts = self.module.read([captioner.caption(scene) for scene in scenes] + captioner.prompts())
         targets = torch.from_numpy(concept_targets(scenes))
         found = losses(model, tokens[:, 1:].float(), values.float(), tokens[:, 0].float(), texts, targets)
-        found["attention"] = attention_loss(attention, colours)
-        weights = {"patch": 0.5, "value": stage.value, "attention": stage.attention}
-        optimiser.zero_grad(set_to_none=True)
-        total = torch.stack([weights.get(name, 1.0) * value for name, value in found.items() if weights.get(name, 1.0)])
-        total.sum().backward()  # type: ignore[no-untyped-call]
-        _tie(model)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / 100
-        if (step + 1) % 100 == 0:
-            rate = batch * (step + 1) / (time.perf_counter() - began)
-            row = {"stage": stage.name, "step": step + 1, "of": steps, "images_per_second": round(rate, 1)}
-            row |= {name: round(value, 4) for name, value in sums.items()}
-            with (folder / "curve.jsonl").open("a") as curve:
-                curve.write(json.dumps(row) + "\n")
-            sys.stderr.write(" ".join(f"{key}={value}" for key, value in row.items()) + "\n")
-            sums = {}
+        found["attention"] = attention_loss(attention, F.avg_pool2d(pixels / 255, 16))
+        weights = {"patch": 0.5, "value": self._stage.value, "attention": self._stage.attention}
+        counted = [weights.get(name, 1.0) * value for name, value in found.items() if weights.get(name, 1.0)]
+        return {"loss": torch.stack(counted).sum(), **found}
+
+
+def train_stage(learner: Learner, stage: Stage, seed: int, folder: Path, batch: int = 64) -> None:
+    """Run one leg, or go on with it, or take up its end."""
+    steps = int(stage.epochs * stage.pictures) // batch
+    pool = Pool(stage, seed, folder / "pool.npy")
+    options = LoopOptions(folder, steps, batch, clip=1.0, keep_every=100, report_every=100, seed=seed)
+    train(ClipTrainer(learner, stage, seed, steps), pool, options, {"stage": asdict(stage)})
+    pool.path.unlink(missing_ok=True)
 
 
 def export(model: Any, used_tokens: Sequence[int], path: Path) -> None:
@@ -217,29 +238,17 @@ def export(model: Any, used_tokens: Sequence[int], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train all stages and write ``clip.npz``; each stage's end is kept, and a restarted run goes on behind it."""
+    """Train all stages, each in a folder of its own, and write ``clip.npz``; a restarted run goes on where it was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of each stage's pictures, to try it out")
     chosen = parser.parse_args(arguments)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    model = build()
-    reader = Reader(model)
-    used: set[int] = set()
+    learner = Learner(build())
     for number, stage in enumerate(STAGES):
-        kept = chosen.out / f"after-{stage.name}.pt"
-        if kept.exists():
-            saved = torch.load(kept, weights_only=True)
-            model.load_state_dict(saved["state"])
-            used |= set(saved["used"])
-            continue
-        pictures = max(64, int(stage.pictures * chosen.scale))
-        stage = replace(stage, pictures=pictures)
-        train_stage(model, reader, stage, FIRST_SEED + number, chosen.out)
-        used |= set(reader.used)
-        torch.save({"state": model.state_dict(), "used": sorted(used)}, kept)
-        (chosen.out / f"pool-{stage.name}.npy").unlink()
-    export(model, sorted(used), chosen.out / "clip.npz")
+        stage = replace(stage, pictures=max(64, int(stage.pictures * chosen.scale)))
+        say(f"stage {stage.name}")
+        train_stage(learner, stage, FIRST_SEED + number, chosen.out / stage.name)
+    export(learner.model, learner.used.nonzero()[:, 0].tolist(), chosen.out / "clip.npz")
 
 
 if __name__ == "__main__":
