@@ -21,6 +21,7 @@ from tiny_training import IMAGES, TinyData, TinyTrainer, options, quiet, run
 from torch import nn
 
 from clipseed.errors import ImageError, StoreError, UsageError, WeightsError
+from clipseed.runtime.interrupt import Interrupted
 from clipseed.train import checkpoint as checkpoints
 from clipseed.train.checkpoint import read_checkpoint, read_weights
 from clipseed.train.loop import BEST, CHECKPOINT, METRICS, Status, TrainingError, train
@@ -341,24 +342,37 @@ def test_impossible_options(tmp_path: Path, given: dict[str, int], message: str)
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    """Two processes under torchrun, with gloo, against one with the same total batch; then the other way on."""
+    """Two processes under torchrun, with gloo, against one with the same total batch; and two that go on after one."""
     words = ("steps=20", "batch=8", "dropout=0.0")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     two, one = tmp_path / "two", tmp_path / "one"
-    line = [*torchrun, str(SCRIPT), str(two), *words]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    mixed = tmp_path / "mixed"
+
+    class Stopping(TinyTrainer):
+        def losses(self, batch: Any, step: int) -> Any:
+            if step == 12:
+                raise KeyboardInterrupt
+            return super().losses(batch, step)
+
+    with pytest.raises(Interrupted, match="holds step 10"):
+        train(Stopping(20, dropout=0.0), TinyData(), options(mixed, batch=8), {"rate": 0.02}, report=quiet)
     run(one, batch=8, dropout=0.0)
-    rows = [read_metrics(folder / METRICS) for folder in (one, two)]
-    assert [row["step"] for row in rows[1]] == list(range(1, 21))
-    for alone, together in zip(*rows, strict=True):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-        assert together["right"] == pytest.approx(alone["right"], abs=1e-5)
-        assert together["gradient"] == pytest.approx(alone["gradient"], rel=1e-3)
-    left, right = (read_checkpoint(folder / CHECKPOINT) for folder in (one, two))
-    for name, value in left.weights.items():
-        torch.testing.assert_close(right.weights[name], value, rtol=1e-3, atol=1e-4)
+    alone = read_metrics(one / METRICS)
+    for folder in (two, mixed):
+        line = [*torchrun, str(SCRIPT), str(folder), *words]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        together = read_metrics(folder / METRICS)
+        assert [row["step"] for row in together] == list(range(1, 21))
+        for expected, row in zip(alone, together, strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+            assert row["right"] == pytest.approx(expected["right"], abs=1e-5)
+            assert row["gradient"] == pytest.approx(expected["gradient"], rel=1e-3)
+        weights = read_checkpoint(folder / CHECKPOINT).weights
+        for name, value in read_checkpoint(one / CHECKPOINT).weights.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+    assert done.stderr.count("going on after step 10 of 20") == 1  # one process talks
     line[-3:] = ["steps=20", "batch=7", "dropout=0.0"]
     refused = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert "--batch-size 7: cannot be shared by 2 processes evenly" in refused.stderr
