@@ -51,10 +51,10 @@ format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff format .
 
 bench: $(BIN)/clipseed  ## measure speed and memory beside the bare encoder (docs/performance.md)
-	$(BIN)/python tests/bench.py
-	$(BIN)/python tests/bench_refine.py
-	$(BIN)/python tests/bench_sam.py
-	$(BIN)/python tests/bench_scale.py --count 2000
+	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_refine.py
+	$(BIN)/python tools/bench_sam.py
+	$(BIN)/python tools/bench_scale.py --count 2000
 	$(BIN)/python tools/bench_busy.py
 
 bench-gpu: $(BIN)/clipseed  ## check and measure everything on a CUDA GPU, in eight minutes, into gpu.json and docs/performance.md
@@ -62,17 +62,17 @@ bench-gpu: $(BIN)/clipseed  ## check and measure everything on a CUDA GPU, in ei
 	  test ! -e gpu.json || $(BIN)/python tools/bench_gpu.py --render gpu.json; exit $$status
 
 results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; PHOTOS=DEVKIT or COCO=DIR SEGMENTS=PATH: on photographs)
-	$(BIN)/python examples/results.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(COCO),--coco $(COCO) --segments $(SEGMENTS))
+	$(BIN)/python tools/results.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(COCO),--coco $(COCO) --segments $(SEGMENTS))
 
 toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)
-	$(BIN)/python -m clipseed.toy.train_clip --out runs/toy-clip
+	$(BIN)/python -m tools.toy.train_clip --out runs/toy-clip
 
 toy-sam: $(BIN)/clipseed  ## train the tiny SAM again (an hour; docs/toy.md)
-	$(BIN)/python -m clipseed.toy.train_sam --out runs/toy-sam
+	$(BIN)/python -m tools.toy.train_sam --out runs/toy-sam
 
 toy-report: $(BIN)/clipseed  ## measure the tiny CLIP and the tiny SAM on the held-out scenes
-	$(BIN)/python -m clipseed.toy.measure
-	$(BIN)/python -m clipseed.toy.measure_sam
+	$(BIN)/python -m tools.toy.measure
+	$(BIN)/python -m tools.toy.measure_sam
 
 clean:  ## remove caches and outputs, keep .venv
 	rm -rf build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

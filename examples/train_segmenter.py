@@ -5,21 +5,21 @@ r"""Train a segmentation network on pseudo-labels with CLIP-ES's confidence-guid
         --val-images VOC2012/JPEGImages --val-list VOC2012/ImageSets/Segmentation/val.txt \
         --gt VOC2012/SegmentationClass --network deeplabv3_resnet50 --backbone-weights resnet50.pth --out runs/segmenter
 
-All it needs from clipseed is a folder of palette PNG masks (0 background, class index + 1, 255 ignore), as
-`clipseed crf` writes it. It checkpoints every epoch; the same command goes on where a killed run stopped, and ends
-where an undisturbed one would have.
+It starts from a folder of palette PNG masks (0 background, class index + 1, 255 ignore), as `clipseed crf` writes it.
+To train something of your own, write a trainer like `Segmentation` below: a network, an optimiser, a schedule, and the
+loss of a batch. `clipseed.train.loop` does the rest: the same command goes on where a killed run stopped and ends where
+an undisturbed one would have; `torchrun --nproc-per-node 4 examples/train_segmenter.py ...` uses four GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,25 +27,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 import clipseed
 from clipseed.data.images import read_image
 from clipseed.data.listing import list_images, read_split
 from clipseed.errors import ClipseedError, InputError
-from clipseed.store.files import remove_leftovers, replacing
-from clipseed.store.masks import read_mask, write_mask
+from clipseed.store.masks import write_mask
 from clipseed.train import ConfidenceGuidedLoss
-from clipseed.types import IGNORE
+from clipseed.train.augment import Augmentation
+from clipseed.train.loop import LoopOptions, say, train
+from clipseed.train.pseudo_labels import PseudoLabels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's backbones were trained with these
 SCALES = (0.5, 1.5)
 NETWORKS = ("small", "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50")
-DECISIVE = ("images", "masks", "soft", "confidence", "classes", "network", "backbone_weights",
-            "epochs", "crop", "batch_size", "lr", "seed")  # fmt: skip
-"""Options that a resumed run must share with the one it goes on from."""
+
+
+# 1. A network: from images (B, 3, H, W) to logits (B, C, h, w).
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -70,7 +69,6 @@ class SmallNetwork(nn.Module):
         self.head = nn.Sequential(convolution(48 + 48, 48), nn.Conv2d(48, classes, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pictures ``(B, 3, H, W)`` to logits ``(B, C, H/4, W/4)``."""
         fine = self.fine(pixels)
         coarse = self.coarse(fine)
         context = self.merge(torch.cat([branch(coarse) for branch in self.branches], dim=1))
@@ -91,7 +89,7 @@ class Logits(nn.Module):
 
 
 def build_network(name: str, classes: int, backbone_weights: Path | None = None) -> nn.Module:
-    """A network from pictures to logits; its backbone from a file of torchvision's classifier of the same name."""
+    """One of ``NETWORKS``; its backbone from a file of torchvision's classifier of the same name."""
     if name == "small":
         return SmallNetwork(classes)
     from torchvision.models import segmentation
@@ -108,130 +106,95 @@ def build_network(name: str, classes: int, backbone_weights: Path | None = None)
     return Logits(network)
 
 
-def as_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+# 2. A trainer: what is learned, how fast, and from what error.
 
 
-class PseudoLabels(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Augmented crops ``(3, S, S)``, labels and confidence ``(S, S)``; decided by seed, epoch and index alone."""
+class Segmentation:
+    """A network under the confidence-guided loss; the learning rate falls polynomially."""
 
-    def __init__(self, images: Path, masks: Path, soft: Path | None, crop: int, seed: int) -> None:
-        self.masks, pictures = list_images(masks), list_images(images)
-        self.soft, self.seeds, self.crop, self.seed, self.epoch = soft, None, crop, seed, 0
-        known = pictures.keys() & (clipseed.open_seeds(soft).keys() if soft else pictures.keys())
-        missing = sorted(self.masks.keys() - known)
-        if missing:
-            raise InputError(f"{len(missing)} of {len(self.masks)} masks have no picture or scores: {missing[0]} …")
-        self.samples = [(identifier, pictures[identifier]) for identifier in self.masks]
+    def __init__(self, network: nn.Module, rate: float, steps: int, loss: nn.Module) -> None:
+        self.module = network.to(memory_format=torch.channels_last)  # convolutions are several times faster
+        self.rate, self.steps, self.loss = rate, steps, loss
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def optimizer(self) -> torch.optim.Optimizer:
+        # Plain SGD as in DeepLab, which starts from a trained backbone; the small network starts from nothing.
+        if isinstance(self.module, SmallNetwork):
+            return torch.optim.AdamW(self.module.parameters(), self.rate, weight_decay=1e-2)
+        return torch.optim.SGD(self.module.parameters(), self.rate, momentum=0.9, weight_decay=5e-4)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        identifier, path = self.samples[index]
-        image, labels = read_image(path), Image.fromarray(read_mask(self.masks[identifier]))
-        if image.size != labels.size:
-            raise InputError(f"{self.masks[identifier]}: size {labels.size}, but its picture has {image.size}")
-        confidence = Image.fromarray(self._confidence(identifier, labels))
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        scale = rng.uniform(*SCALES)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        parts = (
-            as_tensor(image.resize(size, Image.Resampling.BILINEAR)),
-            torch.from_numpy(np.asarray(labels.resize(size, Image.Resampling.NEAREST)).copy()),
-            torch.from_numpy(np.asarray(confidence.resize(size, Image.Resampling.BILINEAR)).copy()).clamp_(0, 1),
-        )
-        # Negative offsets put a small picture somewhere into the crop, surrounded by the mean colour and by 255.
-        top, left = (self._offset(side, rng) for side in (size[1], size[0]))
-        around = (-left, left + self.crop - size[0], -top, top + self.crop - size[1])
-        flip = rng.random() < 0.5
-        pixels, cut, sure = (F.pad(part, around, value=fill) for part, fill in zip(parts, (0, IGNORE, 0), strict=True))
-        return tuple(part.flip(-1) if flip else part for part in (pixels, cut, sure))  # type: ignore[return-value]
+    def schedule(self, step: int) -> float:
+        return (1 - step / self.steps) ** 0.9
 
-    def _offset(self, side: int, rng: np.random.Generator) -> int:
-        room = side - self.crop
-        return int(rng.integers(min(room, 0), max(room, 0) + 1))
-
-    def _confidence(self, identifier: str, labels: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Score of the strongest of background (1 - strongest class, as in CLIP-ES) and classes."""
-        if self.soft is None:
-            return np.ones((labels.height, labels.width), np.float32)
-        if self.seeds is None:  # opened by the process that reads it
-            self.seeds = clipseed.open_seeds(self.soft)
-        strongest = self.seeds[identifier].upsampled().max(axis=0, initial=0)
-        return np.maximum(strongest, 1 - strongest)
+    def losses(self, batch: tuple[Tensor, ...], step: int) -> dict[str, Tensor]:
+        pixels, labels, *confidence = batch
+        logits = self.module(normalized(pixels))
+        return {"loss": self.loss(logits.float(), labels, *confidence)}
 
 
-def train(network: nn.Module, data: PseudoLabels, options: argparse.Namespace) -> None:
-    """All epochs, from the checkpoint if there is one; every epoch prints a line and replaces the checkpoint."""
-    loss_of = ConfidenceGuidedLoss(options.confidence)
-    # Plain SGD as in DeepLab, which starts from a trained backbone; the small network starts from nothing.
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(network.parameters(), options.lr, weight_decay=1e-2)
-        if options.network == "small"
-        else torch.optim.SGD(network.parameters(), options.lr, momentum=0.9, weight_decay=5e-4)
-    )
-    checkpoint = options.out / "checkpoint.pt"
-    settings = {key: str(getattr(options, key)) for key in DECISIVE} | {"pictures": str(len(data))}
-    done = restore(checkpoint, settings, network, optimizer, options.device) if checkpoint.exists() else 0
-    order = torch.Generator()
-    loader = DataLoader(data, options.batch_size, True, drop_last=True, num_workers=options.workers, generator=order)
-    for epoch in range(done, options.epochs):
-        # Everything random starts anew each epoch, so that a resumed run repeats an undisturbed one.
-        data.epoch = epoch
-        order.manual_seed(1_000_003 * options.seed + epoch)
-        torch.manual_seed(1_000_003 * options.seed + epoch)
-        network.train()
-        total, start = 0.0, time.monotonic()
-        for step, batch in enumerate(loader):
-            progress = (epoch * len(loader) + step) / (options.epochs * len(loader))
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * (1 - progress) ** 0.9
-            pixels, labels, confidence = (part.to(options.device) for part in batch)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            loss = loss_of(network(pixels), labels, confidence if data.soft else None)
-            if not math.isfinite(value := loss.item()):
-                raise InputError(f"the loss is {value} in epoch {epoch + 1}, step {step + 1}; try a lower --lr")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += value
-        speed = len(loader) * options.batch_size / (time.monotonic() - start)
-        say(f"epoch {epoch + 1}/{options.epochs}: loss {total / len(loader):.4f}, {speed:.1f} pictures/s")
-        state = {"epoch": epoch + 1, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        with replacing(checkpoint) as temporary:
-            torch.save({"settings": settings, **state}, temporary)
+def normalized(pixels: Tensor) -> Tensor:
+    """Bytes (B, 3, H, W) to what the network sees."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def restore(
-    path: Path, settings: dict[str, str], network: nn.Module, optimizer: torch.optim.Optimizer, device: str
-) -> int:
-    """Load a checkpoint and return how many epochs it has seen; one made with other settings is refused."""
-    state = torch.load(path, map_location=device, weights_only=True)
-    made = state["settings"]
-    changed = [f"{key} {made.get(key)} -> {value}" for key, value in settings.items() if made.get(key) != value]
-    if changed:
-        raise InputError(f"{path} was made with other settings ({', '.join(changed)}); choose another --out")
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    say(f"{path}: going on after epoch {state['epoch']}")
-    return int(state["epoch"])
+# 3. The data, the loop, predictions, and a score.
+
+
+def main(words: list[str] | None = None) -> None:
+    options = parse(words)
+    torch.manual_seed(options.seed)
+    classes = len(clipseed.load_vocabulary(options.classes).class_names)
+    around = tuple(round(255 * value) for value in MEAN)
+    data = PseudoLabels(options.images, options.masks, Augmentation(options.crop, SCALES, fill=around), options.soft)
+    if len(data) < options.batch_size:
+        raise InputError(f"{options.masks}: {len(data)} masks do not fill one batch of {options.batch_size}")
+    images = to_predict(options.val_images, options.val_list)
+    network = build_network(options.network, classes + 1, options.backbone_weights)
+    epoch = len(data) // options.batch_size
+    steps = options.epochs * epoch
+    device = torch.device(options.device)
+    say(f"{options.network} on {len(data)} images with pseudo-labels, {device}")
+    train(
+        Segmentation(network, options.lr, steps, ConfidenceGuidedLoss(options.confidence)),
+        data,
+        LoopOptions(
+            options.out, steps, options.batch_size, seed=options.seed, device=device, workers=options.workers,
+            bfloat16=device.type == "cuda", keep_every=epoch, report_every=epoch, init=options.init,
+        ),
+        settings={
+            "data": data.digest(), "network": options.network, "classes": options.classes, "crop": options.crop,
+            "confidence": options.confidence if options.soft else None, "lr": options.lr,
+            "backbone_weights": options.backbone_weights and options.backbone_weights.name,
+        },
+    )  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":  # one process is enough for the rest
+        predict(network, images, options.out / "predictions", device)
+        if options.gt is not None:
+            evaluate(options)
+
+
+def to_predict(folder: Path, split: Path | None) -> dict[str, Path]:
+    images = list_images(folder)
+    if split is None:
+        return images
+    listed = read_split(split)
+    if missing := [identifier for identifier in listed if identifier not in images]:
+        raise InputError(f"{split}: no image for {len(missing)} of its ids: {missing[0]} …")
+    return {identifier: images[identifier] for identifier in listed}
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, pictures: dict[str, Path], folder: Path, device: str) -> None:
-    """Write the network's mask of every picture, at the picture's size, in place of earlier ones."""
+def predict(network: nn.Module, images: dict[str, Path], folder: Path, device: torch.device) -> None:
+    """Write the network's mask of every image, at the image's size, in place of earlier ones."""
     network.eval()
     shutil.rmtree(folder, ignore_errors=True)
-    for identifier, path in pictures.items():
-        image = read_image(path)
-        logits = network(as_tensor(image)[None].to(device))
-        logits = F.interpolate(logits, size=(image.height, image.width), mode="bilinear", align_corners=False)
+    for identifier, path in images.items():
+        pixels = torch.from_numpy(np.asarray(read_image(path)).copy()).permute(2, 0, 1)[None].to(device)
+        logits = F.interpolate(network(normalized(pixels)), size=pixels.shape[-2:], mode="bilinear")
         target = folder / f"{identifier}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_mask(target, logits[0].argmax(dim=0).byte().cpu().numpy())
-    say(f"{folder}: {len(pictures)} predicted masks")
+    say(f"{folder}: {len(images)} predicted masks")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -241,40 +204,37 @@ def evaluate(options: argparse.Namespace) -> None:
         words += ["--split", str(options.val_list)]
     print("clipseed", shlex.join(words), flush=True)
     command = [sys.executable, "-m", "clipseed", *words, "--json", "--quiet"]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if found.returncode:
-        raise SystemExit(found.returncode)
-    scores = json.loads(found.stdout)
-    print(f"mIoU {100 * scores['miou']:.2f} % on {scores['images']} pictures")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    scores: dict[str, Any] = json.loads(done.stdout)
+    print(f"mIoU {100 * scores['miou']:.2f} % on {scores['images']} images")
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="folder with the training pictures (others may lie there, too)")
+    add("--images", type=Path, required=True, help="folder with the training images (others may lie there, too)")
     add("--masks", type=Path, required=True, help="pseudo-labels, PNG: 0 background, class index + 1, 255 ignore")
     add("--soft", type=Path, help="seeds (.h5) whose scores say where the masks are sure; else only 255 is left out")
     add("--confidence", type=float, default=0.95, help="with --soft: least score that counts [%(default)s]")
     add("--classes", default="voc", help="voc, coco, toy or a file, as for clipseed [%(default)s]")
-    add("--val-images", type=Path, required=True, help="folder with the pictures to predict")
+    add("--val-images", type=Path, required=True, help="folder with the images to predict")
     add("--val-list", type=Path, help="only these of them: a file with one id per line")
-    add("--gt", type=Path, help="ground-truth masks of these pictures; without it nothing is scored")
+    add("--gt", type=Path, help="ground-truth masks of these images; without it nothing is scored")
     add("--network", choices=NETWORKS, default="small", help="small learns the toy set on a CPU [%(default)s]")
     add("--backbone-weights", type=Path,
         help="torchvision's ImageNet classifier (.pth) to start the deeplabv3_* from. Nothing is ever downloaded: "
-        "without this file they start from random weights, and need far more pictures and epochs")  # fmt: skip
+        "without this file they start from random weights, and need far more images and epochs")  # fmt: skip
+    add("--init", type=Path, help="checkpoint.safetensors of another run, whose weights this one starts from")
     add("--epochs", type=int, default=30, help="[%(default)s]")
     add("--crop", type=int, default=320, help="side of the training crops in pixels [%(default)s]")
-    add("--batch-size", type=int, default=8, help="[%(default)s]")
+    add("--batch-size", type=int, default=8, help="of all processes together [%(default)s]")
     add("--lr", type=float, help="first learning rate; it falls polynomially [0.001 for small, else 0.007]")
-    add("--out", type=Path, default=Path("runs/segmenter"), help="checkpoint.pt and predictions/ [%(default)s]")
+    add("--out", type=Path, default=Path("runs/segmenter"), help="checkpoint, metrics, predictions/ [%(default)s]")
     add("--seed", type=int, default=0, help="[%(default)s]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s here]")
-    add("--workers", type=int, default=0, help="processes that read pictures, beside this one [%(default)s]")
+    add("--workers", type=int, default=0, help="processes that read images, beside this one [%(default)s]")
     options = parser.parse_args(words)
     if options.batch_size < 2:
         parser.error("--batch-size: at least 2, for the batch normalisation")
@@ -291,35 +251,12 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(words: list[str] | None = None) -> None:
-    options = parse(words)
-    torch.manual_seed(options.seed)
-    classes = len(clipseed.load_vocabulary(options.classes).class_names)
-    data = PseudoLabels(options.images, options.masks, options.soft, options.crop, options.seed)
-    if len(data) < options.batch_size:
-        raise InputError(f"{options.masks}: {len(data)} masks do not fill one batch of {options.batch_size}")
-    pictures = list_images(options.val_images)
-    if options.val_list is not None:
-        listed = read_split(options.val_list)
-        if missing := [identifier for identifier in listed if identifier not in pictures]:
-            raise InputError(f"{options.val_list}: no picture for {len(missing)} of its ids: {missing[0]} …")
-        pictures = {identifier: pictures[identifier] for identifier in listed}
-    network = build_network(options.network, classes + 1, options.backbone_weights)
-    network = network.to(options.device, memory_format=torch.channels_last)  # convolutions are several times faster
-    options.out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(options.out)
-    say(f"{options.network} on {len(data)} pictures with pseudo-labels, {options.device}")
-    train(network, data, options)
-    predict(network, pictures, options.out / "predictions", options.device)
-    if options.gt is not None:
-        evaluate(options)
-
-
 if __name__ == "__main__":
     try:
         main()
     except ClipseedError as error:
-        raise SystemExit(f"error: {error}") from error
+        say(f"error: {error}")
+        raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on after the last finished epoch")
+        say("interrupted; the same command goes on")
         raise SystemExit(130) from None

@@ -384,8 +384,8 @@ def test_maps_find_the_toy_objects() -> None:
     from clipseed.evaluate.confusion import score
     from clipseed.evaluate.sweep import ThresholdSweep
     from clipseed.store.records import SeedMap
-    from clipseed.toy.measure import _pixels
     from clipseed.toy.world import lay_out
+    from tools.toy.measure import _pixels
 
     clip = FrozenClip.load(weights="toy", device="cpu")
     text = clip.encode_text(load_vocabulary("toy"))

@@ -131,8 +131,8 @@ def test_refinement_helps_on_the_toy_set() -> None:
     from clipseed.evaluate.sweep import ThresholdSweep
     from clipseed.refine.boxes import box_masks
     from clipseed.store.records import SeedMap
-    from clipseed.toy.measure import _pixels
     from clipseed.toy.world import lay_out
+    from tools.toy.measure import _pixels
 
     clip = FrozenClip.load(weights="toy", device="cpu")
     text = clip.encode_text(load_vocabulary("toy"))

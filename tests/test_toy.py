@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from clipseed.cli.main import main
 from clipseed.clip.model import toy_weights_path
 from clipseed.errors import InputError
 from clipseed.store.reader import open_seeds
-from clipseed.toy.captions import CONCEPTS, Captioner, Description, concept_targets, hue_name
 from clipseed.toy.dataset import HELD_OUT_COUNT
 from clipseed.toy.shapes import SHAPES
 from clipseed.toy.textures import MATERIALS, PATTERNS
 from clipseed.toy.world import WorldOptions, lay_out
+from tools.toy.captions import CONCEPTS, Captioner, Description, concept_targets, hue_name
 
 
 def test_scenes_depend_on_seed_and_index_alone() -> None:
@@ -108,8 +109,8 @@ def test_shipped_weights_are_small() -> None:
 def test_training_looks_through_the_model_itself() -> None:
     import torch
 
-    from clipseed.toy import train_clip
-    from clipseed.toy.objective import attention_loss, kinship, look
+    from tools.toy import train_clip
+    from tools.toy.objective import attention_loss, kinship, look
 
     model = train_clip.build()
     pixels = torch.randn(2, 3, 176, 176, generator=torch.Generator().manual_seed(0))
@@ -133,30 +134,52 @@ def test_training_looks_through_the_model_itself() -> None:
 
 
 @pytest.mark.slow
+def test_the_loop_teaches_it(tmp_path: Path) -> None:
+    """One leg of few pictures, seen again and again: the loss falls, and attention stays a similarity."""
+    from clipseed.train.checkpoint import read_checkpoint
+    from clipseed.train.loop import CHECKPOINT, METRICS
+    from clipseed.train.metrics import read_metrics
+    from tools.toy import train_clip
+
+    stage = replace(train_clip.STAGES[0], pictures=16, epochs=10, rate=2e-2)  # the warm-up takes it to 2e-3
+    learner = train_clip.Learner(train_clip.build())
+    train_clip.train_stage(learner, stage, train_clip.FIRST_SEED, tmp_path, batch=8)
+    rows = read_metrics(tmp_path / METRICS)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    for name in ("loss", "label token", "label mean"):
+        assert np.mean([row[name] for row in rows[-4:]]) < 0.8 * np.mean([row[name] for row in rows[:4]]), name
+    state = read_checkpoint(tmp_path / CHECKPOINT).weights
+    for block in range(8):  # queries and keys stay equal
+        query, key, _ = state[f"model.visual.transformer.resblocks.{block}.attn.in_proj_weight"].chunk(3)
+        np.testing.assert_allclose(query, key, atol=1e-6)
+    assert 20 < int(state["used"].sum()) < 200  # the words of captions, of 49,408
+    assert not (tmp_path / "pool.npy").exists()
+
+
+@pytest.mark.slow
 def test_training_resumes_and_its_weights_load(tmp_path: Path) -> None:
     import torch
 
     from clipseed.clip.model import FrozenClip
-    from clipseed.toy import train_clip
+    from clipseed.train.checkpoint import read_checkpoint
+    from clipseed.train.loop import CHECKPOINT
+    from tools.toy import train_clip
 
     train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])
     first = (tmp_path / "clip.npz").read_bytes()
     train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])  # everything is there: only the export runs
     assert (tmp_path / "clip.npz").read_bytes() == first
     clip = FrozenClip.load(weights=str(tmp_path / "clip.npz"), device="cpu")
-    state = torch.load(tmp_path / f"after-{train_clip.STAGES[-1].name}.pt", weights_only=True)["state"]
-    torch.testing.assert_close(clip.tower.projection, state["visual.proj"].half().float())
-    for block in range(8):  # queries and keys stay equal
-        query, key, _ = state[f"visual.transformer.resblocks.{block}.attn.in_proj_weight"].chunk(3)
-        torch.testing.assert_close(query, key)
-    assert not list(tmp_path.glob("pool-*"))
+    state = read_checkpoint(tmp_path / train_clip.STAGES[-1].name / CHECKPOINT).weights
+    torch.testing.assert_close(clip.tower.projection, state["model.visual.proj"].half().float())
+    assert not list(tmp_path.rglob("pool*"))
 
 
 @pytest.mark.slow
 def test_the_tiny_clip_keeps_its_promises() -> None:
     """Issue 2: zero-shot top-1, peaks, no class empty or inverted, mIoU, attention that follows objects."""
     from clipseed.clip.model import FrozenClip
-    from clipseed.toy.measure import CAA_BLOCKS, measure
+    from tools.toy.measure import CAA_BLOCKS, measure
 
     found = measure(FrozenClip.load(weights="toy", device="cpu"))
     assert found.scenes == HELD_OUT_COUNT

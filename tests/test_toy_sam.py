@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipseed.runtime.interrupt import Interrupted
 from clipseed.sam.architecture import SamConfig
 from clipseed.sam.generator import generate
 from clipseed.sam.load import load_sam
-from clipseed.toy import sam_objective, sam_start, sam_targets, train_clip, train_sam
 from clipseed.toy.dataset import HELD_OUT_SEED
-from clipseed.toy.measure_sam import GRID, TOY_SAM, iou, measure
 from clipseed.toy.world import Scene, lay_out
+from clipseed.train.loop import METRICS
+from clipseed.train.metrics import read_metrics
+from tools.toy import sam_objective, sam_start, sam_targets, train_clip, train_sam
+from tools.toy.measure_sam import GRID, TOY_SAM, iou, measure
 
 SMALL = SamConfig(
     image_size=64,
@@ -258,12 +260,22 @@ def test_steps_reduce_the_loss() -> None:
     assert totals[-1] < 0.8 * totals[0]
 
 
+def test_the_loop_teaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = train_sam.lesson
+    monkeypatch.setattr(train_sam, "lesson", lambda number, *rest: inner(number % 2, *rest))  # few, so that it shows
+    plan = train_sam.Plan(steps=24, batch=2, rate=3e-3, warm_up=1, points=2, others=2)
+    sam = train_sam.train(tmp_path, plan, SMALL)
+    rows = read_metrics(tmp_path / METRICS)
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    for name in ("cross", "kinship"):
+        assert np.mean([row[name] for row in rows[-4:]]) < 0.9 * np.mean([row[name] for row in rows[:4]]), name
+    fresh = sam_start.build(SMALL).state_dict()
+    assert any(not torch.equal(fresh[name], value) for name, value in sam.state_dict().items())
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = train_sam.Plan(steps=4, batch=1, points=2, others=1, balanced=2)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    expected = train_sam.train(whole, plan, SMALL, keep_every=2)
+    expected = train_sam.train(tmp_path / "whole", plan, SMALL, keep_every=2)
     inner, calls = train_sam.step_losses, []
 
     def interrupted(*arguments):
@@ -273,12 +285,9 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
         return inner(*arguments)
 
     monkeypatch.setattr(train_sam, "step_losses", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_sam.train(parts, plan, SMALL, keep_every=2)
+    with pytest.raises(Interrupted, match="holds step 2: the same command goes on there"):
+        train_sam.train(tmp_path / "parts", plan, SMALL, keep_every=2)
     monkeypatch.setattr(train_sam, "step_losses", inner)
-    resumed = train_sam.train(parts, plan, SMALL, keep_every=2)
+    resumed = train_sam.train(tmp_path / "parts", plan, SMALL, keep_every=2)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
-    fresh = sam_start.build(SMALL).state_dict()
-    assert any(not torch.equal(fresh[name], value) for name, value in expected.state_dict().items())
-    shutil.rmtree(whole)

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,8 @@ from clipseed.cli.main import main
 from clipseed.store.masks import read_mask, write_mask
 from clipseed.toy.dataset import save_devkit
 from clipseed.toy.world import lay_out
+from clipseed.train.checkpoint import read_checkpoint
+from clipseed.train.loop import CHECKPOINT, METRICS
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "train_segmenter.py"
@@ -59,10 +60,6 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
-def state(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
 @pytest.mark.slow
 def test_it_learns(scenes: Path, tmp_path: Path) -> None:
     """A few epochs: the loss falls, and the score passes that of a mask without objects."""
@@ -76,7 +73,7 @@ def test_it_learns(scenes: Path, tmp_path: Path) -> None:
     assert all(read_mask(path).shape == lay_out(0, k).size for k, path in enumerate(sorted(predictions.iterdir())))
     first, last = done.stdout.splitlines()
     assert first == f"clipseed evaluate {predictions} --gt {scenes / 'val' / 'SegmentationClass'} --classes toy"
-    found = float(re.fullmatch(r"mIoU ([\d.]+) % on 10 pictures", last)[1])
+    found = float(re.fullmatch(r"mIoU ([\d.]+) % on 10 images", last)[1])
     masks = [lay_out(0, k).mask() for k in range(10)]
     background = np.mean(np.concatenate([mask.ravel() == 0 for mask in masks]))
     classes = len(set(np.concatenate([np.unique(mask) for mask in masks])))
@@ -89,79 +86,26 @@ def test_a_killed_run_goes_on(scenes: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(command(scenes, whole, "--epochs", 3)).returncode == 0
     words = command(scenes, broken, "--epochs", 3)
+    kept = broken / CHECKPOINT
     with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
-        while not (broken / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
+        while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert state(broken)["epoch"] < 3
+    assert read_checkpoint(kept).step in {5, 10}  # 30 scenes, 6 at once
     done = run(words)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"going on after epoch [12]", done.stderr)
-    assert "epoch 1/3" not in done.stderr
-    first, second = state(whole), state(broken)
-    assert first["epoch"] == second["epoch"] == 3
-    for key, value in first["network"].items():
-        assert torch.equal(value, second["network"][key]), key
+    assert re.search(r"going on after step (5|10) of 15", done.stderr)
+    assert "step 5/15" not in done.stderr
+    assert kept.read_bytes() == (whole / CHECKPOINT).read_bytes()
+    assert (broken / METRICS).read_bytes() == (whole / METRICS).read_bytes()
     refused = run([*words, "--lr", "0.5"])
     assert refused.returncode == 1
     assert "made with other settings (lr 0.002 -> 0.5); choose another --out" in refused.stderr
+    write_mask(scenes / "train" / "SegmentationClass" / "toy_000000.png", lay_out(TRAINING_SEED, 0).mask() // 2)
+    assert "made with other settings (data " in run(words).stderr
+    write_mask(scenes / "train" / "SegmentationClass" / "toy_000000.png", lay_out(TRAINING_SEED, 0).mask())
     assert not list(broken.glob(".tmp-*"))
-
-
-def test_crops_depend_on_seed_epoch_and_index_alone(example: ModuleType, scenes: Path) -> None:
-    train = scenes / "train"
-    data = example.PseudoLabels(train / "JPEGImages", train / "SegmentationClass", None, 128, 0)
-    first, again = data[3], data[3]
-    assert [tuple(part.shape) for part in first] == [(3, 128, 128), (128, 128), (128, 128)]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    data.epoch = 1
-    assert not torch.equal(data[3][0], first[0])
-
-
-def test_picture_labels_and_confidence_stay_together(example: ModuleType, tmp_path: Path) -> None:
-    """Left half red and class 1: so it stays through scaling, cropping, padding and mirroring."""
-    from PIL import Image
-
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    pixels[:, :30, 0], pixels[:, 30:, 2] = 255, 255
-    (tmp_path / "images").mkdir()
-    (tmp_path / "masks").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
-    write_mask(tmp_path / "masks" / "a.png", np.where(np.arange(60) < 30, 1, 0).astype(np.uint8)[None].repeat(40, 0))
-    data = example.PseudoLabels(tmp_path / "images", tmp_path / "masks", None, 64, 0)
-    mean, std = torch.tensor(example.MEAN).view(3, 1, 1), torch.tensor(example.STD).view(3, 1, 1)
-    seen = set()
-    for data.epoch in range(40):
-        image, labels, confidence = data[0]
-        colours = image * std + mean
-        inside = labels != 255
-        assert torch.equal(confidence > 0, inside)
-        assert torch.allclose(image[:, ~inside], torch.zeros(()))  # padded with the mean colour
-        assert (((colours[0] > 0.5) == (labels == 1)) | (colours[0] - 0.5).abs().le(0.3))[inside].all()
-        columns = torch.nonzero(inside)[:, 1]
-        seen.add((int(labels[inside.any(1)][0, columns.min()]), int(inside.sum() > 2400)))
-    assert len(seen) == 4  # mirrored and not, larger and smaller
-
-
-def test_confidence_of_seeds(example: ModuleType, scenes: Path, tmp_path: Path) -> None:
-    """``--soft``: the strongest of the classes, or of the background ``1 - strongest``."""
-    import clipseed
-
-    words = ["cam", "--dataset", "voc", "--root", str(scenes / "train"), "--classes", "toy", "--weights", "toy"]
-    assert main([*words, "--limit", "2", "--device", "cpu", "--quiet", "--out", str(tmp_path / "cams.h5")]) == 0
-    (tmp_path / "masks").mkdir()
-    for index in range(2):
-        write_mask(tmp_path / "masks" / f"toy_{index:06d}.png", lay_out(TRAINING_SEED, index).mask())
-    images = scenes / "train" / "JPEGImages"
-    data = example.PseudoLabels(images, tmp_path / "masks", tmp_path / "cams.h5", 96, 0)
-    with clipseed.open_seeds(tmp_path / "cams.h5") as seeds:
-        strongest = seeds["toy_000001"].upsampled().max(axis=0)
-    found = data._confidence("toy_000001", example.Image.new("L", strongest.shape[::-1]))
-    np.testing.assert_array_equal(found, np.maximum(strongest, 1 - strongest))
-    assert float(data[1][2][data[1][1] != 255].min()) > 0.499
-    with pytest.raises(example.InputError, match="28 of 30 masks have no picture or scores: toy_000002"):
-        example.PseudoLabels(images, scenes / "train" / "SegmentationClass", tmp_path / "cams.h5", 96, 0)
 
 
 @pytest.mark.slow
@@ -214,11 +158,8 @@ def test_wrong_folders(example: ModuleType, scenes: Path, tmp_path: Path) -> Non
     with pytest.raises(example.InputError, match="10 masks do not fill one batch of 16"):
         example.main([*common, "--masks", str(val / "SegmentationClass"), "--batch-size", "16"])
     (tmp_path / "list.txt").write_text("toy_000001\nnowhere\n")
-    with pytest.raises(example.InputError, match=r"list.txt: no picture for 1 of its ids: nowhere"):
+    with pytest.raises(example.InputError, match=r"list.txt: no image for 1 of its ids: nowhere"):
         example.main([*common, "--masks", str(val / "SegmentationClass"), "--val-list", str(tmp_path / "list.txt")])
-    write_mask(tmp_path / "toy_000000.png", np.zeros((8, 8), np.uint8))
-    with pytest.raises(example.InputError, match=r"size \(8, 8\), but its picture has"):
-        example.PseudoLabels(val / "JPEGImages", tmp_path, None, 64, 0)[0]
 
 
 def test_training_scenes_are_not_the_scored_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ class Running:
             report: Of the job.
             summary: The last line; `images/s` are filled in.
             facts: What ``--json`` and ``--report`` say besides what every command reports.
-            empty: Labels that came to nothing.
+            empty: LabelMask that came to nothing.
         """
         stats, talker = report.stats, self.talker
         for note in report.notes:

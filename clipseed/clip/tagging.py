@@ -7,7 +7,7 @@ there are. Measured against the best *class* alone, every picture gets a tag, ev
 
 The feature is the model's own (class token for CLIP), the only one that CLIP's training compares with text. On the toy
 set the best patches do half a point better (F1 98.6 against 98.1), because its training has a loss for them, and worse
-when half of the classes are not in the vocabulary (95.4 against 97.8): ``python -m clipseed.toy.measure_tags``.
+when half of the classes are not in the vocabulary (95.4 against 97.8): ``python -m tools.toy.measure_tags``.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Inspection:
         maps: Number of class activation maps.
         per_class: Class name to number of pictures.
         grid_range: Smallest and largest ``(h, w)``.
-        empty: Labels whose maps are zero everywhere, among those looked at, with reasons.
+        empty: LabelMask whose maps are zero everywhere, among those looked at, with reasons.
         checked: How many pictures were looked at for that.
     """
 

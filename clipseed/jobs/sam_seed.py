@@ -316,7 +316,7 @@ class _SeedWork(Work[Any, Seeded]):
 
     @property
     def loader(self) -> Callable[[Sample], Seeded | _Ahead]:
-        """Labels pictures in workers."""
+        """Label pictures in workers."""
         return self._seeder if self.workers else _Ahead
 
     def compute(self, items: Sequence[Seeded | _Ahead]) -> list[Seeded | ImageError]:

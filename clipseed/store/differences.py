@@ -19,7 +19,8 @@ _OPTION_OF = {
     "smooth_xy", "smooth_weight", "colour_xy", "colour_rgb", "colour_weight", "iterations", "alpha", "confidence",
     "engine", "scales", "flip", "max_side", "min_side", "paper", "exif", "layers", "rounds", "power", "box_threshold",
     "boxes", "temperature", "dilations", "sharpness", "position_weight", "uncovered", "without_masks", "min_confidence",
-    "points_per_side", "crop_layers", "empty", "stability_threshold", "tag_threshold", "tag_top_k", "split", "precision",
+    "points_per_side", "crop_layers", "empty",
+    "stability_threshold", "tag_threshold", "tag_top_k", "split", "precision",
 }  # fmt: skip
 """Entries whose option has the same name."""
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _OPTION_OF} | {

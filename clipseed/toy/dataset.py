@@ -20,7 +20,7 @@ from clipseed.toy.world import Scene, lay_out
 
 HELD_OUT_SEED = 0
 HELD_OUT_COUNT = 300
-"""The scored scenes. Training draws from seeds 1000 and above only (see ``clipseed.toy.train_clip``)."""
+"""The scored scenes. Training draws from seeds 1000 and above only (see ``tools/toy/train_clip.py``)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How fast masks are proposed beside the stock ``SamAutomaticMaskGenerator``, both in turns within one process.
 
-``python tests/bench_sam.py``. The model is a ViT-B of real size with seeded random weights, the picture 500 x 375 and
+``python tools/bench_sam.py``. The model is a ViT-B of real size with seeded random weights, the picture 500 x 375 and
 smooth. Random weights score all masks about alike and draw them nearly over the whole picture, so keys of the decoder's
 attention are tied to its queries (tokens then look at places like themselves), a logit counts as inside above the 97th
 percentile, and the other thresholds are quantiles, too: 15 % of all masks pass the predicted IoU, as on photographs

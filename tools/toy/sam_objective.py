@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.segments import WHOLE
-from clipseed.toy.sam_start import CellHead
-from clipseed.toy.sam_targets import Prompts, View
+from tools.toy.sam_start import CellHead
+from tools.toy.sam_targets import Prompts, View
 
 _OUTPUT_WEIGHTS = (1.0, 0.5, 0.5, 1.0)
 """How much each output counts: the single mask, sub-part, part, whole."""

@@ -1,6 +1,6 @@
 """Does the tiny SAM behave like a SAM? The claims of docs/toy.md, measured on the held-out scenes.
 
-Run ``python -m clipseed.toy.measure_sam``.
+Run ``python -m tools.toy.measure_sam``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+import clipseed
 from clipseed.sam.backend import Embedding, SamBackend
 from clipseed.sam.candidates import stability_score
 from clipseed.sam.generator import generate
@@ -24,7 +25,7 @@ from clipseed.segments import WHOLE
 from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
 from clipseed.toy.world import Scene, lay_out
 
-TOY_SAM = Path(__file__).parent / "weights" / "sam.npz"
+TOY_SAM = Path(clipseed.__file__).parent / "toy" / "weights" / "sam.npz"
 """The shipped weights."""
 GRID = replace(STOCK, points_per_side=16)
 """The stock mask generator with a coarser grid: the smallest object still gets a dozen points."""

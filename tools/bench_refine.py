@@ -1,6 +1,6 @@
 """How fast refinement is: PAR beside its convolution form, and both CRF engines over pixels and classes.
 
-``make bench``, or ``python tests/bench_refine.py``. Everything compared runs in turns within one process.
+``make bench``, or ``python tools/bench_refine.py``. Everything compared runs in turns within one process.
 """
 
 from __future__ import annotations

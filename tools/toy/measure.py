@@ -1,6 +1,6 @@
 """Does the tiny CLIP behave like a CLIP? The claims of docs/toy.md, measured on the held-out scenes.
 
-Run ``python -m clipseed.toy.measure`` (or ``make toy-report``). Masks are used here, to score; training never sees one.
+Run ``python -m tools.toy.measure`` (or ``make toy-report``). Masks are used here, to score; training never sees one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which image feature and which rule tag pictures best? The table of docs/choosing-text.md.
 
-Run ``python -m clipseed.toy.measure_tags``. Thresholds are chosen on 300 scenes of seed 9 and 100 pictures that show
+Run ``python -m tools.toy.measure_tags``. Thresholds are chosen on 300 scenes of seed 9 and 100 pictures that show
 nothing but a material; the scored set is only scored.
 """
 

@@ -1,6 +1,6 @@
 """How ``cam``, ``refine`` and ``crf`` grow with the number of pictures, and what shares and Ray add (docs/scale.md).
 
-``python tests/bench_scale.py --count 20000``. Pictures are generated, small, JPEG; the model is the built-in tiny one,
+``python tools/bench_scale.py --count 20000``. Pictures are generated, small, JPEG; the model is the built-in tiny one,
 so that what is measured is everything around the model. Every run is a process of its own; its memory and its counts
 come from ``--report``.
 """

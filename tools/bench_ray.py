@@ -1,6 +1,6 @@
 """Actors beside Ray Data, for the same units of the same work on the same cluster (docs/scale.md).
 
-``python tests/bench_ray.py --count 4000``; needs ``pip install 'ray[data]'``. Both load the model once per worker and
+``python tools/bench_ray.py --count 4000``; needs ``pip install 'ray[data]'``. Both load the model once per worker and
 run :meth:`clipseed.runtime.work.Work.run` on whole units; results come back to this process. They take turns.
 """
 

@@ -1,4 +1,4 @@
-"""Train the tiny SAM that ships with clipseed: ``python -m clipseed.toy.train_sam --out runs/toy-sam``.
+"""Train the tiny SAM that ships with clipseed: ``python -m tools.toy.train_sam --out runs/toy-sam``.
 
 segment_anything's own modules with small sizes, taught on scenes that are drawn as they are needed. A picture's number
 fixes the picture and its prompts, so a run that was interrupted goes on where its last checkpoint stands, and no
@@ -8,22 +8,22 @@ picture is seen twice. docs/toy.md describes the recipe.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clipseed.sam.architecture import SamConfig, save_sam
-from clipseed.toy.sam_objective import Lesson, some_cells, step_losses
-from clipseed.toy.sam_start import CONFIG, CellHead, build, sharpen
-from clipseed.toy.sam_targets import boxes, several_points, single_points, view
 from clipseed.toy.world import lay_out
+from clipseed.train import loop
+from clipseed.train.loop import LoopOptions
+from tools.toy.sam_objective import Lesson, some_cells, step_losses
+from tools.toy.sam_start import CONFIG, CellHead, build, sharpen
+from tools.toy.sam_targets import boxes, several_points, single_points, view
 
 FIRST_SEED = 5000
 """Training scenes come from this seed; the scored ones from seed 0, those of the tiny CLIP from 1000 to 1005."""
@@ -74,60 +74,60 @@ def lesson(number: int, config: SamConfig, plan: Plan) -> Lesson:
     return Lesson(shown, prompts, some_cells(shown, rng, plan.cells, config.patch_size))
 
 
+class Lessons:
+    """All training pictures, drawn when they are asked for. Each has a number of its own and is seen once."""
+
+    def __init__(self, config: SamConfig, plan: Plan) -> None:
+        self._config, self._plan = config, plan
+
+    def __len__(self) -> int:
+        return self._plan.steps * self._plan.batch
+
+    def sample(self, index: int, seed: int) -> Lesson:
+        """Picture ``index``; its number alone decides it."""
+        return lesson(index, self._config, self._plan)
+
+    def collate(self, samples: Sequence[Lesson]) -> list[Lesson]:
+        """Pictures differ in size, so a batch is a list."""
+        return list(samples)
+
+
+class SamTrainer:
+    """The model, and a head that only training has."""
+
+    def __init__(self, config: SamConfig, plan: Plan) -> None:
+        self._plan = plan
+        self.sam, self._head = build(config), CellHead(config.out_chans)
+        self.module = torch.nn.ModuleDict({"sam": self.sam, "head": self._head})
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; only matrices decay."""
+        learned = list(self.module.parameters())
+        decayed = [value for value in learned if value.ndim >= 2]
+        others = [value for value in learned if value.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self._plan.rate, betas=(0.9, 0.98))
+
+    def schedule(self, step: int) -> float:
+        """See :class:`Plan`."""
+        return self._plan.rate_at(step) / self._plan.rate
+
+    def losses(self, batch: list[Lesson], step: int) -> dict[str, Tensor]:
+        """Masks, their IoU, and kinship, weighted by how far training is."""
+        balance = self._plan.balance_at(step)
+        found = step_losses(self.sam, self._head, batch, balance)
+        kinship = self._plan.kinship_at(step) * found["kinship"]
+        return {"loss": found["cross"] + (1 - balance) * found["dice"] + found["iou"] + kinship, **found}
+
+
 def train(folder: Path, plan: Plan, config: SamConfig = CONFIG, keep_every: int = 100) -> Any:
-    """Train, or go on with the checkpoint in ``folder``; progress goes to stderr and ``curve.jsonl``."""
-    sam = build(config)
-    head = CellHead(config.out_chans)
-    learned = [*sam.parameters(), *head.parameters()]
-    decayed = [value for value in learned if value.ndim >= 2]
-    others = [value for value in learned if value.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98))
-    kept = folder / "checkpoint.pt"
-    first = 0
-    if kept.exists():
-        saved = torch.load(kept, weights_only=True)
-        sam.load_state_dict(saved["state"])
-        head.load_state_dict(saved["head"])
-        optimiser.load_state_dict(saved["optimiser"])
-        first = saved["step"]
-    recent: list[dict[str, float]] = []
-    began = time.perf_counter()
-    for step in range(first, plan.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = plan.rate_at(step)
-        numbers = range(step * plan.batch, (step + 1) * plan.batch)
-        balance = plan.balance_at(step)
-        found = step_losses(sam, head, [lesson(number, config, plan) for number in numbers], balance)
-        optimiser.zero_grad(set_to_none=True)
-        total = found["cross"] + (1 - balance) * found["dice"] + found["iou"] + plan.kinship_at(step) * found["kinship"]
-        total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimiser.step()
-        recent.append({name: value.item() for name, value in found.items()})
-        done = step + 1
-        if done % keep_every == 0 or done == plan.steps:
-            row: dict[str, Any] = {"step": done, "of": plan.steps}
-            row["images_per_second"] = round(plan.batch * (done - first) / (time.perf_counter() - began), 2)
-            row |= {name: round(float(np.mean([one[name] for one in recent])), 4) for name in recent[0]}
-            _record(folder, row)
-            recent = []
-            states = {"state": sam.state_dict(), "head": head.state_dict(), "optimiser": optimiser.state_dict()}
-            _keep(kept, {**states, "step": done})
-    return sam
-
-
-def _record(folder: Path, row: dict[str, Any]) -> None:
-    with (folder / "curve.jsonl").open("a") as curve:
-        curve.write(json.dumps(row) + "\n")
-    sys.stderr.write(" ".join(f"{key}={value}" for key, value in row.items()) + "\n")
-
-
-def _keep(path: Path, saved: dict[str, Any]) -> None:
-    """Write a checkpoint so that an interruption leaves the old one or the new one."""
-    fresh = path.with_suffix(".new")
-    torch.save(saved, fresh)
-    fresh.replace(path)
+    """Train, or go on with the checkpoint in ``folder``; returns the model."""
+    trainer = SamTrainer(config, plan)
+    options = LoopOptions(
+        folder, plan.steps, plan.batch, clip=1.0, keep_every=keep_every, report_every=100, seed=FIRST_SEED
+    )
+    loop.train(trainer, Lessons(config, plan), options, {"plan": asdict(plan), "config": asdict(config)})
+    return trainer.sam
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,7 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Plan.steps, help="optimiser steps, to try it out")
     chosen = parser.parse_args(arguments)
-    chosen.out.mkdir(parents=True, exist_ok=True)
     sam = train(chosen.out, Plan(steps=chosen.steps))
     save_sam(chosen.out / "sam.npz", sharpen(sam), CONFIG)
 

@@ -1,6 +1,6 @@
 """How much ``cam`` costs beside the bare image encoder: same weights, same pixels, same threads, one run.
 
-``make bench``, or ``python tests/bench.py --images FOLDER --count N``. Weights are a seeded random ViT-B/16: speed does
+``make bench``, or ``python tools/bench.py --images FOLDER --count N``. Weights are a seeded random ViT-B/16: speed does
 not depend on what a network has learnt. The bare encoder is open_clip's own transformer on the same batches and in the
 same precision; it is measured in turns with ``cam``, because timings on shared machines drift, and ratios are taken
 turn by turn. The last lines say how full batches of equal grids are on pictures of VOC's and COCO's sizes.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -47,6 +48,7 @@ class Description:
         return sorted(found) + [len(CLASS_NAMES) + MATERIAL_NAMES.index(name) for name in self.materials]
 
 
+@lru_cache(maxsize=1)
 def _words() -> dict[str, tuple[str, ...]]:
     """Name and synonyms of every concept."""
     toy = load_vocabulary("toy")
