@@ -14,14 +14,14 @@ from clipseed.errors import ImageError
 T = TypeVar("T", bound=np.generic)
 
 MAX_MASK_BYTES = 2**31
-"""Masks of one picture that are held in memory together, one byte a pixel."""
+"""Masks of one image that are held in memory together, one byte a pixel."""
 SUB_PART, PART, WHOLE = 0, 1, 2
 """Levels: which of the three masks of a point a mask is."""
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Masks of one picture, in output order. They may overlap and leave gaps.
+    """Masks of one image, in output order. They may overlap and leave gaps.
 
     Attributes:
         masks: ``(S, H, W)`` bool.
@@ -85,7 +85,7 @@ def room_for(count: int, size: tuple[int, int], where: str) -> npt.NDArray[np.bo
     """
     height, width = size
     if count * height * width > MAX_MASK_BYTES:
-        raise ImageError(f"{where}: {count} masks of {width}x{height} pixels need more than 2 GiB; shrink the picture")
+        raise ImageError(f"{where}: {count} masks of {width}x{height} pixels need more than 2 GiB; shrink the image")
     return np.zeros((count, height, width), bool)
 
 

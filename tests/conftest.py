@@ -67,8 +67,8 @@ def tiny_weights(tmp_path: Path, openai_state: dict[str, torch.Tensor]) -> Path:
     return save_npz(tmp_path / "tiny.npz", openai_state)
 
 
-def picture(seed: int, height: int, width: int) -> Image.Image:
-    """A smooth colourful picture."""
+def photo(seed: int, height: int, width: int) -> Image.Image:
+    """A smooth colourful image."""
     rng = np.random.default_rng(seed)
     knots = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return knots.resize((width, height), Image.Resampling.BICUBIC)
@@ -76,7 +76,7 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """Six pictures in VOC layout with masks, two of them of equal size."""
+    """Six images in VOC layout with masks, two of them of equal size."""
     from clipseed.store.masks import write_mask
 
     root = tmp_path / "VOC2012"
@@ -94,7 +94,7 @@ def devkit(tmp_path: Path) -> Path:
 
     names = load_vocabulary("voc").class_names
     for number, (identifier, (height, width), labels) in enumerate(contents):
-        picture(number, height, width).save(root / "JPEGImages" / f"{identifier}.jpg", quality=95)
+        photo(number, height, width).save(root / "JPEGImages" / f"{identifier}.jpg", quality=95)
         mask = np.zeros((height, width), np.uint8)
         for position, label in enumerate(labels):
             mask[5 + 8 * position : 12 + 8 * position, 4:40] = names.index(label) + 1

@@ -55,12 +55,12 @@ def test_cam_and_evaluate(scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     for words, code in (([], 3), (["--allow-skipped"], 0), (["--allow-skipped", "1"], 0), (["--allow-skipped=0"], 3)):
         assert main([*CAM, *words]) == code
         told = capsys.readouterr().err
-        assert "1 pictures skipped: toy_000001" in told  # allowed, not hushed up
+        assert "1 images skipped: toy_000001" in told  # allowed, not hushed up
         assert (scenes / "cams.skipped.csv").read_text().startswith("id,reason\ntoy_000001,")
         score = ["evaluate", "cams.h5", "--gt", "SegmentationClass", "--split", "val", "--json"]
         assert main([*score, *words]) == code
         shown = capsys.readouterr()
-        assert "1 pictures of split val have no prediction" in shown.err
+        assert "1 images of split val have no prediction" in shown.err
         assert json.loads(shown.out)["missing_predictions"] == ["toy_000001"]
         assert main(["report", "cams.h5", "--gt", "SegmentationClass", "--split", "val", *words]) == code
         capsys.readouterr()
@@ -97,7 +97,7 @@ def test_every_command_that_streams(scenes: Path, capsys: pytest.CaptureFixture[
     ):
         assert main([*command, "--device", "cpu"]) == 3, command
         assert main([*command, "--device", "cpu", "--allow-skipped", "2"]) == 0, command
-        assert "pictures skipped: toy_00000" in capsys.readouterr().err
+        assert "images skipped: toy_00000" in capsys.readouterr().err
 
     assert main(["sam-seed", "cams.h5", "--method", "pixel", "--allow-skipped", "1"]) == 0
 

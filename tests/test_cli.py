@@ -18,7 +18,7 @@ import clipseed as package
 from clipseed.cli.main import main
 from clipseed.store.reader import open_seeds
 
-from conftest import Runner, picture
+from conftest import Runner, photo
 
 COMMANDS = (
     "cam",
@@ -94,8 +94,8 @@ def test_voc_end_to_end(
     assert main([*voc_words, "--out", "cams.h5"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "voc train: 6 pictures, 6 to do" in captured.err
-    assert "cams.h5: 6 of 6 pictures, 6 computed now" in captured.err
+    assert "voc train: 6 photos, 6 to do" in captured.err
+    assert "cams.h5: 6 of 6 photos, 6 computed now" in captured.err
 
     seeds = package.open_seeds("cams.h5")
     assert list(seeds) == [f"2007_00000{k}" for k in range(1, 7)]
@@ -144,7 +144,7 @@ def test_results_do_not_depend_on_batching_or_workers(voc_words: list[str], tmp_
             np.testing.assert_allclose(other[key].cam, first[key].cam, atol=1e-3)  # one unit of stored half precision
 
 
-def test_skipped_pictures_are_code_3_and_listed(
+def test_skipped_images_are_code_3_and_listed(
     voc_words: list[str], devkit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = devkit / "JPEGImages"
@@ -155,8 +155,8 @@ def test_skipped_pictures_are_code_3_and_listed(
     out = tmp_path / "cams.h5"
     assert main([*voc_words, "--out", str(out)]) == 3
     captured = capsys.readouterr()
-    assert "3 pictures skipped: 2007_000001" in captured.err
-    assert "cams.h5: 3 of 6 pictures" in captured.err
+    assert "3 photos skipped: 2007_000001" in captured.err
+    assert "cams.h5: 3 of 6 photos" in captured.err
     rows = (tmp_path / "cams.skipped.csv").read_text().splitlines()
     assert rows[0] == "id,reason"
     assert sorted(row.split(",")[0] for row in rows[1:]) == ["2007_000001", "2007_000003", "2007_000006"]
@@ -164,7 +164,7 @@ def test_skipped_pictures_are_code_3_and_listed(
     assert any("no such file" in row for row in rows)
     assert any("no labels are given for it" in row for row in rows)
 
-    (images / "2007_000001.jpg").write_bytes(good)  # the mended picture is picked up by the same command
+    (images / "2007_000001.jpg").write_bytes(good)  # the mended photo is picked up by the same command
     assert main([*voc_words, "--out", str(out)]) == 3
     assert "1 computed now" in capsys.readouterr().err
     assert list(open_seeds(out)) == ["2007_000001", "2007_000002", "2007_000004", "2007_000005"]
@@ -176,23 +176,23 @@ def test_when_nothing_can_be_read_it_is_a_failure(
     shutil.rmtree(devkit / "JPEGImages")
     (devkit / "JPEGImages").mkdir()
     assert main([*voc_words, "--out", str(tmp_path / "cams.h5")]) == 1
-    assert "none of the 6 pictures could be used; the first, 2007_000001:" in capsys.readouterr().err
+    assert "none of the 6 photos could be used; the first, 2007_000001:" in capsys.readouterr().err
 
 
-def test_extreme_pictures(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extreme_images(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1x1, 1x4000, 8000x6000, every mode, ids with blanks and 200 letters: all analysed, none ends the run."""
     images = tmp_path / "photos"
     images.mkdir()
     cases = {
         "dot": Image.new("RGB", (1, 1), "red"),
-        "line": picture(0, 1, 4000),
+        "line": photo(0, 1, 4000),
         "large": Image.new("RGB", (8000, 6000), "green"),
-        "grey": picture(1, 40, 30).convert("L"),
-        "alpha": picture(2, 40, 30).convert("RGBA"),
-        "bits": picture(3, 40, 30).convert("1"),
-        "a b, c's": picture(4, 40, 30),
-        "n" * 200: picture(5, 40, 30),
-        "é日本": picture(6, 40, 30),
+        "grey": photo(1, 40, 30).convert("L"),
+        "alpha": photo(2, 40, 30).convert("RGBA"),
+        "bits": photo(3, 40, 30).convert("1"),
+        "a b, c's": photo(4, 40, 30),
+        "n" * 200: photo(5, 40, 30),
+        "é日本": photo(6, 40, 30),
     }
     for name, image in cases.items():
         image.save(images / f"{name}.png")
@@ -227,27 +227,27 @@ def test_inspect(voc_words: list[str], devkit: Path, tmp_path: Path, capsys: pyt
         assert sheet.size[1] > 400
     assert main(["inspect", str(out), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert (data["pictures"], data["maps"], data["without_class"]) == (6, 8, 1)
+    assert (data["photos"], data["maps"], data["without_class"]) == (6, 8, 1)
     assert data["per_class"]["person"] == 2
     assert main(["inspect", str(out), "--preview", str(preview), "--id", "nothing"]) == 1
-    assert "holds no picture 'nothing'" in capsys.readouterr().err
+    assert "holds no photo 'nothing'" in capsys.readouterr().err
     shutil.rmtree(devkit / "JPEGImages")
     assert main(["inspect", str(out), "--preview", str(preview)]) == 1
-    assert "the picture is not there any more" in capsys.readouterr().err
+    assert "the photo is not there any more" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no.h5")]) == 1
     assert "no.h5: no such file" in capsys.readouterr().err
 
 
 def test_preview_shows_the_map_in_place(tmp_path: Path) -> None:
-    """A map that is hot in one corner colours that corner of the overlay, in the picture's own orientation."""
+    """A map that is hot in one corner colours that corner of the overlay, in the photo's own orientation."""
     from clipseed.report.overlay import heat_overlay
     from clipseed.store.records import SeedMap
 
     cam = np.zeros((1, 3, 6), np.float32)
     cam[0, 0, 5] = 1
     seed = SeedMap("x", np.array([0], np.int32), cam, (48, 96))
-    picture_pixels = np.full((48, 96, 3), 128, np.uint8)
-    overlay = heat_overlay(picture_pixels, seed.upsampled()[0])
+    image_pixels = np.full((48, 96, 3), 128, np.uint8)
+    overlay = heat_overlay(image_pixels, seed.upsampled()[0])
     redness = overlay[..., 0].astype(int) - overlay[..., 2]
     assert redness[4, 92] > 40
     assert redness[44, 4] < 0

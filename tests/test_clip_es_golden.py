@@ -100,10 +100,10 @@ def test_class_activation_maps(folder: str, name: str) -> None:
     labels = [arrays["keys"].tolist()]
     with torch.inference_mode():
         state = run_last_block(clip.tower, clip.dense(pixels).tokens)
-        picture, label = pair_index(labels, torch.device("cpu"))
+        image, label = pair_index(labels, torch.device("cpu"))
         present = torch.zeros(1, len(bank.classes), dtype=torch.bool)
-        present[picture, label] = True
-        gradient = score_gradient(state.feature, bank, present, picture, label, "softmax")
+        present[image, label] = True
+        gradient = score_gradient(state.feature, bank, present, image, label, "softmax")
         weights = channel_weights(clip.tower, state, [len(labels[0])], gradient)
         raw = gradcam(clip.tower, state, bank, labels, grid)
     peak = np.abs(arrays["grad_mean"]).max(axis=1, keepdims=True)
@@ -169,7 +169,7 @@ def test_metric_alone(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", SETS)
 def test_the_command_reproduces_the_maps(folder: str, tmp_path: Path) -> None:
-    """``clipseed cam --paper`` on picture files, with labels from a JSON file, gives the released code's maps."""
+    """``clipseed cam --paper`` on image files, with labels from a JSON file, gives the released code's maps."""
     from clipseed.cli.main import main
 
     images = tmp_path / "images"

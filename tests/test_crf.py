@@ -21,7 +21,7 @@ from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool
 from clipseed.store.masks import read_mask, voc_palette
 
-from conftest import picture
+from conftest import photo
 
 needs_native = pytest.mark.skipif(
     importlib.util.find_spec("pydensecrf") is None,
@@ -44,7 +44,7 @@ def test_engines_agree(preset: str, labels: int, height: int, width: int) -> Non
 
     unary = clip_es_unary(blobs(labels, height, width))
     noise = np.random.default_rng(0).integers(-6, 7, (height, width, 3))
-    image = np.clip(np.asarray(picture(3, height, width)).astype(int) + noise, 0, 255).astype(np.uint8)
+    image = np.clip(np.asarray(photo(3, height, width)).astype(int) + noise, 0, 255).astype(np.uint8)
     theirs = native_crf(unary, image, PRESETS[preset])
     (ours,) = dense_crf([torch.from_numpy(unary)], [torch.from_numpy(image)], PRESETS[preset])
     np.testing.assert_allclose(ours.sum(dim=0).numpy(), 1, atol=1e-5)
@@ -55,7 +55,7 @@ def test_engines_agree(preset: str, labels: int, height: int, width: int) -> Non
 def test_batch_equals_one_by_one() -> None:
     cases = [(2, 40, 52), (4, 31, 60), (3, 40, 52)]
     unaries = [torch.from_numpy(clip_es_unary(blobs(*case, seed=k))) for k, case in enumerate(cases)]
-    images = [torch.from_numpy(np.asarray(picture(k, case[1], case[2])).copy()) for k, case in enumerate(cases)]
+    images = [torch.from_numpy(np.asarray(photo(k, case[1], case[2])).copy()) for k, case in enumerate(cases)]
     together = dense_crf(unaries, images, CLIP_ES)
     for unary, image, found in zip(unaries, images, together, strict=True):
         (alone,) = dense_crf([unary], [image], CLIP_ES)
@@ -183,7 +183,7 @@ def test_what_is_not_ours_is_never_deleted(
 
 @dataclass(frozen=True)
 class DeadlyReader:
-    """Ends the process on one picture, as a crash in native code does."""
+    """Ends the process on one photo, as a crash in native code does."""
 
     deadly: str
 
@@ -200,7 +200,7 @@ class DeadlyReader:
 
 @needs_native
 @pytest.mark.slow
-def test_a_crash_of_the_library_costs_one_picture(toy: Path) -> None:
+def test_a_crash_of_the_library_costs_one_image(toy: Path) -> None:
     source = toy / "cams-caa.h5"
     ids = list(clipseed.open_seeds(source))
     reader = DeadlyReader(ids[2])

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipseed.data.dataset import DatasetOptions, open_dataset, picture_finder
+from clipseed.data.dataset import DatasetOptions, image_finder, open_dataset
 from clipseed.data.voc import object_names
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit, toy_mask, toy_scene
 
-from conftest import picture
+from conftest import photo
 
 
 def voc(root: Path, **options: Any) -> Any:
@@ -104,7 +104,7 @@ def coco_folder(root: Path, **changes: Any) -> Path:
     (root / "annotations").mkdir(parents=True)
     (root / "val2017").mkdir()
     for number in (139, 285):
-        picture(number, 40, 60).save(root / "val2017" / f"{number:012d}.jpg")
+        photo(number, 40, 60).save(root / "val2017" / f"{number:012d}.jpg")
     data = {
         "images": [{"id": number, "file_name": f"{number:012d}.jpg"} for number in (139, 285, 7)],
         # COCO's own ids have gaps: 1, 2, 3 … 90
@@ -152,7 +152,7 @@ def folder(tmp_path: Path, rows: str, **options: Any) -> Any:
     images = tmp_path / "photos"
     for number, name in enumerate(("a.jpg", "sub/b.png", "c.jpg")):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(number, 20, 30).save(images / name)
+        photo(number, 20, 30).save(images / name)
     (tmp_path / "labels.csv").write_text(rows)
     (tmp_path / "classes.txt").write_text("rust\ncrack\n")
     given = {"images": images, "labels": tmp_path / "labels.csv", "classes": str(tmp_path / "classes.txt"), **options}
@@ -169,7 +169,7 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_folder_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none of its 1 ids is a picture.*first label id 'x', first picture 'a'"):
+    with pytest.raises(InputError, match=r"none of its 1 ids is an image.*first label id 'x', first image 'a'"):
         folder(tmp_path, "x,rust\n")
     for missing, message in (("images", "--images DIR"), ("labels", "--labels FILE"), ("classes", "--classes FILE")):
         with pytest.raises(UsageError, match=message):
@@ -200,13 +200,13 @@ def test_toy_set_and_its_devkit(tmp_path: Path) -> None:
         assert toy_mask(0, ours.id).shape == np.asarray(stored.reader(theirs)).shape[:2]
     with pytest.raises(InputError, match="needs the classes boat"):
         open_dataset(DatasetOptions(dataset="toy", classes="voc"))
-    with pytest.raises(InputError, match="not a picture of the toy set"):
+    with pytest.raises(InputError, match="not an image of the toy set"):
         toy_scene(0, "2007_000001")
 
 
-def test_picture_finder(devkit: Path) -> None:
-    find = picture_finder({"name": "voc", "images": str(devkit / "JPEGImages")})
+def test_image_finder(devkit: Path) -> None:
+    find = image_finder({"name": "voc", "images": str(devkit / "JPEGImages")})
     assert find("2007_000001").size == (64, 48)
     with pytest.raises(ImageError, match="not there any more"):
         find("2007_999999")
-    assert picture_finder({"name": "toy", "toy_seed": 0})("toy_000000").mode == "RGB"
+    assert image_finder({"name": "toy", "toy_seed": 0})("toy_000000").mode == "RGB"

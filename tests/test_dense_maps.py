@@ -1,4 +1,4 @@
-"""Maps from attention surgery against plain loops over pictures, heads, patches and texts in float64."""
+"""Maps from attention surgery against plain loops over photos, heads, patches and texts in float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bank(classes: int = 6, background: int = 4, scale: float = 15.0) -> TextBank
     return TextBank(rows[:classes], rows[classes:], scale)
 
 
-def pictures(seed: int, count: int = 3, grid: tuple[int, int] = (3, 5)) -> Tensor:
+def photos(seed: int, count: int = 3, grid: tuple[int, int] = (3, 5)) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, grid[0] * 16, grid[1] * 16), dtype=torch.uint8, generator=generator)
 
@@ -71,7 +71,7 @@ def softmax(row: Any) -> Any:
 
 
 class Loops:
-    """The methods of one picture, one head, one patch at a time, on the weights of the open_clip module itself."""
+    """The methods of one photo, one head, one patch at a time, on the weights of the open_clip module itself."""
 
     def __init__(self, model: Any, tower: VisionTower, image: Tensor) -> None:
         self.visual, self.quick = model.visual, tower.blocks[0].activation == "quickgelu"
@@ -202,7 +202,7 @@ def expected(model: Any, tower: VisionTower, image: Tensor, text: TextBank, pres
 def test_maps_equal_plain_loops(kind: str, method: Any) -> None:
     model, tower = make(kind)
     side = tower.patch * 3
-    images, text, clip = pictures(1)[:, :, :side], bank(), FakeClip(tower)
+    images, text, clip = photos(1)[:, :, :side], bank(), FakeClip(tower)
     loops = [expected(model, tower, image, text, row, method) for image, row in zip(images, LABELS, strict=True)]
     scores = dense_cams(clip, images, text, LABELS, method, "similarity")  # type: ignore[arg-type]
     theirs = torch.from_numpy(np.concatenate([pair[0] for pair in loops])).float()
@@ -218,7 +218,7 @@ def test_maps_equal_plain_loops(kind: str, method: Any) -> None:
 @pytest.mark.parametrize(("blocks", "heads"), [(1, "sum"), (2, "mean"), (4, "sum"), (9, "mean")])
 def test_number_of_blocks_and_heads_of_the_new_path(blocks: int, heads: Any) -> None:
     model, tower = make("layer scale")
-    images = pictures(2, 1)
+    images = photos(2, 1)
     loops = Loops(model, tower, images[0])
     theirs = np.array(loops.svc(blocks, heads))
     found = dual_path(tower, tower.normalize(images), blocks, heads)
@@ -230,7 +230,7 @@ def test_number_of_blocks_and_heads_of_the_new_path(blocks: int, heads: Any) -> 
 def test_the_original_path_is_the_model_itself() -> None:
     for kind in TOWERS:
         _, tower = make(kind)
-        pixels = tower.normalize(pictures(3))
+        pixels = tower.normalize(photos(3))
         assert (dual_path(tower, pixels).image - tower.encode(pixels)).abs().max() < 1e-5, kind
     with pytest.raises(ValueError, match="at least 1 block"):
         dual_path(tower, pixels, 0)
@@ -251,23 +251,23 @@ def test_vicinity() -> None:
             square = (i // 3 - j // 3) ** 2 + (i % 3 - j % 3) ** 2
             assert found[i, j] == pytest.approx(np.exp(-square / 4.5), rel=1e-5)
     _, tower = make("openai")
-    tokens = tower.dense(tower.normalize(pictures(5))).tokens
+    tokens = tower.dense(tower.normalize(photos(5))).tokens
     narrow, wide = (neighbour_patches(tower, tokens, (3, 5), sigma) for sigma in (0.5, 50.0))
     assert (narrow - wide).abs().max() > 1e-3
     assert value_patches(tower, tokens).shape == narrow.shape == (3, 15, 64)
 
 
 @pytest.mark.parametrize("method", DENSE_METHODS)
-def test_pictures_and_absent_classes_do_not_matter(method: Any) -> None:
+def test_images_and_absent_classes_do_not_matter(method: Any) -> None:
     _, tower = make("layer scale")
     clip: Any = FakeClip(tower)
-    images, text = pictures(6), bank()
+    images, text = photos(6), bank()
     together = compute_cams(clip, text, [images], LABELS, (3, 5), method).maps
     for k, maps in enumerate(together):
         alone = compute_cams(clip, text, [images[k : k + 1]], LABELS[k : k + 1], (3, 5), method).maps[0]
         assert (maps - alone).abs().max() < 1e-4
     other = text.classes.clone()
-    other[[0, 1, 2, 3, 5]] = other[[5, 3, 0, 1, 2]]  # everything that the last picture does not show, but class 3
+    other[[0, 1, 2, 3, 5]] = other[[5, 3, 0, 1, 2]]  # everything that the last photo does not show, but class 3
     other[3] = text.classes[3]
     swapped = TextBank(other, text.background, text.logit_scale)
     again = compute_cams(clip, swapped, [images], LABELS, (3, 5), method).maps
@@ -279,7 +279,7 @@ def test_pictures_and_absent_classes_do_not_matter(method: Any) -> None:
 def test_scales_and_flip(method: Any) -> None:
     _, tower = make("openai")
     clip: Any = FakeClip(tower)
-    images, large, text = pictures(7, 2), pictures(8, 2, (4, 7)), bank()
+    images, large, text = photos(7, 2), photos(8, 2, (4, 7)), bank()
     labels = LABELS[:2]
 
     def single(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -298,7 +298,7 @@ def test_half_precision_stays_close(method: Any, dtype: torch.dtype, tolerance: 
     model, tower = make("openai")
     half: Any = FakeClip(tower_from(model.visual, MEAN, STD, CPU, dtype))
     whole: Any = FakeClip(tower)
-    images, text = pictures(9), bank()
+    images, text = photos(9), bank()
     found = compute_cams(half, text, [images], LABELS, (3, 5), method)
     exact = compute_cams(whole, text, [images], LABELS, (3, 5), method)
     assert found.recomputed == 0
@@ -312,7 +312,7 @@ def test_nan_is_computed_again_in_float32(method: Any) -> None:
     whole: Any = FakeClip(tower)
 
     class Broken(FakeClip):
-        """The second picture overflows."""
+        """The second photo overflows."""
 
         @property
         def exact(self) -> FakeClip:
@@ -331,7 +331,7 @@ def test_nan_is_computed_again_in_float32(method: Any) -> None:
             return VisionTower.dense(self, pixels)  # type: ignore[arg-type]
 
     broken: Any = Broken(Overflowing())  # type: ignore[arg-type]
-    images, text = pictures(10), bank()
+    images, text = photos(10), bank()
     found = compute_cams(broken, text, [images], LABELS, (3, 5), method)
     assert found.recomputed == 1
     for ours, theirs in zip(found.maps, compute_cams(whole, text, [images], LABELS, (3, 5), method).maps, strict=True):
@@ -344,7 +344,7 @@ def test_a_class_without_competitors_keeps_its_similarity() -> None:
     clip: Any = FakeClip(tower)
     text = bank(background=0)
     for method in DENSE_METHODS:
-        maps = compute_cams(clip, text, [pictures(11)], [[1], [2, 4], []], (3, 5), method).maps
+        maps = compute_cams(clip, text, [photos(11)], [[1], [2, 4], []], (3, 5), method).maps
         assert [len(row) for row in maps] == [1, 2, 0]
         assert all((row.amax(dim=(1, 2)) == 1).all() for row in maps)
 
@@ -354,7 +354,7 @@ def test_a_softmax_keeps_only_the_weights_of_feature_subtraction() -> None:
     text, labels = bank(), [[0, 3], [4]]
     among = competitors(text, labels)
     assert among.sum(dim=1).tolist() == [6, 5]
-    even = torch.zeros(2, 10)  # every text equally like the picture: all weights are 1
+    even = torch.zeros(2, 10)  # every text equally like the photo: all weights are 1
     found = pair_scores(subtract_redundant(cosines, even, among), text, labels)
     assert (found - pair_scores(cosines, text, labels)).abs().max() < 1e-5
     uneven = torch.linspace(0, 1, 10).expand(2, -1)

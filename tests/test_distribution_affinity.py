@@ -59,8 +59,8 @@ def loop_affinity(scores: Tensor, weights: Tensor, temperature: float, class_tem
 def test_class_distributions(temperature: float) -> None:
     scores = cosines()
     found = class_distributions(scores, temperature)
-    for ours, picture in zip(found, scores, strict=True):
-        assert np.abs(ours.numpy() - np.array(loop_distributions(picture, temperature))).max() < 1e-5
+    for ours, image in zip(found, scores, strict=True):
+        assert np.abs(ours.numpy() - np.array(loop_distributions(image, temperature))).max() < 1e-5
     moved = class_distributions(3 * scores - 1, temperature)  # where the cosines lie does not matter
     assert (moved - found).abs().max() < 1e-5
     assert (class_distributions(torch.full((1, 4, 5), 0.3)) == 0.2).all()

@@ -170,7 +170,7 @@ def test_cam(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_most_maps_empty(devkit: Path, tiny_weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both pictures show one class."""
+    """Both images show one class."""
     (here / "some.txt").write_text("2007_000001\n2007_000003\n")
     words = ("cam", "--dataset", "voc", "--root", devkit, "--split", "some.txt", "--weights", tiny_weights, "--model")
     words = (*words[:-1], "--out", "c.h5")
@@ -199,7 +199,7 @@ def test_crf(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not read_mask(here / "pseudo" / "toy_000000.png").any()
     again, said = told(capsys, *run)
     assert again == found
-    assert "0 pictures to do" in said
+    assert "0 images to do" in said
 
     found, _ = told(capsys, *run, "--out", "ignored", "--empty", "ignore")
     assert (read_mask(here / "ignored" / "toy_000000.png") == 255).all()
@@ -252,7 +252,7 @@ def test_sam_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shards_made_before(tmp_path: Path) -> None:
-    """A writer that finds a shard and a newer one of the same picture lists what it keeps."""
+    """A writer that finds a shard and a newer one of the same image lists what it keeps."""
     manifest = small_manifest(tmp_path)
     full, nothing = seed_map("a", (3,), 0), SeedMap("a", np.array([3], np.int32), np.zeros((1, 6, 8), np.float32), SIZE)
     with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipseed.cli.main import main
-from clipseed.data.dataset import picture_finder
+from clipseed.data.dataset import image_finder
 from clipseed.errors import ClipseedError, ImageError, InputError, StoreError
 from clipseed.jobs.evaluate import evaluate
 from clipseed.jobs.evaluate_options import EvaluateOptions
@@ -31,7 +31,7 @@ from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.masks import mask_note, read_mask, write_mask
 from clipseed.store.reader import open_seeds
 
-from conftest import picture
+from conftest import photo
 
 FUZZ = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
@@ -46,7 +46,7 @@ DATASETS = ("id", "size", "grid", "class_offset", "class_id", "cam_offset", "cam
 
 
 def arrays() -> dict[str, np.ndarray]:
-    """Three pictures as docs/formats.md describes them: with two classes, with none, with one."""
+    """Three images as docs/formats.md describes them: with two classes, with none, with one."""
     return {
         "id": np.array([b"a", b"b/c", b"d"], "S3"),
         "size": np.array([[48, 64], [32, 32], [16, 48]], np.int32),
@@ -90,7 +90,7 @@ def survives(function: Callable[[], Any]) -> Any:
 
 
 def use_seeds(path: Path) -> list[str]:
-    """Everything that commands do with seeds before they look at pictures."""
+    """Everything that commands do with seeds before they look at images."""
     with open_seeds(path) as seeds:
         for key in seeds:
             record = seeds[key]
@@ -184,7 +184,7 @@ def test_manifests_of_seeds(manifest: Any, tmp_path: Path) -> None:
     if survives(lambda: open_seeds(path).manifest):
         assert main(["inspect", str(path), "--preview", str(tmp_path / "sheet.png")]) in (0, 1)
         dataset = open_seeds(path).manifest["dataset"]
-        survives(lambda: picture_finder(dataset)("a"))
+        survives(lambda: image_finder(dataset)("a"))
 
 
 def write_truth(folder: Path) -> None:
@@ -285,14 +285,14 @@ def test_masks_with_changed_bytes(data: st.DataObject, mode: str, form: str, tmp
     check_mask(path)
 
 
-def test_masks_are_pictures_without_loss_only(tmp_path: Path) -> None:
+def test_masks_are_images_without_loss_only(tmp_path: Path) -> None:
     """A name that ends in .png must not start the interpreters that Pillow has for other formats."""
     path = tmp_path / "x.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(InputError, match="not a picture"):
+    with pytest.raises(InputError, match="not an image"):
         read_mask(path)
-    picture(0, 8, 8).save(path, format="JPEG")
-    with pytest.raises(InputError, match="not a picture"):
+    photo(0, 8, 8).save(path, format="JPEG")
+    with pytest.raises(InputError, match="not an image"):
         read_mask(path)
     path.write_bytes(png(60_000, 60_000, 8, 3, chunk(b"PLTE", bytes(768))))
     with pytest.raises(InputError, match="its header promises an enormous mask"):
@@ -425,7 +425,7 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < start + (300 << 10)
 
 
 def test_bombs_of_every_format(tmp_path: Path) -> None:
-    """Class lists whose aliases double, masks and pictures of 16 gigapixels, texts of 100 MB in masks, nested JSON."""
+    """Class lists whose aliases double, masks and images of 16 gigapixels, texts of 100 MB in masks, nested JSON."""
     levels = "\n".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12))
     merges = "\n".join(f"b{k}: &b{k} {{<<: [{', '.join([f'*b{k - 1}'] * 9)}]}}" for k in range(1, 12))
     files = {
@@ -475,7 +475,7 @@ def test_pipes_never_block(tmp_path: Path) -> None:
 
     pipe = tmp_path / "x.png"
     os.mkfifo(pipe)
-    with pytest.raises(ImageError, match="a pipe or a device, not a picture"):
+    with pytest.raises(ImageError, match="a pipe or a device, not an image"):
         read_image(pipe)
     with pytest.raises(InputError, match="a pipe or a device, not a mask"):
         read_mask(pipe)
@@ -488,12 +488,12 @@ def test_pipes_never_block(tmp_path: Path) -> None:
 
 
 def test_ids_of_foreign_seeds_lead_nowhere(tmp_path: Path) -> None:
-    """Seeds are data from elsewhere: their ids must not read pictures or write masks outside the folders given."""
+    """Seeds are data from elsewhere: their ids must not read images or write masks outside the folders given."""
     from clipseed.store.mask_folder import MaskWriter
 
     (tmp_path / "photos").mkdir()
-    picture(0, 8, 8).save(tmp_path / "secret.png")
-    find = picture_finder({"name": "folder", "images": str(tmp_path / "photos")})
+    photo(0, 8, 8).save(tmp_path / "secret.png")
+    find = image_finder({"name": "folder", "images": str(tmp_path / "photos")})
     with MaskWriter(tmp_path / "masks", {"kind": "crf"}) as writer:
         for identifier in ("../secret", str(tmp_path / "secret"), "a/../../secret", "x\0y", "a\nb"):
             with pytest.raises(ImageError, match="the image id"):

@@ -94,10 +94,10 @@ def test_closed_form_equals_autograd_through_the_network(kind: str, target: str)
     with torch.inference_mode():
         features = tower.dense(pixels)
         state = run_last_block(tower, features.tokens)
-        picture, label = pair_index(labels, CPU)
+        image, label = pair_index(labels, CPU)
         present = torch.zeros(3, 6, dtype=torch.bool)
-        present[picture, label] = True
-        gradient = score_gradient(state.feature, text, present, picture, label, target)  # type: ignore[arg-type]
+        present[image, label] = True
+        gradient = score_gradient(state.feature, text, present, image, label, target)  # type: ignore[arg-type]
         weights = channel_weights(tower, state, [len(row) for row in labels], gradient)
         maps = gradcam(tower, state, text, labels, features.grid, target)  # type: ignore[arg-type]
     for ours, theirs in zip(weights, expected_weights, strict=True):
@@ -106,7 +106,7 @@ def test_closed_form_equals_autograd_through_the_network(kind: str, target: str)
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
 
-def test_pictures_and_classes_do_not_influence_each_other() -> None:
+def test_images_and_classes_do_not_influence_each_other() -> None:
     _, tower = make("openai")
     pixels = torch.randn(4, 3, 48, 80, generator=torch.Generator().manual_seed(2))
     labels = [[0], [1, 2, 3, 4], [5], [2, 0]]
@@ -123,14 +123,14 @@ def test_pictures_and_classes_do_not_influence_each_other() -> None:
 
 
 def test_groups_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures with equally many classes go together, side by side in the batch or not."""
+    """Images with equally many classes go together, side by side in the batch or not."""
     _, tower = make("openai")
     pixels = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     labels = [[0, 1, 2, 3, 4, 5], [5, 4], [], [1, 0], [2]]
     with torch.inference_mode():
         state = run_last_block(tower, tower.dense(pixels).tokens)
         whole = gradcam(tower, state, bank(), labels, (4, 4))
-        monkeypatch.setattr("clipseed.cam.gradcam._GROUP_TOKENS", {"cpu": 1})  # one picture at a time
+        monkeypatch.setattr("clipseed.cam.gradcam._GROUP_TOKENS", {"cpu": 1})  # one image at a time
         parts = gradcam(tower, state, bank(), labels, (4, 4))
     assert (whole - parts).abs().max() <= 1e-5 * whole.abs().max()
 
@@ -214,7 +214,7 @@ def test_released_normalisation() -> None:
 
 
 class FakeClip:
-    """A model whose maps are known: half precision breaks on pictures that begin with a white pixel."""
+    """A model whose maps are known: half precision breaks on images that begin with a white pixel."""
 
     def __init__(self, tower: VisionTower) -> None:
         self.tower = tower
@@ -263,7 +263,7 @@ def test_nan_is_computed_again_in_float32() -> None:
 
         def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> Any:
             features = super().dense(images, attention_blocks)
-            features.tokens[1] = float("nan")  # the second picture overflows
+            features.tokens[1] = float("nan")  # the second image overflows
             return features
 
     broken: Any = Broken(tower)

@@ -14,7 +14,7 @@ from test_fuzz_files import MANIFEST, arrays, seeds_file
 
 from clipseed.cli.main import main
 
-from conftest import picture
+from conftest import photo
 
 LONG = "x" * 300
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "empty"):
         (tmp_path / name).mkdir()
-    picture(0, 20, 20).save("photos/a.png")
+    photo(0, 20, 20).save("photos/a.png")
     Path("classes.txt").write_text("rust\n")
     Path("labels.txt").write_text("a rust\n")
     seeds_file(tmp_path / "cams.h5", arrays())
@@ -43,7 +43,7 @@ TOY = ["cam", "--dataset", "toy", "--limit", "1"]
         ([*CAM, "--labels", "photos"], 1, "photos: a label file cannot be read (Is a directory)"),
         ([*CAM, "--labels", "pipe"], 1, "pipe: a label file must be a file, not a pipe or a device"),
         ([*CAM, "--labels", "/dev/null"], 1, "/dev/null: a label file must be a file"),
-        ([*CAM, "--images", "empty"], 1, "empty: no pictures here"),
+        ([*CAM, "--images", "empty"], 1, "empty: no images here"),
         ([*CAM, "--images", "labels.txt"], 1, "labels.txt: no such image folder"),
         ([*CAM, "--images", LONG], 1, "no such image folder"),
         ([*CAM, "--classes", "photos"], 1, "photos: no such class list; give a file, or one of"),

@@ -1,4 +1,4 @@
-"""Decoding every kind of picture, and refusing what is none."""
+"""Decoding every kind of photo, and refusing what is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipseed.data.images import FileReader, patch_grid, read_image, resize_to_g
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError
 
-from conftest import picture
+from conftest import photo
 
 
 def saved(image: Image.Image, path: Path, **options: object) -> np.ndarray:
@@ -29,7 +29,7 @@ GREY = np.linspace(0, 255, 12 * 10).reshape(12, 10)
 
 
 def test_rgb_and_grey(tmp_path: Path) -> None:
-    image = picture(0, 12, 10)
+    image = photo(0, 12, 10)
     np.testing.assert_array_equal(saved(image, tmp_path / "a.png"), np.asarray(image))
     grey = GREY.astype(np.uint8)
     np.testing.assert_array_equal(saved(Image.fromarray(grey), tmp_path / "b.png"), grey[..., None].repeat(3, 2))
@@ -59,7 +59,7 @@ def test_32_bit_integers_with_negative_values_are_stretched(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_shows_white(mode: str, tmp_path: Path) -> None:
-    image = picture(1, 12, 10).convert(mode)
+    image = photo(1, 12, 10).convert(mode)
     alpha = np.full((12, 10), 255, np.uint8)
     alpha[:6] = 0
     alpha[6] = 128
@@ -72,7 +72,7 @@ def test_transparency_shows_white(mode: str, tmp_path: Path) -> None:
 
 
 def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
-    image = picture(2, 12, 10).quantize(8)
+    image = photo(2, 12, 10).quantize(8)
     np.testing.assert_array_equal(saved(image, tmp_path / "a.png"), np.asarray(image.convert("RGB")))
     found = saved(image, tmp_path / "b.png", transparency=0)
     assert (found[np.asarray(image) == 0] == 255).all()
@@ -87,7 +87,7 @@ def test_rgb_with_a_transparent_colour(tmp_path: Path) -> None:
 
 
 def test_cmyk_one_bit_and_animation(tmp_path: Path) -> None:
-    image = picture(3, 12, 10)
+    image = photo(3, 12, 10)
     found = saved(image.convert("CMYK"), tmp_path / "a.jpg", quality=100)
     assert np.abs(found.astype(int) - np.asarray(image)).mean() < 4
     bits = saved(Image.fromarray(GREY > 100), tmp_path / "b.png")
@@ -124,17 +124,17 @@ def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     good = tmp_path / "good.jpg"
-    picture(4, 200, 300).save(good, quality=95)
+    photo(4, 200, 300).save(good, quality=95)
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[:3000])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("this is not a picture")
+    (tmp_path / "text.jpg").write_text("this is not a photo")
     (tmp_path / "page.ps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     (tmp_path / "folder.jpg").mkdir()
     expected = {
         "cut.jpg": "truncated",
         "empty.jpg": "is empty",
-        "text.jpg": "not a picture",
-        "page.ps": "not a picture",  # PostScript would start an interpreter
+        "text.jpg": "not a photo",
+        "page.ps": "not a photo",  # PostScript would start an interpreter
         "missing.jpg": "no such file",
         "folder.jpg": "damaged",
     }
@@ -162,13 +162,13 @@ def test_a_huge_header_costs_nothing(tmp_path: Path) -> None:
         read_image(path)
 
 
-def test_every_byte_string_is_a_picture_or_an_image_error(tmp_path: Path) -> None:
+def test_every_byte_string_is_an_image_or_an_image_error(tmp_path: Path) -> None:
     """Flip and cut real files: nothing but ImageError may come out."""
     rng = np.random.default_rng(0)
     path = tmp_path / "x"
     for form in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"):
         buffer = io.BytesIO()
-        picture(5, 40, 30).save(buffer, form)
+        photo(5, 40, 30).save(buffer, form)
         original = buffer.getvalue()
         for _ in range(25):
             content = bytearray(original)
@@ -199,15 +199,15 @@ def test_patch_grid(size: tuple[int, int], limits: tuple[int, int], expected: tu
 
 
 def test_resize_to_grid_is_pillows_bicubic() -> None:
-    image = picture(6, 50, 70)
+    image = photo(6, 50, 70)
     found = resize_to_grid(image, (4, 5), 16)
     np.testing.assert_array_equal(found, np.asarray(image.resize((80, 64), Image.Resampling.BICUBIC)))
-    same = picture(7, 64, 80)
+    same = photo(7, 64, 80)
     np.testing.assert_array_equal(resize_to_grid(same, (4, 5), 16), np.asarray(same))
 
 
-def test_to_rgb_gives_a_picture_of_its_own() -> None:
-    image = picture(8, 4, 4)
+def test_to_rgb_gives_an_image_of_its_own() -> None:
+    image = photo(8, 4, 4)
     found = to_rgb(image)
     found.putpixel((0, 0), (1, 2, 3))
     assert image.getpixel((0, 0)) != (1, 2, 3)

@@ -14,19 +14,19 @@ import pytest
 
 from clipseed.store.reader import open_seeds
 
-from conftest import picture
+from conftest import photo
 
-PICTURES = 40
+IMAGES = 40
 
 
 @pytest.fixture
 def command(tmp_path: Path, tiny_weights: Path) -> list[str]:
-    """A run of 40 pictures in units of 5, slowed down so that there is a middle to be killed in."""
+    """A run of 40 images in units of 5, slowed down so that there is a middle to be killed in."""
     images = tmp_path / "photos"
     images.mkdir()
-    for number in range(PICTURES):
-        picture(number, 48 + number % 3 * 16, 64).save(images / f"{number:03d}.png")
-    (tmp_path / "labels.txt").write_text("".join(f"{k:03d} {k % 2}\n" for k in range(PICTURES)))
+    for number in range(IMAGES):
+        photo(number, 48 + number % 3 * 16, 64).save(images / f"{number:03d}.png")
+    (tmp_path / "labels.txt").write_text("".join(f"{k:03d} {k % 2}\n" for k in range(IMAGES)))
     (tmp_path / "classes.txt").write_text("rust\ncrack\n")
     code = (
         "import os, sys, time, clipseed.jobs.cam as job, clipseed.jobs.engine as engine\n"
@@ -95,13 +95,13 @@ def test_interruption(number: signal.Signals, code: int, command: list[str], tmp
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    assert "pictures are safe in" in errors
+    assert "images are safe in" in errors
     assert "Run the same command again to go on" in errors
     assert "Traceback" not in errors
     done = len(open_seeds(tmp_path / "cams.h5.parts"))
-    assert f"{done} of {PICTURES} pictures are safe" in errors
+    assert f"{done} of {IMAGES} images are safe" in errors
     assert f"{done} done already" in finish(command, out)
-    assert len(open_seeds(out)) == PICTURES
+    assert len(open_seeds(out)) == IMAGES
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(command: list[str], tmp
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     finish(command, out)
-    assert len(open_seeds(out)) == PICTURES
+    assert len(open_seeds(out)) == IMAGES
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from clipseed.data.types import check_id
 from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary, parse_vocabulary
 from clipseed.errors import ClipseedError, InputError
 
-from conftest import picture
+from conftest import photo
 
 VOC = load_vocabulary("voc")
 
@@ -198,18 +198,18 @@ def test_long_and_unusual_ids_are_fine() -> None:
 def test_listing(tmp_path: Path) -> None:
     for name in ("b.jpg", "a/c.PNG", "a/b/d.e.jpeg", ".hidden.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(0, 4, 4).save(tmp_path / name)
+        photo(0, 4, 4).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "self").symlink_to(tmp_path / "self")
     assert list(list_images(tmp_path)) == ["a/b/d.e", "a/c", "b"]
-    picture(0, 4, 4).save(tmp_path / "b.png")
-    with pytest.raises(InputError, match=r"two pictures with the id 'b'"):
+    photo(0, 4, 4).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"two images with the id 'b'"):
         list_images(tmp_path)
 
 
 def test_listing_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no pictures here"):
+    with pytest.raises(InputError, match="no images here"):
         list_images(tmp_path)
     with pytest.raises(InputError, match="no such image folder"):
         list_images(tmp_path / "missing")

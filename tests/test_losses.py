@@ -146,7 +146,7 @@ def test_module() -> None:
         ({"labels": torch.zeros(2, 1, 7, 9, dtype=torch.int64)}, r"labels: expected integers \(B, H, W\)"),
         ({"labels": torch.zeros(2, 7, 9)}, "labels: expected integers"),
         ({"labels": torch.zeros(2, 7, 9, dtype=torch.bool)}, "labels: expected integers"),
-        ({"labels": torch.zeros(3, 7, 9, dtype=torch.int64)}, "2 pictures in the logits, 3 in the labels"),
+        ({"labels": torch.zeros(3, 7, 9, dtype=torch.int64)}, "2 images in the logits, 3 in the labels"),
         ({"labels": torch.zeros(2, 7, 8, dtype=torch.int64), "confidence": None}, "are larger than the labels"),
         ({"labels": torch.full((2, 7, 9), 5)}, r"labels \[5\] are neither 0 to 4 nor ignore_index 255"),
         ({"labels": torch.full((2, 7, 9), -1)}, r"labels \[-1\] are neither"),

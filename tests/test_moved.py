@@ -22,7 +22,7 @@ from clipseed.store.differences import differences
 from clipseed.store.mask_cache import MaskCache
 from clipseed.store.masks import mask_note
 
-from conftest import picture
+from conftest import photo
 
 CAM = ["cam", "--dataset", "folder", "--images", "photos", "--labels", "labels.csv", "--classes", "classes.yaml",
        "--weights", "tiny.npz", "--device", "cpu"]  # fmt: skip
@@ -45,7 +45,7 @@ def project(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "project"
     (folder / "photos").mkdir(parents=True)
     for number, (key, size) in enumerate(zip("abcde", [(48, 64), (48, 64), (70, 50), (33, 90), (64, 64)], strict=True)):
-        picture(number, *size).save(folder / "photos" / f"{key}.png")
+        photo(number, *size).save(folder / "photos" / f"{key}.png")
     shutil.move(tiny_weights, folder / "tiny.npz")
     torch.manual_seed(0)
     small = SamConfig(image_size=64, embed_dim=32, depth=2, heads=2, window_size=0, global_attn_indexes=(0, 1))
@@ -108,21 +108,21 @@ def test_a_project_moves_and_goes_on(project: Path, run: Run, monkeypatch: pytes
 def test_a_renamed_photo_folder(project: Path, run: Run, capsys: Any) -> None:
     """Elsewhere than the outputs say: messages name --images, cam takes the new place up, and what follows knows it."""
     run(CAM)
-    Path("photos").rename("pictures")
+    Path("photos").rename("images")
     assert main(REFINE) == 1
     error = capsys.readouterr().err
     assert "not there any more" in error
     assert "--images" in error
     assert main(["inspect", "cams.h5", "--preview", "p.png"]) == 1
     assert "--images" in capsys.readouterr().err
-    assert main(["inspect", "cams.h5", "--preview", "p.png", "--images", "pictures"]) == 0
-    assert main(["inspect", "cams.h5", "--images", "pictures"]) == 2
+    assert main(["inspect", "cams.h5", "--preview", "p.png", "--images", "images"]) == 0
+    assert main(["inspect", "cams.h5", "--images", "images"]) == 2
     assert "--images belongs to --preview" in capsys.readouterr().err
-    assert run([*REFINE, "--images", "pictures", "--out", "other.h5"])["computed"] == 5
+    assert run([*REFINE, "--images", "images", "--out", "other.h5"])["computed"] == 5
     assert run(["crf", "other.h5", "--out", "masks", "--device", "cpu"])["computed"] == 5  # as refine was told
-    assert run([*SEGMENTS, "--images", "pictures"])["computed"] == 5
+    assert run([*SEGMENTS, "--images", "images"])["computed"] == 5
     assert main(["inspect", "masks.h5", "--preview", "p.png"]) == 0
-    moved = [word if word != "photos" else "pictures" for word in CAM]
+    moved = [word if word != "photos" else "images" for word in CAM]
     assert run(moved)["computed"] == 0
     assert run(REFINE)["computed"] == 5
     assert main([*CRF, "--images", "nowhere"]) == 2
@@ -141,7 +141,7 @@ def test_a_devkit_that_moved(devkit: Path, tiny_weights: Path, tmp_path: Path, r
     assert run([*REFINE, "--root", str(root)])["computed"] == 6
     assert run([*CRF])["computed"] == 6
     assert run(["report", "cams.h5", "--root", str(root), "--gt", str(root / "SegmentationClass")])
-    assert "No picture" not in Path("report.html").read_text()
+    assert "No image" not in Path("report.html").read_text()
     assert main(["inspect", "cams.h5", "--preview", "p.png", "--root", str(root), "--quiet"]) == 0
     assert run([*words, "--root", str(root)])["computed"] == 0
     assert main(["inspect", "cams.h5", "--preview", "p.png", "--quiet"]) == 0  # cam noted the new place
@@ -161,7 +161,7 @@ def test_renamed_files_with_equal_content(project: Path, run: Run) -> None:
 def replace_photo(key: str, size: tuple[int, int], *, keep_time: bool = False) -> None:
     path = Path("photos") / f"{key}.png"
     before = path.stat()
-    picture(99, *size).save(path)
+    photo(99, *size).save(path)
     if keep_time:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -342,7 +342,7 @@ def test_replaced_photos_are_tagged_again(project: Path, run: Run) -> None:
     replace_photo("b", (48, 64))
     found = run(words)
     assert found["computed"] == 1
-    assert "5 pictures tagged by CLIP (1 now)" in found["err"]
+    assert "5 images tagged by CLIP (1 now)" in found["err"]
     assert run(words)["computed"] == 0
 
 

@@ -177,7 +177,7 @@ def test_maps_stay_close(refined: bool) -> None:
     assert all(gap.mean() < 0.02 for gap in gaps)
 
 
-def test_pictures_that_overflow_are_computed_again_in_float32() -> None:
+def test_images_that_overflow_are_computed_again_in_float32() -> None:
     clip = toy("bf16")
     text = clip.encode_text(open_dataset(DatasetOptions("toy", limit=1)).vocabulary)
     first = clip.tower.blocks[0]

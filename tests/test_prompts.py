@@ -25,11 +25,11 @@ from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary
 from clipseed.errors import InputError
 from clipseed.jobs.prompts import word_choices
 
-from conftest import picture
+from conftest import photo
 
 
 def loop_sharpness(scores: list[list[float]], labels: list[tuple[int, ...]]) -> float:
-    """Eq. 9 as it stands in the paper, in Python floats, divided by the number of pictures."""
+    """Eq. 9 as it stands in the paper, in Python floats, divided by the number of images."""
     total = 0.0
     for row, present in zip(scores, labels, strict=True):
         shown = [row[k] for k in present]
@@ -39,7 +39,7 @@ def loop_sharpness(scores: list[list[float]], labels: list[tuple[int, ...]]) -> 
 
 
 def loop_scores(feature: np.ndarray, classes: np.ndarray, scale: float) -> list[float]:
-    """Zero-shot probabilities of one picture."""
+    """Zero-shot probabilities of one image."""
     length = math.sqrt(sum(float(x) ** 2 for x in feature))
     logits = [scale * sum(float(x) * float(t) for x, t in zip(feature, row, strict=True)) / length for row in classes]
     largest = max(logits)
@@ -77,11 +77,11 @@ def test_scores_that_underflow() -> None:
     torch.testing.assert_close(terms, torch.tensor([0.0, 1 / 2, 2 / 3]))
 
 
-def test_pictures_it_cannot_use() -> None:
+def test_images_it_cannot_use() -> None:
     rows = torch.zeros(1, 3)
     with pytest.raises(ValueError, match="at least two"):
         image_sharpness(rows, present_mask([(1,)], 3))
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         sharpness(rows[:0], present_mask([], 3))
 
 
@@ -142,7 +142,7 @@ LIMIT = 40
 
 
 def toy_scores(vocabulary: Vocabulary, samples: list[Sample], reader: Any) -> list[list[float]]:
-    """Zero-shot probabilities one picture at a time."""
+    """Zero-shot probabilities one image at a time."""
     clip = FrozenClip.load(weights="toy", device="cpu")
     text = clip.encode_text(vocabulary)
     rows = []
@@ -171,7 +171,7 @@ def test_the_command_on_the_toy_set(
     data = json.loads(captured.out)
     image_set = open_dataset(DatasetOptions("toy", limit=LIMIT))
     several = [sample for sample in image_set.samples if len(sample.labels or ()) > 1]
-    assert data["images"] == len(several) == sum(seen)  # every picture goes through the encoder once
+    assert data["images"] == len(several) == sum(seen)  # every image goes through the encoder once
     assert data["total"] == LIMIT
 
     ranked = data["templates"]
@@ -208,7 +208,7 @@ def test_the_command_on_the_toy_set(
 def photos(tmp_path: Path, tiny_weights: Path) -> list[str]:
     (tmp_path / "photos").mkdir()
     for number in range(3):
-        picture(number, 48, 64).save(tmp_path / "photos" / f"{number}.png")
+        photo(number, 48, 64).save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "classes.txt").write_text("rust\ncrack: thin crack, fissure\nstain: stain, spot\n")
     (tmp_path / "labels.csv").write_text("0,rust\n0,crack\n1,rust;crack\n2,rust\n")
     return ["prompts", "--dataset", "folder", "--images", str(tmp_path / "photos"), "--labels",
@@ -224,21 +224,21 @@ def test_tables_and_own_templates(photos: list[str], tmp_path: Path, capsys: pyt
     assert lines[0] == ["template", "rank", "sharpness", "present", "images"]
     assert {lines[2][-4], lines[3][-4]} == {"1", "2"}
     assert {lines[2][-1], lines[3][-1]} == {"2"}
-    assert "2 of 3 pictures show two classes or more" in captured.err
+    assert "2 of 3 images show two classes or more" in captured.err
     rows = {line.split("  ")[0]: line.split() for line in captured.out.splitlines()[5:]}
     assert rows["crack: thin crack,fissure"][-1] == "2"
-    assert rows["stain: spot"][-4:] == ["-", "-", "-", "0"]  # no picture shows a stain
+    assert rows["stain: spot"][-4:] == ["-", "-", "-", "0"]  # no image shows a stain
 
 
-def test_unreadable_pictures_are_code_3(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_code_3(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos" / "0.png").write_bytes(b"")
     assert main([*photos, "--json"]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["images"] == 1
-    assert "1 pictures skipped: 0 (" in captured.err
+    assert "1 images skipped: 0 (" in captured.err
     (tmp_path / "photos" / "1.png").write_bytes(b"")
     assert main(photos) == 1
-    assert "none of the 2 pictures could be used; the first, 0:" in capsys.readouterr().err
+    assert "none of the 2 images could be used; the first, 0:" in capsys.readouterr().err
 
 
 def test_what_it_refuses(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,5 +249,5 @@ def test_what_it_refuses(photos: list[str], tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "labels.csv").write_text("0,rust\n1,crack\n")
     assert main(photos) == 1
     captured = capsys.readouterr()
-    assert "none of its 3 pictures shows two classes or more" in captured.err
+    assert "none of its 3 images shows two classes or more" in captured.err
     assert captured.out == ""

@@ -12,7 +12,7 @@ import pytest
 
 from clipseed.store.reader import open_seeds
 
-from conftest import picture
+from conftest import photo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def test_voc_commands(devkit: Path, weights: Path) -> None:
     (script,) = [block for block in blocks("sh") if "--dataset voc" in block]
     assert [line.split()[1] for line in script.strip().splitlines()] == ["cam", "refine", "evaluate"]
     shown = run(script, devkit, weights)
-    assert "6 of 6 pictures" in shown
+    assert "6 of 6 images" in shown
     assert "mean IoU" in shown
     assert "cams-caa.h5" in shown
     (reading,) = blocks("python")
@@ -90,25 +90,25 @@ def test_segments(devkit: Path, weights: Path) -> None:
     (script,) = [block for block in blocks("sh") if "sam-masks" in block]
     assert [line.split()[1] for line in script.strip().splitlines()] == ["sam-masks", "sam-seed", "evaluate"]
     shown = run(f"clipseed cam --dataset voc --split val --out cams.h5\n{script}", devkit, weights)
-    assert "masks.h5: 2 of 2 pictures" in shown
+    assert "masks.h5: 2 of 2 images" in shown
     assert "seeds: 2 of 2 masks" in shown
     assert re.search(r"seeds.*mean IoU|mean IoU.*seeds", shown, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_own_pictures(tmp_path: Path, weights: Path) -> None:
+def test_own_images(tmp_path: Path, weights: Path) -> None:
     (script,) = [block for block in blocks("sh") if "--dataset folder" in block]
     (tmp_path / "photos").mkdir()
     for number in (1, 2):
-        picture(number, 64, 48).save(tmp_path / "photos" / f"IMG_000{number}.jpg")
+        photo(number, 64, 48).save(tmp_path / "photos" / f"IMG_000{number}.jpg")
     (tmp_path / "labels.csv").write_text("IMG_0001.jpg,rust\nIMG_0002.jpg,rust\nIMG_0002.jpg,crack\n")
     (tmp_path / "classes.txt").write_text("rust\ncrack: thin crack, fissure\n")
-    assert "2 of 2 pictures" in run(script, tmp_path, weights)
+    assert "2 of 2 images" in run(script, tmp_path, weights)
     with open_seeds(tmp_path / "cams.h5") as seeds:
         assert seeds.manifest["vocabulary"]["background_from"] == "general"
         for key, seed in seeds.items():
             assert len(seed.classes) == {"IMG_0001": 1, "IMG_0002": 2}[key]
-            assert (seed.cam.max(axis=(1, 2)) > 0.5).all(), key  # one class alone in its picture, too
+            assert (seed.cam.max(axis=(1, 2)) > 0.5).all(), key  # one class alone in its image, too
     assert not (tmp_path / "cams.empty.csv").exists()
 
 

@@ -24,7 +24,7 @@ from clipseed.refine.caa import CaaOptions, caa
 from clipseed.refine.par import refine_par
 from clipseed.store.manifest import differences
 
-from conftest import picture
+from conftest import photo
 from helpers.golden import CASES, CLIP_ES_DATA, SETS, case, vocabulary
 
 TOY = ["--dataset", "toy", "--device", "cpu", "--quiet"]
@@ -188,14 +188,14 @@ def test_wrong_use(
     assert message in capsys.readouterr().err
 
 
-def test_pictures_that_moved_or_changed(
+def test_images_that_moved_or_changed(
     tmp_path: Path, devkit: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cams = tmp_path / "cams.h5"
     words = ["--dataset", "voc", "--root", str(devkit), "--weights", str(tiny_weights), "--out", str(cams)]
     assert main(["cam", *words, "--device", "cpu", "--quiet"]) == 0
-    pictures = devkit / "JPEGImages"
-    pictures.rename(tmp_path / "elsewhere")
+    images = devkit / "JPEGImages"
+    images.rename(tmp_path / "elsewhere")
     original = (tmp_path / "elsewhere" / "2007_000003.jpg").read_bytes()
     assert main(["refine", "caa", str(cams), "--device", "cpu"]) == 1
     assert "not there any more" in capsys.readouterr().err
@@ -204,12 +204,12 @@ def test_pictures_that_moved_or_changed(
     (tmp_path / "elsewhere" / "2007_000003.jpg").unlink()
     assert main([*moved, "--overwrite"]) == 3
     assert "2007_000003" in (tmp_path / "cams-caa.skipped.csv").read_text()
-    picture(2, 50, 70).save(tmp_path / "elsewhere" / "2007_000003.jpg")
+    photo(2, 50, 70).save(tmp_path / "elsewhere" / "2007_000003.jpg")
     assert main(moved) == 3
-    assert "the picture is 70x50 pixels now, 50x70 when its seeds were made" in (
+    assert "the image is 70x50 pixels now, 50x70 when its seeds were made" in (
         tmp_path / "cams-caa.skipped.csv"
     ).read_text().replace('"', "")
-    picture(3, 70, 50).save(tmp_path / "elsewhere" / "2007_000003.jpg")
+    photo(3, 70, 50).save(tmp_path / "elsewhere" / "2007_000003.jpg")
     assert main(moved) == 3
     assert "the image is another one than its maps were made from" in (tmp_path / "cams-caa.skipped.csv").read_text()
     (tmp_path / "elsewhere" / "2007_000003.JpG").write_bytes(original)
@@ -223,7 +223,7 @@ def test_corrected_labels_are_taken_up(tmp_path: Path, tiny_weights: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     for number in range(5):
-        picture(number, 48, 64).save(f"photos/{number}.png")
+        photo(number, 48, 64).save(f"photos/{number}.png")
     Path("classes.txt").write_text("rust\ncrack\nhole\n")
     cam = ["cam", "--dataset", "folder", "--images", "photos", "--labels", "labels.txt", "--classes", "classes.txt"]
     cam += ["--weights", str(tiny_weights), "--device", "cpu", "--quiet"]

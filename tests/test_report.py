@@ -33,7 +33,7 @@ from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 
-from conftest import picture
+from conftest import photo
 
 HOSTILE = '<script>alert("x")</script>&\'"><img src=http://evil.example/x onerror=alert(1)>'
 _VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -69,7 +69,7 @@ class Page(HTMLParser):
         if "style" not in self.stack:
             self.words.append(data + " ")
 
-    def pictures(self) -> dict[str, Image.Image]:
+    def images(self) -> dict[str, Image.Image]:
         """Decoded images by their alternative text."""
         found = {}
         for tag, attributes in self.tags:
@@ -148,7 +148,7 @@ def write_seeds(path: Path, records: list[SeedMap], names: tuple[str, ...], **ma
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Twelve pictures with seeds and masks; picture p00 is guessed best, p11 worst."""
+    """Twelve images with seeds and masks; image p00 is guessed best, p11 worst."""
     rng = np.random.default_rng(4)
     truth, masks, images = (tmp_path / name for name in ("gt", "masks", "photos"))
     for folder in (truth, masks, images):
@@ -162,7 +162,7 @@ def world(tmp_path: Path) -> tuple[Path, Path, Path]:
         key = f"p{number:02d}"
         write_mask(truth / f"{key}.png", mask)
         write_mask(masks / f"{key}.png", guess)
-        picture(number, *mask.shape).save(images / f"{key}.jpg")
+        photo(number, *mask.shape).save(images / f"{key}.jpg")
         cam = np.stack([(guess == label) * rng.uniform(0.1, 1, mask.shape) for label in (1, 2, 3)])
         records.append(SeedMap(key, np.array([0, 1, 2], np.int32), cam.astype(np.float32), mask.shape))
     data = {"name": "folder", "split": "all", "images": str(images), "ground_truth": str(truth)}
@@ -210,8 +210,8 @@ def test_the_page_says_what_evaluate_says(world: tuple[Path, Path, Path]) -> Non
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.3}, {"alphas": (2.0, 1.0)}, {"alphas": (1.0,)}])
 @pytest.mark.parametrize("paper", [False, True])
-def test_pictures_add_up_to_the_whole(world: tuple[Path, Path, Path], options: dict[str, Any], paper: bool) -> None:
-    """What each picture is counted with, at the setting that was found best, is what the score was made from."""
+def test_images_add_up_to_the_whole(world: tuple[Path, Path, Path], options: dict[str, Any], paper: bool) -> None:
+    """What each image is counted with, at the setting that was found best, is what the score was made from."""
     seeds, _, truth = world
     if paper:
         from clipseed.store.reader import open_seeds
@@ -268,7 +268,7 @@ def test_settings_in_words(world: tuple[Path, Path, Path]) -> None:
         run(world, masks, threshold=0.25)
 
 
-# The pictures ---------------------------------------------------------------------------------------------------------
+# The images ---------------------------------------------------------------------------------------------------------
 
 
 def test_best_and_worst(world: tuple[Path, Path, Path]) -> None:
@@ -285,9 +285,9 @@ def test_best_and_worst(world: tuple[Path, Path, Path]) -> None:
     assert [item.score for item in gallery.worst] == [own[key] for key in order[:3]]
     assert gallery.median == pytest.approx(float(np.median(list(own.values()))))
     assert sum(gallery.histogram()) == 12
-    shown = page.pictures()
+    shown = page.images()
     assert len(shown) == 3 * 5
-    assert "background" not in [word.strip() for word in page.words[page.words.index("Worst pictures ") :]]
+    assert "background" not in [word.strip() for word in page.words[page.words.index("Worst images ") :]]
     for key in (*order[:3], "p00", "p01"):
         photo = np.asarray(Image.open(masks.parent / "photos" / f"{key}.jpg").convert("RGB")).astype(float)
         grey = photo @ [0.299, 0.587, 0.114]
@@ -301,7 +301,7 @@ def test_best_and_worst(world: tuple[Path, Path, Path]) -> None:
             assert np.abs(drawn - expected)[inner].mean() < 12  # JPEG
             if kind == "truth":
                 assert drawn[edges(labels)].min(axis=-1).mean() > drawn[inner].min(axis=-1).mean() + 60
-        assert shown[f"picture {key}"].size == (60, 48)
+        assert shown[f"image {key}"].size == (60, 48)
         assert f"{key} {percent(own[key], 1)}" in page.text
 
 
@@ -332,7 +332,7 @@ def test_outlines_are_on_the_inside() -> None:
 def test_without_photos_the_masks_are_shown_as_they_are(world: tuple[Path, Path, Path]) -> None:
     _, masks, truth = world
     _, page = run(world, masks, worst=1, best=1)
-    shown = page.pictures()
+    shown = page.images()
     assert len(shown) == 4
     for kind, folder in (("truth", truth), ("prediction", masks)):
         labels = np.asarray(Image.open(folder / "p00.png"))
@@ -344,7 +344,7 @@ def test_without_photos_the_masks_are_shown_as_they_are(world: tuple[Path, Path,
     [((6, 6), (4, 4)), ((3, 9), (2, 6)), ((20, 20), (4, 4)), ((4, 4), (4, 4)), ((2, 2), (2, 2)), ((0, 9), (0, 8))],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_best_and_worst_share_no_picture(limits: tuple[int, int], parts: tuple[int, int], tied: bool) -> None:
+def test_best_and_worst_share_no_image(limits: tuple[int, int], parts: tuple[int, int], tied: bool) -> None:
     gallery = Gallery(*limits)
     mask = np.ones((2, 4), np.uint8)
     order = np.random.default_rng(1).permutation(8)
@@ -375,8 +375,8 @@ def test_equal_scores_go_by_id_and_none_is_lost() -> None:
     assert ([item.id for item in alone.worst], [item.id for item in alone.best]) == ([], ["a"])
 
 
-def test_memory_does_not_grow_with_the_pictures() -> None:
-    """Only scores are kept of pictures that are not shown; large masks are shrunk."""
+def test_memory_does_not_grow_with_the_images() -> None:
+    """Only scores are kept of images that are not shown; large masks are shrunk."""
     gallery = Gallery(2, 2)
     rng = np.random.default_rng(0)
     for number in range(300):
@@ -389,26 +389,23 @@ def test_memory_does_not_grow_with_the_pictures() -> None:
     assert gallery.scores.itemsize * len(gallery.scores) == 2400
 
 
-def test_missing_pictures_are_said_so(world: tuple[Path, Path, Path]) -> None:
+def test_missing_images_are_said_so(world: tuple[Path, Path, Path]) -> None:
     seeds, masks, _ = world
     photos = masks.parent / "photos"
     _, page = run(world, masks, worst=1, best=1)
-    assert (
-        page.text.count("No picture: this input does not say where its pictures are; name the folder with --images")
-        == 2
-    )
+    assert page.text.count("No image: this input does not say where its images are; name the folder with --images") == 2
     (photos / "p00.jpg").unlink()
-    picture(1, 30, 30).save(photos / "p01.jpg")
-    (photos / "p02.jpg").write_bytes(b"no picture")
+    photo(1, 30, 30).save(photos / "p01.jpg")
+    (photos / "p02.jpg").write_bytes(b"no image")
     _, page = run(world, seeds, masks, worst=0, best=4, images=photos)
-    assert "the picture is not there any more" in page.text
-    assert "No picture: it is 30x30 pixels now, its ground truth 60x48" in page.text
-    assert "is not a picture in a supported format" in page.text
-    assert "picture p03" in page.pictures()
-    assert "Worst pictures" not in page.text
+    assert "the image is not there any more" in page.text
+    assert "No image: it is 30x30 pixels now, its ground truth 60x48" in page.text
+    assert "is not an image in a supported format" in page.text
+    assert "image p03" in page.images()
+    assert "Worst images" not in page.text
 
 
-def test_pictures_beside_the_ground_truth(devkit: Path, tmp_path: Path) -> None:
+def test_images_beside_the_ground_truth(devkit: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit / "SegmentationClass", tmp_path / "same")
     for path in (tmp_path / "same").glob("*.png"):
         labels = np.asarray(Image.open(path)).copy()
@@ -418,13 +415,13 @@ def test_pictures_beside_the_ground_truth(devkit: Path, tmp_path: Path) -> None:
     scoring = EvaluateOptions(tmp_path, str(devkit / "SegmentationClass"), "voc")
     write_report(ReportOptions((tmp_path / "same",), scoring, tmp_path / "page.html"))
     page = read(tmp_path / "page.html")
-    assert "picture 2007_000004" in page.pictures()
-    assert "No picture" not in page.text
+    assert "image 2007_000004" in page.images()
+    assert "No image" not in page.text
     assert '"made": "by hand"' in page.text
     assert "15 of 21 classes" in page.text
 
 
-def test_toy_pictures_are_drawn(tmp_path: Path) -> None:
+def test_toy_images_are_drawn(tmp_path: Path) -> None:
     from clipseed.toy.dataset import toy_mask
 
     (tmp_path / "masks").mkdir()
@@ -432,7 +429,7 @@ def test_toy_pictures_are_drawn(tmp_path: Path) -> None:
         write_mask(tmp_path / "masks" / f"toy_{number:06d}.png", toy_mask(0, f"toy_{number:06d}"))
     scoring = EvaluateOptions(tmp_path, "toy", "toy")
     write_report(ReportOptions((tmp_path / "masks",), scoring, tmp_path / "page.html"))
-    assert "picture toy_000001" in read(tmp_path / "page.html").pictures()
+    assert "image toy_000001" in read(tmp_path / "page.html").images()
 
 
 # Hostile and broken content -------------------------------------------------------------------------------------------
@@ -483,18 +480,18 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert "1 predictions have no ground truth and were not scored: ../../etc/passwd" in page.text
 
 
-def test_ids_cannot_lead_out_of_the_picture_folder(world: tuple[Path, Path, Path]) -> None:
+def test_ids_cannot_lead_out_of_the_image_folder(world: tuple[Path, Path, Path]) -> None:
     seeds, _, truth = world
     mask = np.ones((48, 60), np.uint8)
     (truth / "deep").mkdir()
     write_mask(truth / "p00.png", mask)
-    picture(0, 48, 60).save(truth.parent / "secret.jpg")
+    photo(0, 48, 60).save(truth.parent / "secret.jpg")
     write_mask(truth.parent / "secret.png", mask)
     record = SeedMap("../secret", np.array([0], np.int32), np.ones((1, 2, 2), np.float32), (48, 60))
     path = write_seeds(seeds.with_name("evil.h5"), [record], ("ant", "bee", "cow"))
     _, page = run(world, path, images=truth.parent / "photos")
     assert "leaves the image folder" in page.text
-    assert "picture ../secret" not in page.pictures()
+    assert "image ../secret" not in page.images()
 
 
 @pytest.mark.parametrize("seed", ["x", "9" * 5000, -1, {"a": 1}, None])
@@ -502,7 +499,7 @@ def test_a_nonsensical_manifest_does_no_harm(world: tuple[Path, Path, Path], see
     records = [SeedMap("p01", np.array([0], np.int32), np.ones((1, 2, 2), np.float32), (48, 60))]
     data = {"name": "toy", "toy_seed": seed, "split": 3}
     path = write_seeds(world[0].with_name("odd.h5"), records, ("ant", "bee", "cow"), dataset=data, options={"exif": []})
-    assert "No picture" in run(world, path)[1].text
+    assert "No image" in run(world, path)[1].text
 
 
 def test_nothing_but_ignored_pixels(world: tuple[Path, Path, Path]) -> None:
@@ -510,7 +507,7 @@ def test_nothing_but_ignored_pixels(world: tuple[Path, Path, Path]) -> None:
     for path in truth.glob("*.png"):
         write_mask(path, np.full((48, 60), 255, np.uint8))
     result, page = run(world, seeds, masks)
-    assert "12 pictures have no score of their own" in page.text
+    assert "12 images have no score of their own" in page.text
     assert result.as_dict()["inputs"][0]["miou"] is None
     assert "nan" not in page.text.lower()
 
@@ -528,8 +525,8 @@ def test_several_inputs(world: tuple[Path, Path, Path]) -> None:
     result, page = run(world, seeds, *others, worst=1, best=0)
     assert len({entry.name for entry in result.entries}) == len(others) + 1
     assert str(others[1]) in page.text
-    assert "scored on different pictures" in page.text
-    assert "different pictures" not in run(world, seeds, masks, masks)[1].text
+    assert "scored on different images" in page.text
+    assert "different images" not in run(world, seeds, masks, masks)[1].text
     names = [entry.name for entry in run(world, masks, masks)[0].entries]
     assert len(set(names)) == 2
 

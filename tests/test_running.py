@@ -17,15 +17,15 @@ from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import refuse_unwritable
 from clipseed.toy.dataset import save_devkit
 
-from conftest import picture
+from conftest import photo
 
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five pictures, one of them broken, one without labels."""
+    """Five images, one of them broken, one without labels."""
     (tmp_path / "photos").mkdir()
     for number in range(5):
-        picture(number, 48, 64).save(tmp_path / "photos" / f"{number}.jpg")
+        photo(number, 48, 64).save(tmp_path / "photos" / f"{number}.jpg")
     (tmp_path / "photos" / "2.jpg").write_bytes(b"\xff\xd8\xff broken")
     (tmp_path / "labels.csv").write_text("id,label\n0,car\n1,tree\n2,car\n3,cup\n")
     (tmp_path / "classes.txt").write_text("car\ntree\ncup\n")
@@ -61,25 +61,25 @@ def test_run_reports(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands == ["refine caa", "crf"]
 
 
-def test_torchrun_is_not_told_of_skipped_pictures(
+def test_torchrun_is_not_told_of_skipped_images(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It would stop the other processes; the list of skipped pictures is there all the same."""
+    """It would stop the other processes; the list of skipped images is there all the same."""
     for rank in (1, 0):
         with monkeypatch.context() as patch:
             patch.setenv("RANK", str(rank))
             patch.setenv("WORLD_SIZE", "2")
             assert main(CAM) == 0
-    assert "2 pictures skipped" in capsys.readouterr().err
+    assert "2 images skipped" in capsys.readouterr().err
     assert (photos / "cams.skipped.csv").read_text().startswith("id,reason\n2,")
 
 
-def test_a_share_may_have_nothing_but_broken_pictures(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_share_may_have_nothing_but_broken_images(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole may not."""
     (photos / "split.txt").write_text("2\n")
     assert main([*CAM, "--split", "split.txt", "--shard", "1/2"]) == 3
     assert main([*CAM, "--split", "split.txt", "--out", "other.h5"]) == 1
-    assert "none of the 1 pictures could be used" in capsys.readouterr().err
+    assert "none of the 1 images could be used" in capsys.readouterr().err
 
 
 class Clock:
@@ -108,7 +108,7 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     clock.now += 10
     advance(8, stats)
     assert capsys.readouterr().err.splitlines() == [
-        "voc train: share 2/3 (--shard): 4100 pictures, 4000 to do, 100 done already",
+        "voc train: share 2/3 (--shard): 4100 images, 4000 to do, 100 done already",
         "cam 24/4000, 2.0 images/s, 33 min 8 s left (limited by decode)",
         "cam 40/4000, 1.5 images/s, 42 min 54 s left (limited by device, 1 skipped)",
     ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipseed.errors import ImageError, UsageError, WeightsError
 from clipseed.sam import decoder, encoder
 from clipseed.sam.architecture import SamConfig, build_sam
-from clipseed.sam.backend import Decoded, Embedding, as_picture, fitted_size
+from clipseed.sam.backend import Decoded, Embedding, as_pixels, fitted_size
 from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.decoder import PlainDecoder
 from clipseed.sam.generator import Limits, generate
@@ -58,7 +58,7 @@ def tiny_sam(image_size: int = 64, seed: int = 0) -> Any:
 
 
 class NestedBlobs(nn.Module):
-    """Three nested blobs around each point, their size swaying with the picture's features where the point is."""
+    """Three nested blobs around each point, their size swaying with the image's features where the point is."""
 
     def __init__(self, sway: float = 0.0) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ def test_equals_the_stock_generator_on_a_real_decoder(seed: int) -> None:
     assert len(found) > 10
 
 
-def test_larger_models_and_pictures() -> None:
+def test_larger_models_and_images() -> None:
     options = replace(STOCK, points_per_side=6, crop_layers=1, crop_points_divisor=2, min_region_area=100)
     image = photo(250, 333)
     expected = stock(blob_sam(128, seed=4, sway=0.1), image, options)
@@ -490,17 +490,17 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         generate(Broken(blob_sam(), CPU, torch.float32, INFO), photo(64, 64), STOCK)
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------------
 
 
-def test_grey_and_transparent_pictures_become_rgb() -> None:
+def test_grey_and_transparent_images_become_rgb() -> None:
     grey = photo(40, 50)[:, :, 0]
-    np.testing.assert_array_equal(as_picture(grey), np.stack([grey] * 3, axis=2))
-    np.testing.assert_array_equal(as_picture(grey[:, :, None]), as_picture(grey))
+    np.testing.assert_array_equal(as_pixels(grey), np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(as_pixels(grey[:, :, None]), as_pixels(grey))
     clear = np.dstack([photo(40, 50), np.full((40, 50), 255, np.uint8)])
-    np.testing.assert_array_equal(as_picture(clear), photo(40, 50))
+    np.testing.assert_array_equal(as_pixels(clear), photo(40, 50))
     clear[:, :, 3] = 0
-    assert (as_picture(clear) == 255).all()
+    assert (as_pixels(clear) == 255).all()
     options = replace(STOCK, points_per_side=3)
     backend = backend_of(blob_sam(sway=0.15))
     np.testing.assert_array_equal(
@@ -521,13 +521,13 @@ def test_grey_and_transparent_pictures_become_rgb() -> None:
         (np.zeros((0, 20, 3), np.uint8), "no pixel"),
     ],
 )
-def test_unusable_pictures(image: np.ndarray, message: str) -> None:
+def test_unusable_images(image: np.ndarray, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         generate(backend_of(blob_sam()), image, STOCK)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (1, 1000), (2000, 1), (3, 400)])
-def test_tiny_and_thin_pictures(size: tuple[int, int]) -> None:
+def test_tiny_and_thin_images(size: tuple[int, int]) -> None:
     options = replace(EVERYTHING, crop_layers=2, crop_nms_threshold=1.1)
     found = generate(backend_of(blob_sam()), photo(*size), options)
     assert found.size == size
@@ -542,7 +542,7 @@ def test_fitted_size_is_that_of_the_package_where_that_works() -> None:
     assert fitted_size((1, 5000), 1024) == (1, 1024)
 
 
-def test_a_predictor_refuses_pictures_that_it_would_shrink_to_nothing() -> None:
+def test_a_predictor_refuses_images_that_it_would_shrink_to_nothing() -> None:
     backend = PredictorBackend(SamPredictor(blob_sam()), CPU, INFO)
     assert len(generate(backend, photo(1, 128), EVERYTHING)) > 0
     with pytest.raises(ImageError, match="too thin"):

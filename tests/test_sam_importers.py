@@ -102,9 +102,9 @@ def test_coco_instances(tmp_path: Path) -> None:
     assert proposals.level.tolist() == [2] * 5
     assert len(found.read("two", (4, 5))) == 0
     assert found.read("two", (4, 5)).size == (4, 5)
-    with pytest.raises(ImageError, match=r"annotations\[0\]: a mask of 17x13 pixels for a picture of 18x13"):
+    with pytest.raises(ImageError, match=r"annotations\[0\]: a mask of 17x13 pixels for an image of 18x13"):
         found.read("a/one", (13, 18))
-    with pytest.raises(ImageError, match="lists no picture 'one'"):
+    with pytest.raises(ImageError, match="lists no image 'one'"):
         found.read("one", SIZE)
 
 
@@ -122,7 +122,7 @@ def test_coco_instances(tmp_path: Path) -> None:
         ({"size": [13, 17], "counts": "o" * 50}, InputError, "not a compressed"),
         ({"size": [13, 17], "counts": "P"}, InputError, "cut off"),
         ({"size": [13, 17], "counts": "é"}, InputError, "not a compressed"),
-        ({"size": [10**9, 10**9], "counts": [10**18]}, ImageError, "for a picture of 17x13"),
+        ({"size": [10**9, 10**9], "counts": [10**18]}, ImageError, "for an image of 17x13"),
         ([[1, 2, 3, 4]], InputError, "three or more corners"),
         ([[1, 2, 3, 4, 5, None]], InputError, "'segmentation' must be 6 numbers"),
         ([[1, 2, 3, 4, 5, float("nan")]], InputError, "'segmentation' must be 6 numbers"),
@@ -187,7 +187,7 @@ def test_coco_panoptic(tmp_path: Path) -> None:
         assert isinstance(found, CocoPanoptic)
         assert found.ids() == {identifier}
         np.testing.assert_array_equal(found.read(identifier, SIZE).masks, expected)
-        with pytest.raises(ImageError, match="masks of 17x13 pixels for a picture of 13x17"):
+        with pytest.raises(ImageError, match="masks of 17x13 pixels for an image of 13x17"):
             found.read(identifier, SIZE[::-1])
         with pytest.raises(ImageError, match="no panoptic PNG"):
             found.read("eight", SIZE)
@@ -222,23 +222,23 @@ def test_instance_maps(mode: str, values: list[int], tmp_path: Path) -> None:
 def test_folders_of_masks(tmp_path: Path) -> None:
     masks = drawn(3)
     for number, mask in zip((0, 2, 10, 3), masks, strict=True):
-        folder = tmp_path / "pictures" / "2007_1"
+        folder = tmp_path / "images" / "2007_1"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
     Image.fromarray(np.repeat(masks[0][..., None], 3, axis=2).astype(np.uint8)).save(folder / "11.png")
     found = open_masks(tmp_path)
     assert isinstance(found, MaskFolders)
-    assert found.ids() == {"pictures/2007_1"}
-    ours = found.read("pictures/2007_1", SIZE)
+    assert found.ids() == {"images/2007_1"}
+    ours = found.read("images/2007_1", SIZE)
     np.testing.assert_array_equal(ours.masks, [masks[0], masks[1], masks[2], masks[0]])  # the empty one is left out
     with pytest.raises(ImageError, match="no such mask folder"):
-        found.read("pictures/2007_2", SIZE)
+        found.read("images/2007_2", SIZE)
     (folder / "5.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"5\.png: not a PNG"):
-        found.read("pictures/2007_1", SIZE)
+        found.read("images/2007_1", SIZE)
     (folder / "5.png").write_bytes((folder / "2.png").read_bytes()[:60])
     with pytest.raises(InputError, match=r"5\.png: damaged"):
-        found.read("pictures/2007_1", SIZE)
+        found.read("images/2007_1", SIZE)
 
 
 def test_sa_1b(tmp_path: Path) -> None:

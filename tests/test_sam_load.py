@@ -65,19 +65,19 @@ def toy_sam(config: SamConfig = TOY, seed: int = 0) -> Any:
     return sam
 
 
-def picture() -> np.ndarray:
+def photo() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
 
 def answer(backend: Any) -> torch.Tensor:
-    (embedding,) = backend.encode([picture()])
+    (embedding,) = backend.encode([photo()])
     decoded = backend.decode_prompts(embedding, points=np.array([[[30.0, 20.0]]]))
     return backend.upsample(embedding, decoded.logits[0])
 
 
 def reference(sam: Any) -> np.ndarray:
     predictor = SamPredictor(sam)
-    predictor.set_image(picture())
+    predictor.set_image(photo())
     return predictor.predict(np.array([[30.0, 20.0]]), np.array([1]), return_logits=True)[0]
 
 

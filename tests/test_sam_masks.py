@@ -1,4 +1,4 @@
-"""``clipseed sam-masks``: what the cache holds, bad pictures and models, imports, prompts, resuming, damage."""
+"""``clipseed sam-masks``: what the cache holds, bad images and models, imports, prompts, resuming, damage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
 from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
 from clipseed.sam.architecture import save_sam
-from clipseed.sam.backend import as_picture
+from clipseed.sam.backend import as_pixels
 from clipseed.sam.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.generator import generate
 from clipseed.sam.options import FMA, STOCK
@@ -45,7 +45,7 @@ from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.writer import RecordWriter
 
-from conftest import picture
+from conftest import photo
 
 FACTORY = ("--sam-factory", "test_sam_masks:blobs", "--device", "cpu")
 FEW = ("--preset", "stock", "--points-per-side", "3")
@@ -53,7 +53,7 @@ SWAY = 0.1
 
 
 def blobs(checkpoint: str | None, device: str) -> Any:
-    """A model whose masks are usable and depend on the picture."""
+    """A model whose masks are usable and depend on the image."""
     return blob_sam(sway=SWAY)
 
 
@@ -64,7 +64,7 @@ def slow_blobs(checkpoint: str | None, device: str) -> Any:
 
 
 def moody(checkpoint: str | None, device: str) -> Any:
-    """Fails on dark pictures."""
+    """Fails on dark images."""
     sam = blob_sam(sway=SWAY)
 
     def refuse(module: Any, inputs: tuple[Tensor]) -> None:
@@ -95,16 +95,16 @@ def cramped(checkpoint: str | None, device: str) -> Any:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Pictures of all kinds: colour, grey, transparent, very thin, a single pixel."""
+    """Images of all kinds: colour, grey, transparent, very thin, a single pixel."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    picture(0, 48, 64).save(folder / "a.png")
-    picture(1, 70, 50).convert("L").save(folder / "b.png")
-    transparent = picture(2, 40, 40).convert("RGBA")
-    transparent.putalpha(picture(3, 40, 40).convert("L"))
+    photo(0, 48, 64).save(folder / "a.png")
+    photo(1, 70, 50).convert("L").save(folder / "b.png")
+    transparent = photo(2, 40, 40).convert("RGBA")
+    transparent.putalpha(photo(3, 40, 40).convert("L"))
     transparent.save(folder / "c.png")
-    picture(4, 4, 400).save(folder / "d.png")
-    picture(5, 1, 1).save(folder / "e.png")
+    photo(4, 4, 400).save(folder / "d.png")
+    photo(5, 1, 1).save(folder / "e.png")
     return folder
 
 
@@ -210,7 +210,7 @@ def reader(path: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
 
 
 def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every number of every mask, for grey, transparent and thin pictures too; without labels or classes."""
+    """Every number of every mask, for grey, transparent and thin images too; without labels or classes."""
     out = tmp_path / "masks.h5"
     assert masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW) == 0
     said = capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.C
     options = replace(STOCK, points_per_side=3)
     total = 0
     for key, record in cache.items():
-        pixels = as_picture(np.asarray(Image.open(photos / f"{key}.png")))
+        pixels = as_pixels(np.asarray(Image.open(photos / f"{key}.png")))
         wanted = generate(backend_of(blob_sam(sway=SWAY)), pixels, options)
         found = unpack_proposals(record)
         assert record.size == record.grid == pixels.shape[:2]
@@ -230,7 +230,7 @@ def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.C
         assert (record.class_id == -1).all()
         total += len(wanted)
     assert total > 20
-    assert f"{total} masks, {total / 5:.1f} per picture" in said
+    assert f"{total} masks, {total / 5:.1f} per image" in said
     assert re.search(r"limited by (decode|device|write) \(cpu\)", said)
     manifest = cache.manifest
     assert manifest["method"] == "grid"
@@ -238,7 +238,7 @@ def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.C
     assert manifest["dataset"]["images"] == str(photos)
 
 
-def test_long_pictures_are_shrunk(photos: Path, tmp_path: Path) -> None:
+def test_long_images_are_shrunk(photos: Path, tmp_path: Path) -> None:
     words = ("--dataset", "folder", "--images", photos, *FACTORY, *FEW)
     assert masks_of(*words, "--out", tmp_path / "small.h5", "--max-side", 32) == 0
     cache = MaskCache(tmp_path / "small.h5")
@@ -271,7 +271,7 @@ def test_what_cannot_be_segmented_is_skipped(photos: Path, tmp_path: Path, capsy
     out, report = tmp_path / "masks.h5", tmp_path / "run.json"
     words = ("--dataset", "folder", "--images", photos, "--out", out, "--device", "cpu", *FEW, "--report", report)
     assert masks_of(*words, "--sam-factory", "test_sam_masks:moody") == 3
-    assert "2 pictures skipped" in capsys.readouterr().err
+    assert "2 images skipped" in capsys.readouterr().err
     listed = (tmp_path / "masks.skipped.csv").read_text()
     assert "night,SAM failed on it (ValueError: too dark to see)" in listed
     assert "broken," in listed
@@ -281,15 +281,15 @@ def test_what_cannot_be_segmented_is_skipped(photos: Path, tmp_path: Path, capsy
 
 
 def test_no_mask_at_all(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A picture without masks is done, and is not asked about again."""
+    """An image without masks is done, and is not asked about again."""
     words = ("--dataset", "folder", "--images", photos, "--out", tmp_path / "masks.h5", *FACTORY, *FEW)
     assert masks_of(*words, "--iou-threshold", 2) == 0
-    assert "0 masks, 0.0 per picture, 0 bytes each, 5 pictures without any" in capsys.readouterr().err
+    assert "0 masks, 0.0 per image, 0 bytes each, 5 images without any" in capsys.readouterr().err
     with MaskCache(tmp_path / "masks.h5", verify=True) as cache:
         assert [(len(record), record.grid) for record in cache.values()][:2] == [(0, (48, 64)), (0, (70, 50))]
     content = (tmp_path / "masks.h5").read_bytes()
     assert masks_of(*words, "--iou-threshold", 2) == 0
-    assert "sam-masks: 0 pictures to do, 5 done already" in capsys.readouterr().err
+    assert "sam-masks: 0 images to do, 5 done already" in capsys.readouterr().err
     assert (tmp_path / "masks.h5").read_bytes() == content
 
 
@@ -407,7 +407,7 @@ def test_import(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     words = ("--dataset", "folder", "--images", photos, "--import", folder, "--out", tmp_path / "masks.h5")
     assert masks_of(*words, "--import-kind", "instance-maps") == 3
     listed = (tmp_path / "masks.skipped.csv").read_text()
-    assert "masks of 5x5 pixels for a picture of 50x70" in listed
+    assert "masks of 5x5 pixels for an image of 50x70" in listed
     assert "c.png: not a PNG" in listed
     assert "d.png: no such mask file" in listed
     cache = MaskCache(tmp_path / "masks.h5")
@@ -427,7 +427,7 @@ def test_import(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def prompted(photos: Path, tmp_path: Path) -> Path:
-    """Maps of three pictures: two classes, none, and one class whose map is empty beside one that is not."""
+    """Maps of three images: two classes, none, and one class whose map is empty beside one that is not."""
     seeds = [
         SeedMap("a", np.array([7, 2], np.int32), np.stack([bump((6, 8), 1, 1), bump((6, 8), 4, 6)]), (48, 64)),
         SeedMap("b", np.array([], np.int32), np.zeros((0, 5, 4), np.float32), (70, 50)),
@@ -483,17 +483,17 @@ def test_prompts_in_batches(prompted: Path, tmp_path: Path) -> None:
     assert all(np.array_equal(one[key].rle, three[key].rle) for key in one)
 
 
-def test_pictures_that_have_changed(prompted: Path, photos: Path, tmp_path: Path) -> None:
-    picture(9, 10, 10).save(photos / "a.png")
+def test_images_that_have_changed(prompted: Path, photos: Path, tmp_path: Path) -> None:
+    photo(9, 10, 10).save(photos / "a.png")
     (photos / "c.png").unlink()
     assert masks_of("--seeds", prompted, "--prompt", "boxes", *FACTORY, "--out", tmp_path / "masks.h5") == 3
     listed = (tmp_path / "masks.skipped.csv").read_text()
-    assert "the picture is 10x10 pixels now, 64x48 when its seeds were made" in listed
-    assert "the picture is not there any more" in listed
+    assert "the image is 10x10 pixels now, 64x48 when its seeds were made" in listed
+    assert "the image is not there any more" in listed
 
 
-def test_pictures_of_seeds(prompted: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --dataset the pictures are those of cams.h5, wherever they are now."""
+def test_images_of_seeds(prompted: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --dataset the images are those of cams.h5, wherever they are now."""
     moved = photos.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert masks_of(*FACTORY, *FEW, "--images", moved) == 0
@@ -558,7 +558,7 @@ def test_impossible_values(name: str, value: int, cache_file: Path) -> None:
         [record.masks() for record in cache.values()]
 
 
-def test_codes_that_do_not_fill_the_picture(cache_file: Path) -> None:
+def test_codes_that_do_not_fill_the_image(cache_file: Path) -> None:
     def change(file: h5py.File) -> None:
         file["grid"][0] = (9, 15)
 
@@ -585,7 +585,7 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(14):
-        picture(number, 40 + number % 3 * 10, 48).save(photos / f"{number:02d}.png")
+        photo(number, 40 + number % 3 * 10, 48).save(photos / f"{number:02d}.png")
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -626,13 +626,13 @@ def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not is_mask_cache(photos)
     found, records = inspect_masks(out, verify=True), list(MaskCache(out).values())
     counts = [len(record) for record in records]
-    assert (found.pictures, found.masks, found.shrunk) == (5, sum(counts), 3)
-    assert found.per_picture == (min(counts), float(np.median(counts)), max(counts))
+    assert (found.images, found.masks, found.shrunk) == (5, sum(counts), 3)
+    assert found.per_image == (min(counts), float(np.median(counts)), max(counts))
     assert list(found.levels.values()) == [sum(int((r.level == k).sum()) for r in records) for k in range(3)]
     assert found.bytes_per_mask == pytest.approx(sum(len(record.rle) for record in records) / sum(counts))
     capsys.readouterr()
     assert show(out, Look(tmp_path / "p.png", 2, ("a",), None, None), verify=False, json=False, quiet=True) == 0
-    assert f"{sum(counts)}; per picture" in capsys.readouterr().out
+    assert f"{sum(counts)}; per image" in capsys.readouterr().out
     with Image.open(tmp_path / "p.png") as sheet:
         assert len(sheet.getcolors(1 << 20) or ()) > 100
     assert write_mask_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]

@@ -61,7 +61,7 @@ SEEDS = [seed_map("a", (7, 2), 0), seed_map("b", (), 1), seed_map("sub/c", (0,),
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder: four pictures' seeds, and their masks at half their size."""
+    """A working folder: four images' seeds, and their masks at half their size."""
     write_seeds(tmp_path / "cams.h5", SEEDS, small_manifest(tmp_path))
     records = [pack_proposals(seed.id, SIZE, rectangles(GRID, k)) for k, seed in enumerate(SEEDS)]
     write_cache(tmp_path / "masks.h5", records)
@@ -92,7 +92,7 @@ def labels(out: str = "seeds") -> dict[str, np.ndarray]:
     ],
 )
 def test_fma(words: list[str], options: object, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Labels of the small masks, each pixel of the picture taking its nearest one's."""
+    """Labels of the small masks, each pixel of the image taking its nearest one's."""
     assert seeded(*words) == 0
     said = capsys.readouterr().err
     assert "reading cams.h5" in said
@@ -154,7 +154,7 @@ def test_masks_that_were_asked_for(folder: Path) -> None:
     """Each mask keeps its class; where two overlap, the one whose map is stronger inside wins."""
     seed = SEEDS[3]
     proposals = rectangles(SIZE, 9, 5)
-    asked = [2, 4, 11, 19, -1]  # 11 is not among the picture's classes, -1 was asked for nothing
+    asked = [2, 4, 11, 19, -1]  # 11 is not among the image's classes, -1 was asked for nothing
     write_cache(folder / "asked.h5", [pack_proposals("d", SIZE, proposals, asked)], "voc")
     assert seeded("--masks", "asked.h5") == 0
     rows, kept = np.array([2, 0, 1]), [0, 1, 3]
@@ -195,7 +195,7 @@ def test_enlarging_takes_the_nearest(small: tuple[int, int], large: tuple[int, i
 
 
 @pytest.mark.parametrize("policy", ["background", "ignore", "cam"])
-def test_pictures_without_masks(policy: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_without_masks(policy: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One is not in the cache, one is there with no mask; both are labelled as the policy says, and told apart."""
     empty = from_masks(np.zeros((0, *GRID), bool))
     records = [pack_proposals("b", SIZE, rectangles(GRID, 1)), pack_proposals("a", SIZE, empty),
@@ -203,7 +203,7 @@ def test_pictures_without_masks(policy: str, folder: Path, capsys: pytest.Captur
     write_cache(folder / "few.h5", records)
     assert seeded("--masks", "few.h5", "--without-masks", policy) == 0
     said = capsys.readouterr().err
-    assert "warning: 1 pictures are not in few.h5" in said
+    assert "warning: 1 images are not in few.h5" in said
     assert (folder / "seeds" / "without-masks.csv").read_text() == "id,reason\nsub/c,not in few.h5\n"
     assert "2 of them from no segment" in said
     found = labels()
@@ -213,8 +213,8 @@ def test_pictures_without_masks(policy: str, folder: Path, capsys: pytest.Captur
         np.testing.assert_array_equal(found[seed.id], wanted)
     assert seeded("--masks", "few.h5", "--without-masks", policy) == 0  # told again, nothing is done again
     said = capsys.readouterr().err
-    assert "0 pictures to do" in said
-    assert "1 pictures are not in few.h5" in said
+    assert "0 images to do" in said
+    assert "1 images are not in few.h5" in said
 
 
 def test_votes_without_masks_leave_labels_alone(folder: Path) -> None:
@@ -231,16 +231,16 @@ def test_masks_of_another_size(folder: Path, capsys: pytest.CaptureFixture[str])
                for k, seed in enumerate(SEEDS)]  # fmt: skip
     write_cache(folder / "turned.h5", records)
     assert seeded("--masks", "turned.h5") == 3
-    assert "masks were made for a picture of 48x64 pixels, not 64x48" in (folder / "seeds" / "skipped.csv").read_text()
+    assert "masks were made for an image of 48x64 pixels, not 64x48" in (folder / "seeds" / "skipped.csv").read_text()
     assert not (folder / "seeds" / "d.png").exists()
-    assert "1 pictures skipped: d" in capsys.readouterr().err
+    assert "1 images skipped: d" in capsys.readouterr().err
 
 
 def test_another_data_set_or_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cache(folder / "other.h5", [pack_proposals("x", SIZE, rectangles(GRID, 1))])
     assert seeded("--masks", "other.h5") == 1
     assert (
-        "other.h5: holds masks of none of the 4 pictures of cams.h5 (the first is 'a', its first is 'x')"
+        "other.h5: holds masks of none of the 4 images of cams.h5 (the first is 'a', its first is 'x')"
         in capsys.readouterr().err
     )
     (folder / "void.h5.parts").mkdir()
@@ -249,7 +249,7 @@ def test_another_data_set_or_nothing(folder: Path, capsys: pytest.CaptureFixture
                                            "vocabulary": {}}, mask_format(), 4) as writer:  # fmt: skip
         writer.finish([])
     assert seeded("--masks", "void.h5") == 1
-    assert "it holds no picture at all" in capsys.readouterr().err
+    assert "it holds no image at all" in capsys.readouterr().err
     assert not (folder / "seeds").exists()
 
 
@@ -371,7 +371,7 @@ def test_resuming_shares_and_corrected_labels(
     (folder / "cut" / "a.png").unlink()
     capsys.readouterr()
     assert seeded("--out", "cut") == 0
-    assert "1 pictures to do, 3 done already" in capsys.readouterr().err
+    assert "1 images to do, 3 done already" in capsys.readouterr().err
     assert (folder / "cut" / "a.png").read_bytes() == (folder / "whole" / "a.png").read_bytes()
     assert seeded("--out", "cut", "--alpha", "3") == 1
     assert "--alpha 0.6 then, 3.0 now" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_released_chain(name: str) -> None:
 
 
 def test_refinement_without_released_quirks() -> None:
-    """Positive maps in [0, 1]: what caa gives before it normalises; the batch may hold pictures without classes."""
+    """Positive maps in [0, 1]: what caa gives before it normalises; the batch may hold images without classes."""
     rng = np.random.default_rng(4)
     cam = torch.from_numpy(unit_range(rng.random((2, 5, 6))))
     attention = torch.from_numpy(rng.random((2, 30, 30)).astype(np.float32))
@@ -210,7 +210,7 @@ def test_half_a_mask_and_unknown_pixels() -> None:
 
 
 def plain_scores(cam: np.ndarray, masks: np.ndarray, alpha: float) -> list[list[float]]:
-    """The published scores in float64, mask by mask; ``cam`` at the picture's size."""
+    """The published scores in float64, mask by mask; ``cam`` at the image's size."""
     raw = [[float(np.maximum(c, 0)[m].astype(np.float64).mean()) for m in masks] for c in cam]
     unit = [[(value - min(row)) / (max(row) - min(row) + 1e-7) for value in row] for row in raw]
     return [[(1 - max(row[k] for row in unit)) ** alpha] + [row[k] for row in unit] for k in range(len(masks))]
@@ -242,7 +242,7 @@ def test_seeds_against_a_plain_loop(seed: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["clip", "signed", "double"]), st.sampled_from([-40, -3, 20]))
 def test_default_seeds(seed: int, normalise: str, exponent: int) -> None:
-    """Only the picture's classes; neither the maps' scale nor, as confidences differ, the masks' order matters."""
+    """Only the image's classes; neither the maps' scale nor, as confidences differ, the masks' order matters."""
     rng = np.random.default_rng(seed)
     cam = rng.normal(0, 1, (3, 5, 6)).astype(np.float32)
     masks = rng.random((7, 20, 24)) < 0.2
@@ -271,7 +271,7 @@ def blocks(*parts: tuple[slice, slice], size: tuple[int, int] = (12, 12)) -> np.
 LEFT, RIGHT = (slice(None), slice(0, 6)), (slice(None), slice(6, 12))
 
 
-def test_one_mask_is_judged_against_the_rest_of_the_picture() -> None:
+def test_one_mask_is_judged_against_the_rest_of_the_image() -> None:
     cam = np.zeros((1, 12, 12), np.float32)
     cam[0, :, :6] = 0.01
     on, off = blocks(LEFT), blocks(RIGHT)
@@ -281,7 +281,7 @@ def test_one_mask_is_judged_against_the_rest_of_the_picture() -> None:
 
 
 def test_masks_on_objects_only() -> None:
-    """The weaker of two objects is an object, because the rest of the picture is weaker still."""
+    """The weaker of two objects is an object, because the rest of the image is weaker still."""
     cam = np.zeros((1, 12, 12), np.float32)
     cam[0, :4, :4], cam[0, 8:, 8:] = 0.9, 0.7
     masks = blocks((slice(0, 4), slice(0, 4)), (slice(8, 12), slice(8, 12)))
@@ -291,7 +291,7 @@ def test_masks_on_objects_only() -> None:
     assert seed_from_masks(cam, masks, [0]).mask_labels.tolist() == [0, 0]
 
 
-def test_the_whole_picture_as_one_mask() -> None:
+def test_the_whole_image_as_one_mask() -> None:
     """No rest to compare with: the mean of the map between its own extremes decides."""
     cam = np.ones((1, 12, 12), np.float32)
     whole = np.ones((1, 12, 12), bool)

@@ -189,7 +189,7 @@ def test_any_cut_gives_the_bytes_of_one_run(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun(run: Run, tmp_path: Path) -> None:
-    """Real processes of a real launcher, all at once; a skipped picture must not make it stop the others."""
+    """Real processes of a real launcher, all at once; a skipped image must not make it stop the others."""
     (tmp_path / "whole").mkdir()
     assert run(*CAM, cwd=tmp_path / "whole").returncode == 0
     (tmp_path / "program.py").write_text(
@@ -213,7 +213,7 @@ def test_torchrun(run: Run, tmp_path: Path) -> None:
 def test_slurm_and_resuming(run: Run, tmp_path: Path) -> None:
     """A share that runs again, alone or after the end, loses and repeats nothing."""
     first = run(*CAM, cwd=tmp_path, SLURM_PROCID="0", SLURM_NTASKS="2")
-    assert "share 1/2 (Slurm): 20 pictures, 11 to do" in first.stderr
+    assert "share 1/2 (Slurm): 20 images, 11 to do" in first.stderr
     again = run(*CAM, cwd=tmp_path, SLURM_PROCID="0", SLURM_NTASKS="2")
     assert "0 to do, 11 done already" in again.stderr
     assert "1 of 2 are not yet" in again.stderr
@@ -243,7 +243,7 @@ def test_merge(run: Run, tmp_path: Path) -> None:
     run(*CAM, "--shard", "2/2", cwd=tmp_path / "b")
     merged = run("merge", "a/cams.h5", "b/cams.h5", "--out", "cams.h5", cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
-    assert "cams.h5: 20 pictures" in merged.stderr
+    assert "cams.h5: 20 images" in merged.stderr
     with open_seeds(tmp_path / "cams.h5", verify=True) as mine, open_seeds(tmp_path / "whole" / "cams.h5") as theirs:
         assert mine.manifest == theirs.manifest
         assert set(mine) == set(theirs)
@@ -277,10 +277,10 @@ def test_merging_masks(run: Run, tmp_path: Path) -> None:
     for k in (1, 2):
         run("crf", "--out", f"part-{k}", "--shard", f"{k}/2", cwd=tmp_path)
     merged = run("merge", "part-1", "part-2", "--out", "pseudo", cwd=tmp_path)
-    assert "pseudo: 20 pictures" in merged.stderr, merged.stderr
+    assert "pseudo: 20 images" in merged.stderr, merged.stderr
     for path in (tmp_path / "whole").glob("*.png"):
         assert (tmp_path / "pseudo" / path.name).read_bytes() == path.read_bytes()
-    assert run("crf", "--out", "pseudo", cwd=tmp_path).stderr.startswith("reading cams.h5\ncrf: 0 pictures")
+    assert run("crf", "--out", "pseudo", cwd=tmp_path).stderr.startswith("reading cams.h5\ncrf: 0 images")
     (tmp_path / "part-2" / "toy_000000.png").write_bytes((tmp_path / "whole" / "toy_000001.png").read_bytes())
     refused = run("merge", "part-1", "part-2", "--out", "other", cwd=tmp_path)
     assert refused.returncode == 1

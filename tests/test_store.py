@@ -143,7 +143,7 @@ def test_a_finished_file_can_grow(tmp_path: Path) -> None:
     assert len(open_seeds(tmp_path / "cams.h5")) == len(RECORDS)
 
 
-def test_skipped_pictures_are_filled_in_later(tmp_path: Path) -> None:
+def test_skipped_images_are_filled_in_later(tmp_path: Path) -> None:
     ids = [record.id for record in RECORDS]
     with SeedWriter(tmp_path / "out", MANIFEST, "float16", 3) as writer:
         writer.write(0, [RECORDS[0], RECORDS[2]])
@@ -466,7 +466,7 @@ def test_masks_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="label 300 does not fit"):
         read_mask(tmp_path / "wide.png")
     (tmp_path / "text.png").write_text("x")
-    for name, message in (("text.png", "not a picture"), ("missing.png", "no such mask")):
+    for name, message in (("text.png", "not an image"), ("missing.png", "no such mask")):
         with pytest.raises(InputError, match=message):
             read_mask(tmp_path / name)
     write_mask(tmp_path / "cut.png", np.zeros((99, 99), np.uint8))

@@ -37,7 +37,7 @@ def load(sample: Sample) -> Item:
 
 
 def dying_load(sample: Sample) -> Item:
-    """A decoder whose native code crashes on one picture."""
+    """A decoder whose native code crashes on one image."""
     if sample.id == "5":
         os._exit(11)
     return load(sample)
@@ -118,7 +118,7 @@ def test_out_of_memory_halves_the_batch(batch: BatchSize) -> None:
     assert stats.out_of_memory == (8, 2)
 
 
-def test_a_picture_that_never_fits_is_skipped() -> None:
+def test_an_image_that_never_fits_is_skipped() -> None:
     class Tiny(Recorder):
         def compute(self, items: Sequence[Item]) -> list[int]:
             if any(item.number == 3 for item in items):
@@ -178,7 +178,7 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dying_worker_costs_one_picture() -> None:
+def test_a_dying_worker_costs_one_image() -> None:
     recorder = Recorder()
     stats = run(recorder, [Task(0, samples(12))], BatchSize(3, 1), workers=2, loader=dying_load)
     assert recorder.written == [(0, [k * 100 for k in range(12) if k not in (5, 7)])]

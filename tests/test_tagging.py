@@ -26,7 +26,7 @@ from clipseed.toy.dataset import save_devkit
 from clipseed.toy.shapes import CLASS_NAMES
 from clipseed.toy.textures import MATERIALS
 
-from conftest import picture
+from conftest import photo
 from helpers.golden import CASES, case
 
 
@@ -110,7 +110,7 @@ def test_accuracy_on_the_toy_set() -> None:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """Eight toy pictures and one that shows nothing, in a folder without labels."""
+    """Eight toy images and one that shows nothing, in a folder without labels."""
     save_devkit(tmp_path / "toy", 0, 8)
     images = tmp_path / "toy" / "JPEGImages"
     empty_scene(3).save(images / "void.png")
@@ -125,7 +125,7 @@ def auto(images: Path, out: Path, *more: object, labels: object = "auto") -> lis
 
 def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("a picture was tagged again")
+        raise AssertionError("an image was tagged again")
 
     monkeypatch.setattr(features, "image_features", refuse)
 
@@ -145,7 +145,7 @@ def test_auto_labels_and_back(
     assert main(auto(scenes, out, "--json")) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["tags"] == {"file": str(table), "tagged": 9, "empty": 1}
-    assert "9 pictures tagged by CLIP (9 now), 1 of them without any class (all background)" in captured.err
+    assert "9 images tagged by CLIP (9 now), 1 of them without any class (all background)" in captured.err
     vocabulary = load_vocabulary("toy")
     labels = read_labels(table, vocabulary)
     assert labels["void"] == ()
@@ -169,12 +169,12 @@ def test_auto_labels_and_back(
     out.unlink()  # the maps are lost, the tags are not
     forbid_encoding(monkeypatch)
     assert main(auto(scenes, out)) == 0
-    assert "9 pictures tagged by CLIP (0 now)" in capsys.readouterr().err
+    assert "9 images tagged by CLIP (0 now)" in capsys.readouterr().err
     same_maps(out, tmp_path / "again.h5")
 
 
-def test_going_on_with_more_pictures(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fewer pictures first, one of them damaged: in the end the same tags as at once."""
+def test_going_on_with_more_images(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer images first, one of them damaged: in the end the same tags as at once."""
     damaged = scenes / "toy_000002.png"
     good = damaged.read_bytes()
     damaged.write_bytes(good[:200])
@@ -184,7 +184,7 @@ def test_going_on_with_more_pictures(scenes: Path, tmp_path: Path, capsys: pytes
     assert "truncated" in (out / "skipped.csv").read_text()
     damaged.write_bytes(good)
     assert main(auto(scenes, out)) == 0
-    assert "9 pictures tagged by CLIP (5 now)" in capsys.readouterr().err
+    assert "9 images tagged by CLIP (5 now)" in capsys.readouterr().err
     assert main(auto(scenes, tmp_path / "once.h5", "--quiet")) == 0
     assert (out / "labels.csv").read_bytes() == (tmp_path / "once.labels.csv").read_bytes()
 
@@ -249,7 +249,7 @@ def test_coco_files_that_annotate_nothing(tmp_path: Path) -> None:
 
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture(0, 40, 40).save(tmp_path / "a.png")
+    photo(0, 40, 40).save(tmp_path / "a.png")
     (tmp_path / "labels.csv").write_text("a,boat\n")
     for words, message in (
         (auto(tmp_path, tmp_path / "x.h5", "--tag-threshold", "0"), "--tag-threshold: give a share above 0"),
@@ -260,7 +260,7 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main(words) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x.h5").exists()
-    with pytest.raises(InputError, match="no pictures here"):
+    with pytest.raises(InputError, match="no images here"):
         (tmp_path / "none").mkdir()
         open_dataset(DatasetOptions("folder", images=tmp_path / "none", classes="toy", auto_labels=True))
 
@@ -282,6 +282,6 @@ def test_an_interrupted_pass_keeps_its_tags(
     with monkeypatch.context() as patch:
         patch.setattr(features, "image_features", stop_at_the_third)
         assert main(auto(scenes, tmp_path / "cams.h5")) == 130
-    assert "interrupted; 4 pictures are tagged" in capsys.readouterr().err
+    assert "interrupted; 4 images are tagged" in capsys.readouterr().err
     assert main(auto(scenes, tmp_path / "cams.h5")) == 0
-    assert "9 pictures tagged by CLIP (5 now)" in capsys.readouterr().err
+    assert "9 images tagged by CLIP (5 now)" in capsys.readouterr().err

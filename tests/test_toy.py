@@ -32,7 +32,7 @@ def test_scenes_depend_on_seed_and_index_alone() -> None:
 
 
 def test_the_pixels_have_not_changed() -> None:
-    """Scores in the documentation stand on these pictures; a changed world needs new weights and new numbers."""
+    """Scores in the documentation stand on these images; a changed world needs new weights and new numbers."""
     sums = [int(lay_out(0, index).image().astype(np.int64).sum()) for index in range(4)]
     areas = [int((lay_out(0, index).mask() > 0).sum()) for index in range(4)]
     assert [lay_out(0, index).labels for index in range(4)] == EXPECTED_LABELS
@@ -135,13 +135,13 @@ def test_training_looks_through_the_model_itself() -> None:
 
 @pytest.mark.slow
 def test_the_loop_teaches_it(tmp_path: Path) -> None:
-    """One leg of few pictures, seen again and again: the loss falls, and attention stays a similarity."""
+    """One leg of few images, seen again and again: the loss falls, and attention stays a similarity."""
     from clipseed.train.checkpoint import read_checkpoint
     from clipseed.train.loop import CHECKPOINT, METRICS
     from clipseed.train.metrics import read_metrics
     from tools.toy import train_clip
 
-    stage = replace(train_clip.STAGES[0], pictures=16, epochs=10, rate=2e-2)  # the warm-up takes it to 2e-3
+    stage = replace(train_clip.STAGES[0], images=16, epochs=10, rate=2e-2)  # the warm-up takes it to 2e-3
     learner = train_clip.Learner(train_clip.build())
     train_clip.train_stage(learner, stage, train_clip.FIRST_SEED, tmp_path, batch=8)
     rows = read_metrics(tmp_path / METRICS)

@@ -187,12 +187,12 @@ def test_a_model_starts_with_the_colours_of_cells() -> None:
     """Before training: the colours of a patch's cells are in its embedding, and each cell's features are its own."""
     config = replace(sam_start.CONFIG, image_size=64)
     sam = sam_start.build(config)
-    picture = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
-    picture = picture.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)  # a colour for each patch
-    picture[:, 16:24, 20:24] = 255 - picture[:, 16:24, 20:24]  # but two for that in row 2, column 2
+    image = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    image = image.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)  # a colour for each patch
+    image[:, 16:24, 20:24] = 255 - image[:, 16:24, 20:24]  # but two for that in row 2, column 2
     with torch.no_grad():
-        channels = sam.image_encoder.patch_embed(sam.preprocess(picture)[None])[0, 2, 2, :48].view(4, 4, 3)
-        expected = F.avg_pool2d(sam.preprocess(picture)[:, 16:24, 16:24], 2).permute(1, 2, 0)
+        channels = sam.image_encoder.patch_embed(sam.preprocess(image)[None])[0, 2, 2, :48].view(4, 4, 3)
+        expected = F.avg_pool2d(sam.preprocess(image)[:, 16:24, 16:24], 2).permute(1, 2, 0)
     torch.testing.assert_close(channels, expected, atol=1e-4, rtol=1e-4)
     assert (channels[:, 1] - channels[:, 2]).abs().max() > 0.1
 

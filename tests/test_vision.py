@@ -220,8 +220,8 @@ def test_closed_form_gradcam_equals_autograd(count: int, vision: dict[str, Any],
             maps.append((a[0, count:].detach() @ weights[-1]).view(GRID))
     state = run_last_block(tower, tokens)
     assert state.prefix_tokens == count
-    picture, label = pair_index(labels, CPU)
-    gradient = score_gradient(state.feature, text, present, picture, label, "softmax")
+    image, label = pair_index(labels, CPU)
+    gradient = score_gradient(state.feature, text, present, image, label, "softmax")
     found = channel_weights(tower, state, [2, 1], gradient)
     for ours, theirs in zip(found, weights, strict=True):
         assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()

@@ -3,7 +3,7 @@
 ``make bench``, or ``python tools/bench.py --images FOLDER --count N``. Weights are a seeded random ViT-B/16: speed does
 not depend on what a network has learnt. The bare encoder is open_clip's own transformer on the same batches and in the
 same precision; it is measured in turns with ``cam``, because timings on shared machines drift, and ratios are taken
-turn by turn. The last lines say how full batches of equal grids are on pictures of VOC's and COCO's sizes.
+turn by turn. The last lines say how full batches of equal grids are on images of VOC's and COCO's sizes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget, unit_siz
 from clipseed.runtime.stream import BatchSize
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333), (400, 500))
-"""Picture sizes like VOC's, height first."""
+"""Image sizes like VOC's, height first."""
 VOC_MIX = {(375, 500): 55, (500, 375): 17, (333, 500): 15, (500, 333): 7, (500, 500): 3, (400, 500): 3}
 COCO_MIX = {(480, 640): 35, (640, 480): 15, (427, 640): 25, (640, 427): 10, (375, 500): 5, (500, 375): 5, (612, 612): 5}
 BARE = "bare encoder (open_clip)"
@@ -55,8 +55,8 @@ def make_weights(folder: Path, model: str) -> Path:
     return path
 
 
-def make_pictures(folder: Path, count: int) -> Path:
-    """JPEG pictures of VOC-like sizes with photograph-like smoothness and grain."""
+def make_images(folder: Path, count: int) -> Path:
+    """JPEG images of VOC-like sizes with photograph-like smoothness and grain."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for number in range(count):
@@ -69,7 +69,7 @@ def make_pictures(folder: Path, count: int) -> Path:
 
 
 def load_batches(images: Path, count: int, patch: int) -> list[list[LoadedViews]]:
-    """The batches that ``cam`` makes of the first pictures; one to three labels each, as on VOC."""
+    """The batches that ``cam`` makes of the first images; one to three labels each, as on VOC."""
     loader = ViewLoader(FileReader(), patch, (1.0,), 640, 0)
     samples = [Sample(key, path, (k % 20, (k + 7) % 20, (k + 3) % 20)[: 1 + (k % 2) + (k % 5 == 0)])
                for k, (key, path) in enumerate(list(list_images(images).items())[:count])]  # fmt: skip
@@ -147,7 +147,7 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
     clips = [FrozenClip.load(arguments.model, arguments.weights, arguments.device, precision)
              for precision in arguments.precision.split(",")]  # fmt: skip
     batches = load_batches(arguments.images, arguments.count, clips[0].tower.patch)
-    pictures = sum(map(len, batches))
+    images = sum(map(len, batches))
     labels = folder / "labels.json"
     labels.write_text(json.dumps({item.sample.id: list(item.sample.labels or ()) for b in batches for item in b}))
     split = folder / "split.txt"
@@ -161,9 +161,9 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
     times = time_in_turns(functions, arguments.turns)
     for name, found in reports.items():
         times[name] = [report.seconds for report in found[1:]]
-    tokens = sum(item.cost for b in batches for item in b) / pictures
-    pairs = sum(len(item.sample.labels or ()) for b in batches for item in b) / pictures
-    print(f"{pictures} pictures of {arguments.images}, {tokens:.0f} tokens and {pairs:.2f} classes each on average;")
+    tokens = sum(item.cost for b in batches for item in b) / images
+    pairs = sum(len(item.sample.labels or ()) for b in batches for item in b) / images
+    print(f"{images} images of {arguments.images}, {tokens:.0f} tokens and {pairs:.2f} classes each on average;")
     print(f"{arguments.model} on {clips[0].tower.device}, {torch.get_num_threads()} threads, {arguments.turns} turns; "
           "medians, ratios turn by turn")  # fmt: skip
     first = f"{clips[0].precision} {BARE}"
@@ -174,11 +174,11 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
             for base in (first, f"{name.split()[0]} {BARE}")
         )
         slowest = reports[name][-1].stats.bottleneck if name in reports else "-"
-        print(f"{name:32} {pictures / statistics.median(values):8.2f} {over_first:13.2f} {over_own:12.2f}   {slowest}")
+        print(f"{name:32} {images / statistics.median(values):8.2f} {over_first:13.2f} {over_own:12.2f}   {slowest}")
 
 
 def mixed_sizes(mix: dict[tuple[int, int], int], count: int) -> list[tuple[int, int]]:
-    """Seeded picture sizes, height first, drawn with the weights of ``mix``; every fifth side is off by some pixels."""
+    """Seeded image sizes, height first, drawn with the weights of ``mix``; every fifth side is off by some pixels."""
     rng = np.random.default_rng(0)
     shares = np.array(list(mix.values()), np.float64)
     drawn = rng.choice(len(mix), count, p=shares / shares.sum())
@@ -190,8 +190,8 @@ def mixed_sizes(mix: dict[tuple[int, int], int], count: int) -> list[tuple[int, 
 def batch_fill(sizes: list[tuple[int, int]], patch: int, device: torch.device) -> dict[str, float]:
     """How well batches of equal grids fill a device's token budget, unit by unit as ``cam`` forms them.
 
-    ``fill`` is the mean share of the pictures that a batch could hold, ``padded`` the share of tokens that would be
-    padding if pictures were batched as they come instead, each filled up to its batch's largest grid. Batches of equal
+    ``fill`` is the mean share of the images that a batch could hold, ``padded`` the share of tokens that would be
+    padding if images were batched as they come instead, each filled up to its batch's largest grid. Batches of equal
     grids hold no padding at all.
     """
     limit = BatchSize(None, token_budget(device)).limit
@@ -216,7 +216,7 @@ def show_batch_fill(patch: int = 16, count: int = 5_000) -> None:
         for name, mix in (("VOC", VOC_MIX), ("COCO", COCO_MIX)):
             found = batch_fill(mixed_sizes(mix, count), patch, torch.device(kind))
             print(
-                f"batches of {count} pictures like {name}'s on {kind:4}: {count / found['batches']:5.1f} each, "
+                f"batches of {count} images like {name}'s on {kind:4}: {count / found['batches']:5.1f} each, "
                 f"{found['fill']:4.0%} full, no padding (as they come: {found['padded']:3.0%} of tokens padding)"
             )
 
@@ -248,7 +248,7 @@ def memory_stage(arguments: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="picture folder; default: generated ones")
+    parser.add_argument("--images", type=Path, help="image folder; default: generated ones")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--model", default="ViT-B-16")
@@ -260,7 +260,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         arguments.weights = arguments.weights or make_weights(folder, arguments.model)
-        arguments.images = arguments.images or make_pictures(folder / "pictures", arguments.count)
+        arguments.images = arguments.images or make_images(folder / "images", arguments.count)
         if arguments.memory_of:
             memory_stage(arguments, folder)
             return

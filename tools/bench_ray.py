@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from bench_scale import make_pictures
+from bench_scale import make_images
 from ray.cluster_utils import Cluster
 
 from clipseed.data.dataset import DatasetOptions, open_dataset
@@ -75,7 +75,7 @@ def main() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_pictures(folder, arguments.count)
+        make_images(folder, arguments.count)
         data = DatasetOptions(
             "folder", images=folder / "photos", labels=folder / "labels.csv", classes=str(folder / "classes.txt")
         )
@@ -88,13 +88,13 @@ def main() -> None:
         for _ in range(arguments.turns):
             for kind, function in (("actors", with_actors), ("Ray Data", with_ray_data)):
                 start, through, count = function(recipe, tasks)
-                assert count == len(samples), f"{kind}: {count} results for {len(samples)} pictures"
+                assert count == len(samples), f"{kind}: {count} results for {len(samples)} images"
                 times[kind].append((start, start + through))
     for kind, values in times.items():
         print(f"{kind:9} until the first worker or result {statistics.median(v[0] for v in values):5.1f} s, "
               f"in all {statistics.median(v[1] for v in values):5.1f} s")  # fmt: skip
     ratio = statistics.median(b[1] / a[1] for a, b in zip(times["actors"], times["Ray Data"], strict=True))
-    print(f"Ray Data takes {ratio:.2f} times as long as actors ({len(samples)} pictures, {len(tasks)} units)")
+    print(f"Ray Data takes {ratio:.2f} times as long as actors ({len(samples)} images, {len(tasks)} units)")
     ray.shutdown()
     cluster.shutdown()
 

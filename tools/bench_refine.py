@@ -60,7 +60,7 @@ def in_turns(functions: dict[str, Callable[[], object]], turns: int) -> dict[str
 
 
 def scene(labels: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth probabilities and a picture with smooth colours and noise, as a photograph has."""
+    """Smooth probabilities and an image with smooth colours and noise, as a photograph has."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, labels + 3, 8, 10, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1)
@@ -86,7 +86,7 @@ def main() -> None:
           f"largest difference {gap:.1e}")  # fmt: skip
     from clipseed.refine.crf_native import native_crf
 
-    print("dense CRF, seconds per picture (torch engine with all threads, pydensecrf with one)")
+    print("dense CRF, seconds per image (torch engine with all threads, pydensecrf with one)")
     print(f"{'pixels':>10} {'labels':>7} {'torch':>7} {'pydensecrf':>11} {'ratio':>6}")
     for labels, height, width in (
         (3, 188, 250),

@@ -1,7 +1,7 @@
 """How fast masks are proposed beside the stock ``SamAutomaticMaskGenerator``, both in turns within one process.
 
-``python tools/bench_sam.py``. The model is a ViT-B of real size with seeded random weights, the picture 500 x 375 and
-smooth. Random weights score all masks about alike and draw them nearly over the whole picture, so keys of the decoder's
+``python tools/bench_sam.py``. The model is a ViT-B of real size with seeded random weights, the image 500 x 375 and
+smooth. Random weights score all masks about alike and draw them nearly over the whole image, so keys of the decoder's
 attention are tied to its queries (tokens then look at places like themselves), a logit counts as inside above the 97th
 percentile, and the other thresholds are quantiles, too: 15 % of all masks pass the predicted IoU, as on photographs
 with trained weights, and two thirds of those the stability.
@@ -35,7 +35,7 @@ OFFSET = 0.01
 """Random logits are small; with the stock offset of 1 no mask would be stable."""
 
 
-def smooth_picture(height: int, width: int) -> np.ndarray:
+def smooth_image(height: int, width: int) -> np.ndarray:
     """Low waves of colour: masks of random weights follow them instead of being noise, which stock RLE is slow on."""
     generator = np.random.default_rng(0)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
@@ -43,9 +43,9 @@ def smooth_picture(height: int, width: int) -> np.ndarray:
     return np.uint8(127.5 + 42 * np.stack(waves).reshape(3, 3, height, width).sum(axis=0).transpose(1, 2, 0))
 
 
-def measured_options(backend: ModelBackend, picture: np.ndarray, points: int) -> ProposalOptions:
+def measured_options(backend: ModelBackend, image: np.ndarray, points: int) -> ProposalOptions:
     """Options whose thresholds let the stated shares pass."""
-    (embedding,) = backend.encode([picture])
+    (embedding,) = backend.encode([image])
     ious, stabilities = [], []
     for batch in np.array_split(point_grid(points, embedding.size), max(1, points**2 // 64)):
         decoded = backend.decode_prompts(embedding, points=batch[:, None])
@@ -109,9 +109,9 @@ def build(seed: int) -> Any:
     return sam
 
 
-def inside_threshold(backend: ModelBackend, picture: np.ndarray) -> float:
+def inside_threshold(backend: ModelBackend, image: np.ndarray) -> float:
     """Logit above which a few per cent of all pixels are."""
-    (embedding,) = backend.encode([picture])
+    (embedding,) = backend.encode([image])
     logits = backend.decode_prompts(embedding, points=point_grid(4, embedding.size)[:, None]).logits
     return float(logits.flatten()[::37].quantile(INSIDE))
 
@@ -135,15 +135,15 @@ def main() -> None:
     cpu, info = torch.device("cpu"), SamInfo("vit_b", None, None)
     stock = build(arguments.seed).eval()
     exact, half = (ModelBackend(build(arguments.seed), cpu, dtype, info) for dtype in (torch.float32, torch.bfloat16))
-    picture = smooth_picture(375, 500)
-    stock.mask_threshold = exact.mask_threshold = half.mask_threshold = inside_threshold(exact, picture)
-    options = measured_options(exact, picture, arguments.points)
+    image = smooth_image(375, 500)
+    stock.mask_threshold = exact.mask_threshold = half.mask_threshold = inside_threshold(exact, image)
+    options = measured_options(exact, image, arguments.points)
     generator, predictor = stock_of(stock, options), SamPredictor(stock)
-    predictor.set_image(picture)
-    points = point_grid(8, picture.shape[:2])[:, None]
-    fitted = torch.from_numpy(predictor.transform.apply_coords(points, picture.shape[:2]))
+    predictor.set_image(image)
+    points = point_grid(8, image.shape[:2])[:, None]
+    fitted = torch.from_numpy(predictor.transform.apply_coords(points, image.shape[:2]))
     labels = torch.ones(fitted.shape[:2], dtype=torch.int)
-    embeddings = {backend: backend.encode([picture])[0] for backend in (exact, half)}
+    embeddings = {backend: backend.encode([image])[0] for backend in (exact, half)}
 
     def batch(backend: ModelBackend) -> Any:
         """64 prompts up to the masks that pass."""
@@ -157,10 +157,10 @@ def main() -> None:
             "clipseed fp32": lambda: batch(exact),
             "clipseed bf16": lambda: batch(half),
         },
-        "one picture": {
-            "stock": lambda: generator.generate(picture),
-            "clipseed fp32": lambda: generate(exact, picture, options),
-            "clipseed bf16": lambda: generate(half, picture, options),
+        "one image": {
+            "stock": lambda: generator.generate(image),
+            "clipseed fp32": lambda: generate(exact, image, options),
+            "clipseed bf16": lambda: generate(half, image, options),
         },
     }
     for title, runs in comparisons.items():

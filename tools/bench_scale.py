@@ -1,6 +1,6 @@
-"""How ``cam``, ``refine`` and ``crf`` grow with the number of pictures, and what shares and Ray add (docs/scale.md).
+"""How ``cam``, ``refine`` and ``crf`` grow with the number of images, and what shares and Ray add (docs/scale.md).
 
-``python tools/bench_scale.py --count 20000``. Pictures are generated, small, JPEG; the model is the built-in tiny one,
+``python tools/bench_scale.py --count 20000``. Images are generated, small, JPEG; the model is the built-in tiny one,
 so that what is measured is everything around the model. Every run is a process of its own; its memory and its counts
 come from ``--report``.
 """
@@ -22,8 +22,8 @@ from PIL import Image
 CLASSES = ("car", "house", "tree", "cup")
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Pictures in folders of a thousand, and their labels."""
+def make_images(folder: Path, count: int) -> None:
+    """Images in folders of a thousand, and their labels."""
     rng = np.random.default_rng(0)
     lines = ["id,label"]
     for number in range(count):
@@ -67,10 +67,10 @@ def main() -> None:
     count = arguments.count
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_pictures(folder, count)
+        make_images(folder, count)
         data = ("--dataset", "folder", "--images", "photos", "--labels", "labels.csv", "--classes", "classes.txt",
                 "--weights", "toy", "--device", "cpu")  # fmt: skip
-        print(f"{'stage':34} pictures   seconds         rate         peak memory, limit")
+        print(f"{'stage':34} images   seconds         rate         peak memory, limit")
         for some in (100, 1_000, 10_000):
             if some < count:
                 show("cam", run(folder, "cam", *data, "--limit", some, "--out", f"cams-{some}.h5"), some)
@@ -85,7 +85,7 @@ def main() -> None:
         show("refine caa", run(folder, "refine", "caa", "cams.h5", "--out", "cams-caa.h5"), count)
         show("crf", run(folder, "crf", "cams-caa.h5", "--out", "pseudo"), count)
         for output in ("photos", "cams.h5", "cams-caa.h5", "pseudo"):
-            print(f"{output:12} {size_of(folder / output) / count:8.0f} bytes a picture")
+            print(f"{output:12} {size_of(folder / output) / count:8.0f} bytes an image")
 
 
 if __name__ == "__main__":

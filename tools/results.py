@@ -1,9 +1,9 @@
 """Measure what every step is worth, and write docs/results.md: `make results`.
 
-On the built-in world the whole chain runs from pictures and labels. On photographs (`--photos DEVKIT`) no pretrained
+On the built-in world the whole chain runs from images and labels. On photographs (`--photos DEVKIT`) no pretrained
 CLIP is needed: ground truth blurred to something like a class activation map is refined, which says what PAR and the
 dense CRF do with real colours and edges, and with `--coco` and `--segments` what seeding makes of segments. The
-photographs stay where they are; pictures go to the working folder only.
+photographs stay where they are; images go to the working folder only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from clipseed.data.dataset import DatasetOptions, open_dataset, picture_finder
+from clipseed.data.dataset import DatasetOptions, image_finder, open_dataset
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
@@ -88,7 +88,7 @@ def chain(toy: Toy) -> tuple[list[str], dict[str, Path]]:
     background = toy.words("background", synonyms=False, background=True)
     made = {
         "Grad-CAM of the logit, class names": toy.cam("gradcam", "gradcam", bare),
-        "softmax-GradCAM, class names of the picture only": toy.cam("softmax", classes=bare),
+        "softmax-GradCAM, class names of the image only": toy.cam("softmax", classes=bare),
         "+ background words": toy.cam("background", classes=background),
         "+ synonyms": toy.cam("cams"),
     }
@@ -111,7 +111,7 @@ def chain(toy: Toy) -> tuple[list[str], dict[str, Path]]:
 
 
 def fixed_threshold(made: dict[str, Path]) -> list[str]:
-    """What the thresholds chosen on these pictures flatter: the same threshold for all."""
+    """What the thresholds chosen on these images flatter: the same threshold for all."""
     rows = ["| maps | best of the sweep | fixed 0.4 |", "| --- | --- | --- |"]
     for name in ("+ synonyms", "+ CAA", "+ CAA + PAR"):
         fixed = evaluate(EvaluateOptions(made[name], threshold=0.4))
@@ -194,7 +194,7 @@ def blobs(data: DatasetOptions, out: Path, sigma: float) -> Path:
 
 
 def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
-    """The table on photographs; pictures of five of them go to the working folder."""
+    """The table on photographs; images of five of them go to the working folder."""
     maps = blobs(DatasetOptions("voc", root=devkit), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
     run_refine(RefineOptions("par", maps, par, overwrite=True))
@@ -234,7 +234,7 @@ def agreement(one: Path, other: Path) -> float:
 
 
 def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str]:
-    """The table on photographs with segments that people drew; pictures of six of them go to the working folder."""
+    """The table on photographs with segments that people drew; images of six of them go to the working folder."""
     maps = blobs(DatasetOptions("coco", root=coco), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
     run_refine(RefineOptions("par", maps, par, overwrite=True))
@@ -261,11 +261,11 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
 
 
 def show(truth: Path, columns: list[Path], out: Path, count: int) -> None:
-    """Some photographs: picture, truth, and one tile per output, maps at their best threshold."""
+    """Some photographs: image, truth, and one tile per output, maps at their best threshold."""
     opened = {path: open_seeds(path) for path in columns if not path.is_dir()}
     best = {path: miou(path).threshold or 0.5 for path in opened}
     first = opened[columns[0]]
-    find = picture_finder(first.manifest["dataset"])
+    find = image_finder(first.manifest["dataset"])
     palette = voc_palette()
     ids = list(first)
     rows = []

@@ -1,4 +1,4 @@
-"""Class activation maps without gradients: what each patch resembles, among the texts that may be in the picture.
+"""Class activation maps without gradients: what each patch resembles, among the texts that may be in the image.
 
 Patches come from attention surgery (:mod:`clipseed.clip.surgery`), similarities are cosines with the text prototypes.
 A cosine alone is no map: texts are much alike, so every class's cosine is highest on the same patches. As in
@@ -15,7 +15,7 @@ best threshold (softmax-GradCAM 61.4, random maps 12.0):
 NACLIP's low score is the toy's: its last attention, through queries or keys alike, spreads over what its values need
 apart (22.6 with q q^T, k k^T or q k^T, 61.1 with v v^T); a large CLIP behaves otherwise.
 
-Shapes: B pictures, P pairs (picture, class), n patches, E joint space, C classes, M background words.
+Shapes: B images, P pairs (image, class), n patches, E joint space, C classes, M background words.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def dense_features(
     heads: Heads = "sum",
     sigma: float = NACLIP_SIGMA,
 ) -> PatchFeatures:
-    """Patch features of pictures of one size.
+    """Patch features of images of one size.
 
     Args:
         clip: The frozen model.
@@ -99,7 +99,7 @@ def similarities(features: PatchFeatures, text: TextBank) -> Tensor:
 
 
 def competitors(text: TextBank, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Which texts compete in each picture ``(B, C + M)``, see :meth:`~clipseed.clip.text.TextBank.competing`."""
+    """Which texts compete in each image ``(B, C + M)``, see :meth:`~clipseed.clip.text.TextBank.competing`."""
     return text.competing(present_mask(labels, len(text.classes), text.classes.device))
 
 
@@ -111,14 +111,14 @@ def subtract_redundant(
     With ``F_icd = n_id t_cd w_c``, patch features n and prototypes t, the share that all texts have in common is the
     mean over c, and the new similarity is the sum over d of what remains. Sum and mean commute, so that is
     ``w_c cos_ic - mean_c' (w_c' cos_ic')``. The weights are ``w_c = s_c / mean s``, s the softmax of ``sharpness``
-    times the picture's similarity to the texts.
+    times the image's similarity to the texts.
 
     A softmax over the texts cancels the mean again and keeps the weights alone; the mean matters where similarities
     are used as they are.
 
     Args:
         cosines: ``(B, n, T)`` patches with texts.
-        overall: ``(B, T)`` cosines of the pictures with the texts.
+        overall: ``(B, T)`` cosines of the images with the texts.
         among: ``(B, T)`` booleans, the texts that take part; with fewer than two nothing would remain, and the cosines
             come back as they are.
         sharpness: 2 in CLIP Surgery.
@@ -145,18 +145,18 @@ def pair_scores(
     Args:
         scores: Cosines, or what feature subtraction made of them.
         text: Prototypes of the vocabulary.
-        labels: Present classes of each picture.
+        labels: Present classes of each image.
         score: ``probability``: among the :func:`competitors`. A class without any (no background words, no
             other class) would be certain everywhere, so it keeps its similarity. ``similarity``: as it is.
         scale: Default the model's logit scale.
     """
-    picture, label = pair_index(labels, scores.device)
-    own = scores[picture, :, label]
+    image, label = pair_index(labels, scores.device)
+    own = scores[image, :, label]
     if score == "similarity":
         return own
     present = present_mask(labels, len(text.classes), scores.device)
     chance = text.probabilities_of(text.logits_of(scores, present, scale))
-    return torch.where(text.contested(present)[picture].unsqueeze(1), chance[picture, :, label], own)
+    return torch.where(text.contested(present)[image].unsqueeze(1), chance[image, :, label], own)
 
 
 def dense_cams(
@@ -173,7 +173,7 @@ def dense_cams(
         clip: The frozen model.
         images: ``(B, 3, H, W)`` uint8, whole patches.
         text: Prototypes of the vocabulary.
-        labels: Present classes of each picture.
+        labels: Present classes of each image.
         method: See :func:`dense_features`; ``svc`` includes feature subtraction.
         score: See :func:`pair_scores`.
     """

@@ -3,9 +3,9 @@
 The image feature is the *mean* of the last block's patch tokens, and only the patch mean of the gradient with respect
 to that block's first normalisation is used. So the gradient needs no autograd and no parameter gradients: the
 cotangent is the same vector for every token, and of the backward pass through attention only sums over patches are
-computed. All classes of all pictures of a batch go through together as *pairs* (picture, class).
+computed. All classes of all images of a batch go through together as *pairs* (image, class).
 
-Shapes: B pictures, P pairs, N = p + n tokens (p prefix tokens first), D width, H heads, d = D / H, F hidden width of
+Shapes: B images, P pairs, N = p + n tokens (p prefix tokens first), D width, H heads, d = D / H, F hidden width of
 the MLP, E joint space, C classes, M background words.
 """
 
@@ -50,12 +50,12 @@ class LastBlock:
     pooled_scale: Tensor
     feature: Tensor
 
-    def take(self, pictures: Sequence[int]) -> LastBlock:
-        """The same of some pictures; views where they stand side by side."""
-        first, last = pictures[0], pictures[-1]
-        if list(pictures) == list(range(first, last + 1)):
+    def take(self, images: Sequence[int]) -> LastBlock:
+        """The same of some images; views where they stand side by side."""
+        first, last = images[0], images[-1]
+        if list(images) == list(range(first, last + 1)):
             return LastBlock(*(getattr(self, item.name)[first : last + 1] for item in fields(self)))
-        index = index_on(pictures, self.feature.device)
+        index = index_on(images, self.feature.device)
         return LastBlock(*(getattr(self, item.name)[index] for item in fields(self)))
 
     def mean_attention(self) -> Tensor:
@@ -89,11 +89,11 @@ def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
 
 
 def score_gradient(
-    feature: Tensor, text: TextBank, present: Tensor, picture: Tensor, label: Tensor, target: Target
+    feature: Tensor, text: TextBank, present: Tensor, image: Tensor, label: Tensor, target: Target
 ) -> Tensor:
-    """Gradient ``(P, E)`` of each pair's score with respect to its picture's feature.
+    """Gradient ``(P, E)`` of each pair's score with respect to its image's feature.
 
-    The score of pair p is the probability of class ``label[p]`` in picture ``picture[p]``
+    The score of pair p is the probability of class ``label[p]`` in image ``image[p]``
     (``target="softmax"``, CLIP-ES Eq. 3; where texts do not compete, a sigmoid), that probability's logarithm
     (``"log-softmax"``: the same direction, but it does not vanish for classes the softmax is sure are absent), or the
     logit (``"logit"``, plain Grad-CAM).
@@ -101,13 +101,13 @@ def score_gradient(
     if target == "logit":
         outer = F.one_hot(label, len(text.classes) + len(text.background)).float()
     else:
-        probability = text.probabilities(feature, present)[picture]
+        probability = text.probabilities(feature, present)[image]
         outer = text.log_slope(probability, label)
         if target == "softmax":
             outer = probability.gather(1, label[:, None]) * outer
     direction = text.logit_scale * outer @ text.all
-    norm = feature.norm(dim=-1, keepdim=True)[picture]
-    unit = feature[picture] / norm
+    norm = feature.norm(dim=-1, keepdim=True)[image]
+    unit = feature[image] / norm
     across: Tensor = direction - unit * (unit * direction).sum(dim=-1, keepdim=True)
     return across.div(norm)
 
@@ -115,8 +115,8 @@ def score_gradient(
 def channel_weights(tower: VisionTower, state: LastBlock, counts: Sequence[int], gradient: Tensor) -> Tensor:
     """Grad-CAM channel weights ``(P, D)``: the patch mean of the score's gradient with respect to ``state.a``.
 
-    ``gradient`` ``(P, E)`` is that of :func:`score_gradient`, pairs ordered by picture, ``counts[b]`` of them for
-    picture b. Each pair's is scaled to unit size on the way, so that half precision neither loses the tiny gradients
+    ``gradient`` ``(P, E)`` is that of :func:`score_gradient`, pairs ordered by image, ``counts[b]`` of them for
+    image b. Each pair's is scaled to unit size on the way, so that half precision neither loses the tiny gradients
     of confident scores nor overflows.
     """
     start = (gradient @ tower.projection.float().T) * tower.norm_post.weight
@@ -126,15 +126,15 @@ def channel_weights(tower: VisionTower, state: LastBlock, counts: Sequence[int],
     offsets = [0, *accumulate(counts)]
     weights = torch.empty_like(start)
     budget = _GROUP_TOKENS.get(start.device.type, _GPU_GROUP_TOKENS) // state.middle.shape[1]
-    for count, pictures in _equal_counts(counts, budget):
-        pairs = index_on([[offsets[b] + k for k in range(count)] for b in pictures], start.device)
-        weights[pairs] = _group_weights(tower, state.take(pictures), start[pairs])
+    for count, images in _equal_counts(counts, budget):
+        pairs = index_on([[offsets[b] + k for k in range(count)] for b in images], start.device)
+        weights[pairs] = _group_weights(tower, state.take(images), start[pairs])
     # Once for the mean over patches that made the feature, once for the mean of the gradient.
     return weights * (size / state.middle.shape[1] ** 2)
 
 
 def _group_weights(tower: VisionTower, state: LastBlock, start: Tensor) -> Tensor:
-    """Gradient summed over patches ``(G, K, D)`` for G pictures with K classes each; ``start`` ``(G, K, D)``."""
+    """Gradient summed over patches ``(G, K, D)`` for G images with K classes each; ``start`` ``(G, K, D)``."""
     block = tower.blocks[-1]
     hat, scale = state.pooled_hat, state.pooled_scale
     # The cotangent behind the final norm is, up to each token's scale, `start - hat * share`: one vector per class and
@@ -206,20 +206,20 @@ def gradcam(
 
     Args:
         tower: The frozen vision transformer.
-        state: Its last block's forward pass on B pictures.
+        state: Its last block's forward pass on B images.
         text: Prototypes of the vocabulary.
-        labels: Present classes of each picture.
+        labels: Present classes of each image.
         grid: Patch grid ``(h, w)``.
         target: What to differentiate, see :func:`score_gradient`.
 
     Returns:
-        ``(P, h, w)`` float32, one map per (picture, class) in the order of ``labels``; may be negative.
+        ``(P, h, w)`` float32, one map per (image, class) in the order of ``labels``; may be negative.
     """
-    picture, label = pair_index(labels, state.feature.device)
-    if not len(picture):
+    image, label = pair_index(labels, state.feature.device)
+    if not len(image):
         return torch.zeros(0, *grid, device=state.feature.device)
     present = present_mask(labels, len(text.classes), state.feature.device)
-    gradient = score_gradient(state.feature, text, present, picture, label, target)
+    gradient = score_gradient(state.feature, text, present, image, label, target)
     counts = [len(row) for row in labels]
     return weighted_sums(state, counts, channel_weights(tower, state, counts, gradient), grid)
 
@@ -244,7 +244,7 @@ def minmax(maps: Tensor, floor: float = 0.0) -> Tensor:
 
 
 def pair_index(labels: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Picture and class of every pair, each ``(P,)``, pictures in order."""
+    """Image and class of every pair, each ``(P,)``, images in order."""
     pairs = [(image, label) for image, row in enumerate(labels) for label in row]
     index = index_on(pairs, device).view(-1, 2)
     return index[:, 0], index[:, 1]
@@ -282,9 +282,9 @@ def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _equal_counts(counts: Sequence[int], pairs: int) -> Iterator[tuple[int, list[int]]]:
-    """Groups of about ``pairs`` pairs from pictures with equally many classes: that number, and the pictures."""
+    """Groups of about ``pairs`` pairs from images with equally many classes: that number, and the images."""
     for count in sorted(set(counts) - {0}):
-        pictures = [b for b, other in enumerate(counts) if other == count]
+        images = [b for b, other in enumerate(counts) if other == count]
         step = max(1, pairs // count)
-        for first in range(0, len(pictures), step):
-            yield count, pictures[first : first + step]
+        for first in range(0, len(images), step):
+            yield count, images[first : first + step]

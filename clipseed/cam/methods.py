@@ -1,4 +1,4 @@
-"""From pictures to normalised class activation maps: the methods ``clipseed cam`` offers."""
+"""From images to normalised class activation maps: the methods ``clipseed cam`` offers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam", *DENSE_METHODS)
 
 @dataclass(frozen=True)
 class CamBatch:
-    """Maps of a batch: one ``(K, h, w)`` float32 CPU tensor per picture, and how many pictures needed float32.
+    """Maps of a batch: one ``(K, h, w)`` float32 CPU tensor per image, and how many images needed float32.
 
     ``attention`` ``(B, n, n)`` is the mean over heads and the last blocks, where it was asked for.
     """
@@ -43,27 +43,27 @@ def compute_cams(
     released: bool = False,
     attention_layers: int = 0,
 ) -> CamBatch:
-    """Class activation maps of a batch of pictures.
+    """Class activation maps of a batch of images.
 
-    With one view and no flip this is CLIP-ES's map. With several scales or the mirrored picture, each view's map is
+    With one view and no flip this is CLIP-ES's map. With several scales or the mirrored image, each view's map is
     normalised, brought to ``grid`` (bilinear), averaged, and min-max normalised once more.
 
     Args:
         clip: The frozen model.
         text: Prototypes of the vocabulary.
-        views: The same B pictures at one or more scales, each ``(B, 3, H_s, W_s)`` uint8, whole patches.
-        labels: Present classes of each picture.
+        views: The same B images at one or more scales, each ``(B, 3, H_s, W_s)`` uint8, whole patches.
+        labels: Present classes of each image.
         grid: Patch grid ``(h, w)`` of the result.
         method: ``softmax-gradcam`` (CLIP-ES), ``gradcam`` (no competition between classes), or one without gradients:
             ``maskclip``, ``svc`` or ``naclip`` (:mod:`clipseed.cam.dense`).
-        flip: Also use the mirrored pictures.
+        flip: Also use the mirrored images.
         released: Normalise as CLIP-ES's released code does (:func:`~clipseed.cam.gradcam.normalize`); for the methods
             with gradients.
         attention_layers: Also return the attention between patches, averaged over so many blocks from the end, of the
             view that has the result's grid; it comes out of the same forward pass.
 
     Returns:
-        Maps in [0, 1]. A picture whose maps come out NaN or infinite in half precision is computed again in float32.
+        Maps in [0, 1]. An image whose maps come out NaN or infinite in half precision is computed again in float32.
     """
 
     def maps_of(model: FrozenClip, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +73,7 @@ def compute_cams(
 
     maps, attention = maps_of(clip, range(len(labels)))
     counts = [len(row) for row in labels]
-    # To the CPU once for the batch: a device would be waited for once per picture otherwise.
+    # To the CPU once for the batch: a device would be waited for once per image otherwise.
     split = list(torch.split(maps.cpu(), counts))
     broken = [k for k, part in enumerate(split) if not torch.isfinite(part).all()]
     if broken and clip.exact is not clip:
@@ -87,7 +87,7 @@ def compute_cams(
 
 @dataclass(frozen=True)
 class _Request:
-    """What :func:`compute_cams` was asked for, besides pictures and labels."""
+    """What :func:`compute_cams` was asked for, besides images and labels."""
 
     method: Method
     flip: bool

@@ -63,16 +63,16 @@ def cam(
         typer.Option(help="With --refine caa; see clipseed refine caa.", rich_help_panel=shared.MODEL),
     ] = None,
     scales: Annotated[
-        str, typer.Option(help="Picture scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
+        str, typer.Option(help="Image scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
     ] = "1",
     flip: Annotated[
-        bool, typer.Option("--flip", help="Average with the mirrored picture.", rich_help_panel=shared.MODEL)
+        bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=shared.MODEL)
     ] = False,
     max_side: Annotated[
-        int, typer.Option(help="Shrink longer pictures to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
+        int, typer.Option(help="Shrink longer images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
     ] = 640,
     min_side: Annotated[
-        int, typer.Option(help="Enlarge shorter pictures to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
+        int, typer.Option(help="Enlarge shorter images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
     ] = 0,
     paper: Annotated[
         bool,
@@ -94,7 +94,7 @@ def cam(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Turn pictures with image-level labels into class activation maps.
+    """Turn images with image-level labels into class activation maps.
 
     Running the same command again does what is missing. Examples:
 
@@ -129,7 +129,7 @@ def cam(
         cluster=run.cluster, **tagging,
     )  # fmt: skip
     if auto and not run.launch.share.whole:
-        raise UsageError("--labels auto tags all pictures at once: run it first without --shard, then use its labels")
+        raise UsageError("--labels auto tags all images at once: run it first without --shard, then use its labels")
     talker = run.talker
     try:
         done = run_cam(
@@ -144,7 +144,7 @@ def cam(
         _tell_tags(talker, done.tags)
     computed, used = done.stats.computed, done.model
     summary = (
-        f"{done.out}: {done.found + computed} of {done.total} pictures, {computed} computed now{rate(done)} "
+        f"{done.out}: {done.found + computed} of {done.total} images, {computed} computed now{rate(done)} "
         f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
     code = run.finish(done, summary, _facts(done), done.empty)
@@ -172,10 +172,10 @@ def _start_tags(talker: Talker, todo: int) -> Any:
 
 def _tell_tags(talker: Talker, tags: TagReport) -> None:
     if not tags.tagged:
-        talker.note("--labels auto: every picture that can be read has labels of its own")
+        talker.note("--labels auto: every image that can be read has labels of its own")
         return
     talker.note(
-        f"{tags.path}: {tags.tagged} pictures tagged by CLIP ({tags.computed} now), {tags.empty} of them without any "
+        f"{tags.path}: {tags.tagged} images tagged by CLIP ({tags.computed} now), {tags.empty} of them without any "
         "class (all background); correct it and give it with --labels"
     )
 

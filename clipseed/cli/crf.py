@@ -76,7 +76,7 @@ def crf(
 ) -> int:
     """Turn seeds into label masks with a dense CRF over the classes present.
 
-    Masks are palette PNG of the picture's size: 0 background, class index + 1, and 255 where --confidence asks for it.
+    Masks are palette PNG of the image's size: 0 background, class index + 1, and 255 where --confidence asks for it.
     """
     from clipseed.jobs.crf import CrfOptions, run_crf
     from clipseed.jobs.stages import newest_output

@@ -107,7 +107,7 @@ def _warn(talker: Talker, report: EvaluateReport) -> None:
         talker.warn(f"{len(ids)} predictions have no ground truth and were not scored: {some(ids)}")
     if report.missing_predictions:
         ids = report.missing_predictions
-        where = f"pictures of split {report.split}" if report.split_given else "ground-truth masks"
+        where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
         talker.warn(f"{len(ids)} {where} have no prediction and were not scored: {some(ids)}")
     if report.excluded_pixels:
         share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)

@@ -27,8 +27,8 @@ def inspect(
     preview: Annotated[
         Optional[Path], typer.Option(help="Write an overlay of some maps to this PNG.", rich_help_panel=shared.OUTPUT)
     ] = None,
-    count: Annotated[int, typer.Option(help="Pictures in the preview.", min=1, max=64)] = 4,
-    id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this picture; repeatable.")] = None,
+    count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
+    id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
     images: shared.MovedImages = None,
     root: shared.MovedRoot = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check all checksums, whatever the size.")] = False,
@@ -36,7 +36,7 @@ def inspect(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Show what an output holds: manifest, counts, and a few maps or segments over their pictures."""
+    """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
     from clipseed.jobs.inspect import inspect_seeds, write_preview
     from clipseed.jobs.inspect_masks import is_mask_cache
     from clipseed.jobs.stages import newest_output
@@ -79,8 +79,8 @@ def _print(found: Inspection) -> None:
                        f"{len(words.get('background') or ())} background words "
                        f"({words.get('background_from') or '-'})"),
         ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
-        ("pictures", f"{found.pictures} ({found.without_class} without a class)"),
-        ("maps", f"{found.maps}, {len(found.empty.labels)} empty among the first {found.checked} pictures"),
+        ("images", f"{found.images} ({found.without_class} without a class)"),
+        ("maps", f"{found.maps}, {len(found.empty.labels)} empty among the first {found.checked} images"),
         *(("", f"{number} {why}") for why, number in empty_reasons(found.empty)),
         ("grids", grids),
         ("versions", _pairs(manifest.get("versions"))),
@@ -89,7 +89,7 @@ def _print(found: Inspection) -> None:
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
     typer.echo("")
-    print_table(("class", "pictures"), [(name, str(number)) for name, number in found.per_class.items() if number])
+    print_table(("class", "images"), [(name, str(number)) for name, number in found.per_class.items() if number])
 
 
 def _pairs(part: object) -> str:

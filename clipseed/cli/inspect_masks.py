@@ -42,7 +42,7 @@ def show(path: Path, look: Look | None, *, verify: bool, json: bool, quiet: bool
 
 def _print(found: MaskInspection) -> None:
     manifest, data = found.manifest, found.manifest["dataset"]
-    fewest, median, most = found.per_picture
+    fewest, median, most = found.per_image
     rows = [
         ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
         ("method", str(manifest.get("method"))),
@@ -50,10 +50,10 @@ def _print(found: MaskInspection) -> None:
         ("source", _pairs({key: value for key, value in manifest["source"].items() if isinstance(value, str)})),
         ("model", _pairs(manifest["model"])),
         ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
-        ("pictures", f"{found.pictures} ({found.without_masks} without masks, {found.shrunk} shrunk)"),
-        ("masks", f"{found.masks}; per picture {fewest} to {most}, median {median:g}"),
+        ("images", f"{found.images} ({found.without_masks} without masks, {found.shrunk} shrunk)"),
+        ("masks", f"{found.masks}; per image {fewest} to {most}, median {median:g}"),
         ("levels", ", ".join(f"{number} {name}" for name, number in found.levels.items())),
-        ("bytes", f"{found.bytes_per_picture:,.0f} per picture; {found.bytes_per_mask:,.0f} per compressed mask"),
+        ("bytes", f"{found.bytes_per_image:,.0f} per image; {found.bytes_per_mask:,.0f} per compressed mask"),
         ("versions", _pairs(manifest.get("versions"))),
     ]
     width = max(len(name) for name, _ in rows)

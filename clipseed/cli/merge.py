@@ -49,7 +49,7 @@ def merge(
     for note in report.notes:
         talker.warn(note)
     twice = f", {report.repeated} of them more than once" if report.repeated else ""
-    talker.note(f"{report.out}: {report.images} pictures out of {report.files} files{twice}")
+    talker.note(f"{report.out}: {report.images} images out of {report.files} files{twice}")
     if report.empty is not None and report.empty.labels:
         tell_empty(talker, report.empty)
     if json:

@@ -26,7 +26,7 @@ Root = Annotated[
     Optional[Path],
     typer.Option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).", rich_help_panel=DATA),
 ]
-Images = Annotated[Optional[Path], typer.Option(help="Folder with the pictures (folder, coco).", rich_help_panel=DATA)]
+Images = Annotated[Optional[Path], typer.Option(help="Folder with the images (folder, coco).", rich_help_panel=DATA)]
 MovedImages = Annotated[
     Optional[Path], typer.Option(help="Where the images are now, if they have moved.", rich_help_panel=DATA)
 ]
@@ -46,7 +46,7 @@ LabelsOrAuto = Annotated[
     Optional[str],
     typer.Option(
         "--labels",
-        help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags pictures that have none.",
+        help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags images that have none.",
         rich_help_panel=DATA,
         show_default=False,
     ),
@@ -61,7 +61,7 @@ TagThreshold = Annotated[
     ),
 ]
 TagTopK = Annotated[
-    Optional[int], typer.Option(help="--labels auto: at most so many tags a picture.", rich_help_panel=DATA, min=1)
+    Optional[int], typer.Option(help="--labels auto: at most so many tags an image.", rich_help_panel=DATA, min=1)
 ]
 Classes = Annotated[
     Optional[str],
@@ -80,13 +80,9 @@ Templates = Annotated[
     Optional[list[str]],
     typer.Option("--template", help="Prompt with one {}; several are averaged.", rich_help_panel=DATA),
 ]
-Exif = Annotated[
-    bool, typer.Option("--exif", help="Turn pictures as their EXIF orientation says.", rich_help_panel=DATA)
-]
-MaxPixels = Annotated[
-    int, typer.Option(help="Refuse larger pictures before decoding them.", rich_help_panel=DATA, min=1)
-]
-Limit = Annotated[Optional[int], typer.Option(help="Only the first N pictures.", rich_help_panel=DATA, min=1)]
+Exif = Annotated[bool, typer.Option("--exif", help="Turn images as their EXIF orientation says.", rich_help_panel=DATA)]
+MaxPixels = Annotated[int, typer.Option(help="Refuse larger images before decoding them.", rich_help_panel=DATA, min=1)]
+Limit = Annotated[Optional[int], typer.Option(help="Only the first N images.", rich_help_panel=DATA, min=1)]
 
 Model = Annotated[
     Optional[str],
@@ -98,7 +94,7 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=RUN)]
-BatchSize = Annotated[str, typer.Option(help="auto, or pictures per batch.", rich_help_panel=RUN)]
+BatchSize = Annotated[str, typer.Option(help="auto, or images per batch.", rich_help_panel=RUN)]
 Workers = Annotated[
     str, typer.Option(help="auto, or decoding processes (0: a thread of this one).", rich_help_panel=RUN)
 ]

@@ -54,10 +54,10 @@ def prompts(
     model: shared.Model = None,
     weights: shared.Weights = None,
     max_side: Annotated[
-        int, typer.Option(help="Shrink longer pictures to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
+        int, typer.Option(help="Shrink longer images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
     ] = 640,
     min_side: Annotated[
-        int, typer.Option(help="Enlarge shorter pictures to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
+        int, typer.Option(help="Enlarge shorter images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
     ] = 0,
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
@@ -71,9 +71,9 @@ def prompts(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Rank prompt templates by sharpness (CLIP-ES, Eq. 9; lower is better) on pictures with two labels or more.
+    """Rank prompt templates by sharpness (CLIP-ES, Eq. 9; lower is better) on images with two labels or more.
 
-    Use the best with clipseed cam --template. "present" is the score of a picture's classes together, in percent: a
+    Use the best with clipseed cam --template. "present" is the score of an image's classes together, in percent: a
     template with a low one is not understood, whatever its sharpness. Examples:
 
       clipseed prompts --dataset voc --limit 500
@@ -111,7 +111,7 @@ def prompts(
 
 def _start(talker: Talker, weights: str | None, image_set: ImageSet, todo: int) -> Any:
     talker.note(
-        f"{image_set.name} {image_set.split}: {todo} of {len(image_set.samples)} pictures show two classes or more"
+        f"{image_set.name} {image_set.split}: {todo} of {len(image_set.samples)} images show two classes or more"
     )
     warn_of_toy_weights(talker, weights, image_set)
     track = talker.track("prompts", todo)
@@ -140,7 +140,7 @@ def _numbers(item: Candidate) -> tuple[str, str, str, str]:
 def _tell(talker: Talker, report: PromptReport, csv: Path | None, synonyms: bool) -> None:
     if report.skipped:
         reasons = some([f"{key} ({why})" for key, why in report.skipped], 3)
-        talker.warn(f"{len(report.skipped)} pictures skipped: {reasons}")
+        talker.warn(f"{len(report.skipped)} images skipped: {reasons}")
     if synonyms and not report.classes:
         talker.note("no class of this vocabulary has synonyms; give some with --classes FILE (docs/formats.md)")
     if csv is not None:

@@ -83,7 +83,7 @@ def caa(
 ) -> int:
     """Class-aware attention affinity (CLIP-ES): spread maps along CLIP's attention.
 
-    Without arguments it refines cams.h5 into cams-caa.h5, with the pictures and the model that cams.h5 was made with.
+    Without arguments it refines cams.h5 into cams-caa.h5, with the images and the model that cams.h5 was made with.
     """
     from clipseed.refine.caa import CaaOptions
 
@@ -166,7 +166,7 @@ def par(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Pixel-adaptive refinement (AFA, WeCLIP): maps follow the picture's colours, at its full size.
+    """Pixel-adaptive refinement (AFA, WeCLIP): maps follow the image's colours, at its full size.
 
     Needs no model. The result has one value per pixel and class, about 2 bytes each.
     """
@@ -200,7 +200,7 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
         run.talker.close()
     computed = report.stats.computed
     summary = (
-        f"{report.out}: {report.found + computed} of {report.total} pictures, {computed} computed now{rate(report)} "
+        f"{report.out}: {report.found + computed} of {report.total} images, {computed} computed now{rate(report)} "
         f"({report.device})"
     )
     return run.finish(report, summary, {"source": str(report.source), "device": report.device}, report.empty)

@@ -66,14 +66,14 @@ def report(
     ] = False,
     images: Annotated[
         Optional[Path],
-        typer.Option(help="Folder of the pictures, where an input does not say it.", rich_help_panel=PAGE),
+        typer.Option(help="Folder of the images, where an input does not say it.", rich_help_panel=PAGE),
     ] = None,
     root: Annotated[
         Optional[Path],
         typer.Option(help="Where the data set is now, if it has moved (voc, coco).", rich_help_panel=PAGE),
     ] = None,
-    worst: Annotated[int, typer.Option(help="How many of the worst pictures to show.", rich_help_panel=PAGE)] = 6,
-    best: Annotated[int, typer.Option(help="How many of the best pictures to show.", rich_help_panel=PAGE)] = 6,
+    worst: Annotated[int, typer.Option(help="How many of the worst images to show.", rich_help_panel=PAGE)] = 6,
+    best: Annotated[int, typer.Option(help="How many of the best images to show.", rich_help_panel=PAGE)] = 6,
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=PAGE)] = "clipseed report",
     out: Annotated[Path, typer.Option(help="The HTML file to write.", rich_help_panel=shared.OUTPUT)] = Path(
         "report.html"
@@ -83,7 +83,7 @@ def report(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Write one self-contained HTML page: scores, confusion, and the best and worst pictures.
+    """Write one self-contained HTML page: scores, confusion, and the best and worst images.
 
     Example:
 

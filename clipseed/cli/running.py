@@ -63,8 +63,8 @@ class Running:
     def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
         """Say what there is to do, and give the progress callback."""
         share = f"share {self.launch.share} ({self.launch.source}): " if not self.launch.share.whole else ""
-        many = f"{of} pictures, " if of is not None else ""
-        unit = "to do" if of is not None else "pictures to do"
+        many = f"{of} images, " if of is not None else ""
+        unit = "to do" if of is not None else "images to do"
         self.talker.note(
             f"{title or self.command}: {share}{many}{todo} {unit}" + (f", {done} done already" if done else "")
         )
@@ -97,15 +97,15 @@ class Running:
             talker.warn(note)
         if stats.out_of_memory:
             before, after = stats.out_of_memory
-            talker.warn(f"out of memory with {before} pictures at once; went on with {after} (--batch-size {after})")
+            talker.warn(f"out of memory with {before} images at once; went on with {after} (--batch-size {after})")
         if stats.counters["recomputed"]:
             talker.warn(
-                f"{stats.counters['recomputed']} pictures gave NaN or infinity in half precision and were computed in "
+                f"{stats.counters['recomputed']} images gave NaN or infinity in half precision and were computed in "
                 "fp32"
             )
         if stats.skipped:
             reasons = some([f"{key} ({why})" for key, why in stats.skipped], 3)
-            talker.warn(f"{len(stats.skipped)} pictures skipped: {reasons}")
+            talker.warn(f"{len(stats.skipped)} images skipped: {reasons}")
         if report.skipped_file:
             talker.warn(f"all of them are listed in {report.skipped_file}")
         if empty is not None and empty.labels:

@@ -27,7 +27,7 @@ def sam_masks(
     dataset: Annotated[
         Optional[str],
         typer.Option(
-            help="voc, coco, folder or toy; labels are not needed (default: the pictures of --seeds).",
+            help="voc, coco, folder or toy; labels are not needed (default: the images of --seeds).",
             rich_help_panel=shared.DATA,
             show_default=False,
         ),
@@ -35,7 +35,7 @@ def sam_masks(
     seeds: Annotated[
         Optional[Path],
         typer.Option(
-            help="Take the pictures of these seeds (default: cams.h5), and prompts from their maps.",
+            help="Take the images of these seeds (default: cams.h5), and prompts from their maps.",
             rich_help_panel=shared.DATA,
             show_default=False,
         ),
@@ -53,7 +53,7 @@ def sam_masks(
     images: Annotated[
         Optional[Path],
         typer.Option(
-            help="Folder with the pictures (folder, coco), or where those of --seeds are now.",
+            help="Folder with the images (folder, coco), or where those of --seeds are now.",
             rich_help_panel=shared.DATA,
         ),
     ] = None,
@@ -85,7 +85,7 @@ def sam_masks(
     max_side: Annotated[
         int,
         typer.Option(
-            help="Shrink longer pictures to this side, which is what SAM sees of them; 0: never.",
+            help="Shrink longer images to this side, which is what SAM sees of them; 0: never.",
             rich_help_panel=shared.MODEL,
             min=0,
         ),
@@ -114,7 +114,7 @@ def sam_masks(
     ] = None,
     crop_layers: Annotated[
         Optional[int],
-        typer.Option(help="Layers of crops; 0: the picture only.", rich_help_panel=GRID, min=0, show_default=False),
+        typer.Option(help="Layers of crops; 0: the image only.", rich_help_panel=GRID, min=0, show_default=False),
     ] = None,
     iou_threshold: Annotated[
         Optional[float], typer.Option(help="Predicted IoU to exceed.", rich_help_panel=GRID, show_default=False)
@@ -138,9 +138,7 @@ def sam_masks(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[
-        str, typer.Option(help="auto, or pictures encoded at once.", rich_help_panel=PROMPT)
-    ] = "auto",
+    batch_size: Annotated[str, typer.Option(help="auto, or images encoded at once.", rich_help_panel=PROMPT)] = "auto",
     device: shared.Device = "auto",
     precision: shared.Precision = "auto",
     workers: shared.Workers = "auto",
@@ -156,7 +154,7 @@ def sam_masks(
     quiet: shared.Quiet = False,
     debug: shared.Debug = False,
 ) -> int:
-    """Find the segments of every picture with SAM, once per data set, and keep them in a compact cache.
+    """Find the segments of every image with SAM, once per data set, and keep them in a compact cache.
 
     Running the same command again does what is missing. Examples:
 
@@ -166,7 +164,7 @@ def sam_masks(
 
       clipseed sam-masks --dataset coco --import annotations/panoptic_val2017.json
     """
-    from clipseed.data.pictures import PictureOptions
+    from clipseed.data.image_listing import ListingOptions
     from clipseed.jobs.sam_masks import run_sam_masks
     from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
     from clipseed.jobs.stages import newest_output
@@ -175,7 +173,7 @@ def sam_masks(
     run = prepare("sam-masks", chosen)
     data = None
     if dataset is not None:
-        data = PictureOptions(dataset, root, images, split, exif, max_pixels, limit)
+        data = ListingOptions(dataset, root, images, split, exif, max_pixels, limit)
     else:
         _refuse_without_dataset(split=split, limit=limit, exif=exif or None)
     if dataset is None and seeds is None:
@@ -183,7 +181,7 @@ def sam_masks(
             seeds = newest_output(Path(), "sam-seed" if prompt else "sam-masks")
         except UsageError as error:
             raise UsageError(f"{error}, or give --dataset") from error
-        run.talker.note(f"pictures of {seeds}")
+        run.talker.note(f"images of {seeds}")
     proposals = proposal_options(
         preset, points_per_side=points_per_side, crop_layers=crop_layers, pred_iou_threshold=iou_threshold,
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
@@ -207,24 +205,24 @@ def sam_masks(
 def _refuse_without_dataset(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"--{name} belongs to --dataset; the pictures of --seeds are read as the seeds were")
+            raise UsageError(f"--{name} belongs to --dataset; the images of --seeds are read as the seeds were")
 
 
 def _finish(run: Running, done: SamMasksReport) -> int:
     stats = done.stats
     computed, counters = stats.computed, stats.counters
-    summary = f"{done.out}: {done.found + computed} of {done.total} pictures, {computed} done now{rate(done)}"
+    summary = f"{done.out}: {done.found + computed} of {done.total} images, {computed} done now{rate(done)}"
     if computed:
-        empty = f", {counters['without']} pictures without any" if counters["without"] else ""
+        empty = f", {counters['without']} images without any" if counters["without"] else ""
         bytes_each = counters["bytes"] / max(1, done.masks)
         summary += (
-            f"; {done.masks} masks, {done.per_picture:.1f} per picture, "
+            f"; {done.masks} masks, {done.per_image:.1f} per image, "
             f"{bytes_each:.0f} bytes each{empty}; "
             f"limited by {stats.bottleneck} ({done.device})"
         )
     facts = {
         "masks": done.masks,
-        "masks_per_picture": round(done.per_picture, 3),
+        "masks_per_image": round(done.per_image, 3),
         "without_masks": counters["without"],
         "mask_bytes": counters["bytes"],
         "model": done.model,

@@ -77,7 +77,7 @@ def sam_seed(
     ] = None,
     without_masks: Annotated[
         Optional[str],
-        typer.Option(help="The same for pictures without any mask.", rich_help_panel=METHOD, show_default=False),
+        typer.Option(help="The same for images without any mask.", rich_help_panel=METHOD, show_default=False),
     ] = None,
     min_confidence: Annotated[
         float, typer.Option(help="Less certain labels become 255 (fma, pixel).", rich_help_panel=METHOD)
@@ -103,7 +103,7 @@ def sam_seed(
 ) -> int:
     """Turn seeds and SAM's segments into label masks.
 
-    Masks are palette PNG of the picture's size: 0 background, class index + 1, and 255 where it is asked for. Examples:
+    Masks are palette PNG of the image's size: 0 background, class index + 1, and 255 where it is asked for. Examples:
 
       clipseed sam-seed
 
@@ -134,7 +134,7 @@ def sam_seed(
         run.talker.close()
     if done.missing_file:
         run.talker.warn(
-            f"{done.missing} pictures are not in {masks} and were labelled without masks (--without-masks); they are "
+            f"{done.missing} images are not in {masks} and were labelled without masks (--without-masks); they are "
             f"listed in {done.missing_file}"
         )
     computed, without = done.stats.computed, done.stats.counters["without"]

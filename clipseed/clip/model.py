@@ -161,7 +161,7 @@ class FrozenClip:
         return encode_embeddings(self._model, embeddings, ends)
 
     def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> DenseFeatures:
-        """Dense features of pictures of one size: ``(B, 3, H, W)`` uint8, sides multiples of the patch size."""
+        """Dense features of images of one size: ``(B, 3, H, W)`` uint8, sides multiples of the patch size."""
         return self.tower.dense(self.tower.normalize(images), attention_blocks)
 
     def encode_image(self, images: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Sharpness of a prompt: how unevenly CLIP's scores fall on the classes that one picture shows (CLIP-ES, Eq. 9).
+"""Sharpness of a prompt: how unevenly CLIP's scores fall on the classes that one image shows (CLIP-ES, Eq. 9).
 
-    sharpness(prompt) = mean over pictures i of Var(s_i1 … s_ik) / Mean(s_i1 … s_ik)
+    sharpness(prompt) = mean over images i of Var(s_i1 … s_ik) / Mean(s_i1 … s_ik)
 
-over the pictures with at least two labels; s_ij is the softmax score of the j-th *present* class. Lower is better: a
+over the images with at least two labels; s_ij is the softmax score of the j-th *present* class. Lower is better: a
 prompt under which one class takes all the score hides the others. CLIP-ES publishes no code for it; three choices are
-ours. The variance is the population's. The mean over pictures stands for the paper's sum, which ranks equally and does
-not grow with the number of pictures. The softmax runs over all classes of the vocabulary, background words left out.
+ours. The variance is the population's. The mean over images stands for the paper's sum, which ranks equally and does
+not grow with the number of images. The softmax runs over all classes of the vocabulary, background words left out.
 
 The measure is linear in the scores, so a prompt that CLIP does not understand, whose scores are all small, looks sharp
 in the best sense. :attr:`Sharpness.present` tells such prompts: the score that the present classes have together.
@@ -25,8 +25,8 @@ class Sharpness:
     Attributes:
         value: Mean of variance over mean, from 0 (present classes score alike) to 0.5 with two classes, to
             ``(k - 1) / k`` with k; lower is better.
-        present: Mean over pictures of what the present classes score together, in [0, 1].
-        images: Number of pictures.
+        present: Mean over images of what the present classes score together, in [0, 1].
+        images: Number of images.
     """
 
     value: float
@@ -35,21 +35,21 @@ class Sharpness:
 
 
 def image_sharpness(log_probability: Tensor, present: Tensor) -> Tensor:
-    """Variance over mean of every picture's present scores, ``(N,)`` (the summand of Eq. 9).
+    """Variance over mean of every image's present scores, ``(N,)`` (the summand of Eq. 9).
 
-    Both are homogeneous in the scores, so they are taken of scores divided by the picture's largest: that one is 1, the
+    Both are homogeneous in the scores, so they are taken of scores divided by the image's largest: that one is 1, the
     mean at least 1/k, and scores that single precision cannot hold give 0 instead of 0/0.
 
     Args:
         log_probability: ``(N, C)`` as of :meth:`~clipseed.clip.text.TextBank.log_probabilities`.
-        present: ``(N, C)``, true for the classes that a picture shows.
+        present: ``(N, C)``, true for the classes that an image shows.
 
     Raises:
-        ValueError: a picture with fewer than two present classes.
+        ValueError: an image with fewer than two present classes.
     """
     count = present.sum(dim=-1)
     if (count < 2).any():
-        raise ValueError("sharpness compares the classes of one picture; every picture must show at least two")
+        raise ValueError("sharpness compares the classes of one image; every image must show at least two")
     shown = log_probability.masked_fill(~present, float("-inf"))
     largest = shown.amax(dim=-1, keepdim=True)
     relative = (shown - largest).exp()
@@ -61,13 +61,13 @@ def image_sharpness(log_probability: Tensor, present: Tensor) -> Tensor:
 
 
 def sharpness(log_probability: Tensor, present: Tensor) -> Sharpness:
-    """Sharpness over pictures (CLIP-ES, Eq. 9); arguments and errors as of :func:`image_sharpness`.
+    """Sharpness over images (CLIP-ES, Eq. 9); arguments and errors as of :func:`image_sharpness`.
 
     Raises:
-        ValueError: no picture at all, too.
+        ValueError: no image at all, too.
     """
     if not len(log_probability):
-        raise ValueError("sharpness needs at least one picture")
+        raise ValueError("sharpness needs at least one image")
     terms = image_sharpness(log_probability, present)
     mass = log_probability.exp().masked_fill(~present, 0.0).sum(dim=-1)
     return Sharpness(float(terms.mean()), float(mass.mean()), len(terms))

@@ -1,6 +1,6 @@
 """Attention surgery: dense patch features of frozen CLIP, with the last attention replaced by one that stays local.
 
-A CLIP's own patch tokens are trained for nothing: the last attention collects what the picture as a whole shows. Three
+A CLIP's own patch tokens are trained for nothing: the last attention collects what the image as a whole shows. Three
 known ways around it, none of which trains anything:
 
 - :func:`value_patches` (MaskCLIP, ECCV 2022): no attention at all, ``y_i = W_o v_i``;
@@ -10,7 +10,7 @@ known ways around it, none of which trains anything:
 
 All leave out the MLP, and the first two the residual stream too ("reduced last block"): they carry the global part.
 
-Shapes: B pictures, N = p + n tokens (p prefix tokens first), n patches of a grid ``h x w``, D width, E joint space.
+Shapes: B images, N = p + n tokens (p prefix tokens first), n patches of a grid ``h x w``, D width, E joint space.
 """
 
 from __future__ import annotations

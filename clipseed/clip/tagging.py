@@ -1,9 +1,9 @@
-"""Image-level tags from CLIP's own classifier, for pictures that nobody has labelled.
+"""Image-level tags from CLIP's own classifier, for images that nobody has labelled.
 
 A class is a tag when its probability reaches a share of the *best word's*, background words included: all of them
-compete (:meth:`~clipseed.clip.text.TextBank.competing`). Softmax makes one word win, so the classes of a picture with
+compete (:meth:`~clipseed.clip.text.TextBank.competing`). Softmax makes one word win, so the classes of an image with
 four objects score about a quarter each; an absolute threshold asks them for too much, and depends on how many words
-there are. Measured against the best *class* alone, every picture gets a tag, even one that shows nothing but sand.
+there are. Measured against the best *class* alone, every image gets a tag, even one that shows nothing but sand.
 
 The feature is the model's own (class token for CLIP), the only one that CLIP's training compares with text. On the toy
 set the best patches do half a point better (F1 98.6 against 98.1), because its training has a loss for them, and worse
@@ -18,7 +18,7 @@ DEFAULT_TAG_THRESHOLD = 0.25
 
 
 def tag(scores: Tensor, classes: int, threshold: float, top_k: int | None = None) -> list[tuple[int, ...]]:
-    """Class indices of each picture, the most probable first.
+    """Class indices of each image, the most probable first.
 
     Args:
         scores: Probabilities ``(B, C + M)``, classes first, as of :meth:`~clipseed.clip.text.TextBank.probabilities`;
@@ -28,7 +28,7 @@ def tag(scores: Tensor, classes: int, threshold: float, top_k: int | None = None
         top_k: Keep at most so many tags.
 
     Returns:
-        One tuple per picture; empty where a background word beats all classes by more than the threshold.
+        One tuple per image; empty where a background word beats all classes by more than the threshold.
 
     Raises:
         ValueError: no classes, or a threshold or number outside its range.

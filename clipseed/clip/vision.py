@@ -1,4 +1,4 @@
-"""CLIP's vision transformer as plain functions on weights: any picture size, dense tokens, averaged attention.
+"""CLIP's vision transformer as plain functions on weights: any image size, dense tokens, averaged attention.
 
 Every tower's tokens are some *prefix tokens* (CLIP's class token; registers; none in SigLIP), then the patches row by
 row.

@@ -32,7 +32,7 @@ class DatasetOptions:
     """Where the images, labels and class texts are; the command line's data-set options.
 
     ``templates`` and ``background`` replace the vocabulary's own when given
-    (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` pictures may lack
+    (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` images may lack
     labels: the command finds them itself.
     """
 
@@ -86,7 +86,7 @@ def _labels(options: DatasetOptions, vocabulary: Vocabulary) -> Labels | None:
 
 
 def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
-    """Picture folder and label file, for the manifest; :func:`picture_finder` reads them back."""
+    """Image folder and label file, for the manifest; :func:`image_finder` reads them back."""
     named = {"labels": options.labels, "images": images}
     found: dict[str, str | int] = {key: str(path.resolve()) for key, path in named.items() if path is not None}
     return {"labels": "auto", **found} if options.auto_labels else found
@@ -123,12 +123,12 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
 
 def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.images is None:
-        raise UsageError("--dataset folder needs --images DIR, the folder with the pictures")
+        raise UsageError("--dataset folder needs --images DIR, the folder with the images")
     if options.classes is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
     if options.labels is None and not options.auto_labels:
         raise UsageError(
-            "--dataset folder needs --labels FILE (which classes each picture shows; CSV, JSON or text), or --labels "
+            "--dataset folder needs --labels FILE (which classes each image shows; CSV, JSON or text), or --labels "
             "auto to have CLIP tag them"
         )
     vocabulary = load_vocabulary(options.classes)
@@ -137,12 +137,12 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.split:
         name, ids = Path(options.split).stem, read_split(Path(options.split))
     else:
-        # Labelled ids that have no picture stay in the list, so that the run reports them.
+        # Labelled ids that have no image stay in the list, so that the run reports them.
         name, ids = "all", sorted(found.keys() | labels.keys())
     if not options.auto_labels and not found.keys() & labels.keys():
         raise InputError(
-            f"{options.labels}: none of its {len(labels)} ids is a picture in {options.images} "
-            f"(first label id {next(iter(labels), '')!r}, first picture {next(iter(found))!r})"
+            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} "
+            f"(first label id {next(iter(labels), '')!r}, first image {next(iter(found))!r})"
         )
     samples = [Sample(key, found.get(key, options.images / key), labels.get(key)) for key in ids]
     root = options.images.resolve()
@@ -156,11 +156,11 @@ def _open_toy(options: DatasetOptions) -> ImageSet:
 
 
 @dataclass(frozen=True)
-class PictureFinder:
-    """Opens the pictures of the data set that a manifest describes, by sample id; survives pickling.
+class ImageFinder:
+    """Opens the images of the data set that a manifest describes, by sample id; survives pickling.
 
     Attributes:
-        folder: Where the pictures are; ``None`` for the toy world.
+        folder: Where the images are; ``None`` for the toy world.
         toy_seed: Seed of the toy world.
         exif, max_pixels: As for :func:`~clipseed.data.images.read_image`.
     """
@@ -171,7 +171,7 @@ class PictureFinder:
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __call__(self, identifier: str) -> Image:
-        """The picture.
+        """The image.
 
         Raises:
             ImageError: it is gone or unreadable.
@@ -187,13 +187,13 @@ class PictureFinder:
         path = self._path(identifier)
         if path is None:
             raise ImageError(
-                f"{self.folder / identifier}: the picture is not there any more; name the folder that holds it now "
+                f"{self.folder / identifier}: the image is not there any more; name the folder that holds it now "
                 "with --images"
             )
         return read_image(path, exif=self.exif, max_pixels=self.max_pixels)
 
     def path(self, identifier: str) -> Path | None:
-        """The file of a picture; ``None`` where there is none."""
+        """The file of an image; ``None`` where there is none."""
         try:
             return None if self.folder is None else self._path(check_id(identifier, str(self.folder)))
         except InputError:
@@ -219,7 +219,7 @@ class PictureFinder:
 
 
 def relocated(manifest: Mapping[str, Any], images: Path | None, root: Path | None = None) -> dict[str, Any]:
-    """A manifest whose pictures are in this folder now, or in the data set of this root.
+    """A manifest whose images are in this folder now, or in the data set of this root.
 
     Raises:
         UsageError: both are given, or the data set has no root.
@@ -246,13 +246,13 @@ def _images_below(root: Path, dataset: Mapping[str, Any]) -> Path:
         return voc.find_devkit(root) / "JPEGImages"
     if name == "coco":
         return coco.find_images(root, str(dataset.get("split")))
-    raise UsageError(f"--root belongs to voc and coco; the pictures of a {name} data set are named with --images")
+    raise UsageError(f"--root belongs to voc and coco; the images of a {name} data set are named with --images")
 
 
-def picture_finder(
+def image_finder(
     dataset: Mapping[str, str | int | None], *, exif: bool = False, max_pixels: int | None = None
-) -> PictureFinder:
-    """Where the pictures of the data set are that a manifest describes.
+) -> ImageFinder:
+    """Where the images of the data set are that a manifest describes.
 
     Raises:
         InputError: it describes none.
@@ -261,5 +261,5 @@ def picture_finder(
         seed = str(dataset.get("toy_seed") or 0)
         if not seed.isdecimal() or len(seed) > 20:
             raise InputError(f"the manifest names no seed of the toy set ({seed[:40]!r})")
-        return PictureFinder(None, int(seed))
-    return PictureFinder(Path(str(dataset.get("images"))), exif=exif, max_pixels=max_pixels or DEFAULT_MAX_PIXELS)
+        return ImageFinder(None, int(seed))
+    return ImageFinder(Path(str(dataset.get("images"))), exif=exif, max_pixels=max_pixels or DEFAULT_MAX_PIXELS)

@@ -1,4 +1,4 @@
-"""Safe decoding: any picture file to 8-bit RGB, or an :class:`~clipseed.errors.ImageError` that says why not."""
+"""Safe decoding: any image file to 8-bit RGB, or an :class:`~clipseed.errors.ImageError` that says why not."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class FileReader:
     """Reads sample files.
 
     Attributes:
-        exif: Turn the picture as its EXIF orientation says. Off by default, because masks of existing data sets
+        exif: Turn the image as its EXIF orientation says. Off by default, because masks of existing data sets
             align with the pixels as stored.
-        max_pixels: Larger pictures are refused from their header, before any memory is spent on them.
+        max_pixels: Larger images are refused from their header, before any memory is spent on them.
     """
 
     exif: bool = False
@@ -53,14 +53,14 @@ class FileReader:
 def read_image(path: Path, *, exif: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode one file to 8-bit RGB.
 
-    16-bit and float pictures are scaled, not saturated; transparency is composited onto white; CMYK, palette, grey and
-    1-bit pictures are converted; of an animation the first frame is taken.
+    16-bit and float images are scaled, not saturated; transparency is composited onto white; CMYK, palette, grey and
+    1-bit images are converted; of an animation the first frame is taken.
 
     Raises:
-        ImageError: missing, empty, truncated, not a picture, or larger than ``max_pixels``.
+        ImageError: missing, empty, truncated, not an image, or larger than ``max_pixels``.
     """
     if never_ends(path):
-        raise ImageError(f"{path}: a pipe or a device, not a picture")
+        raise ImageError(f"{path}: a pipe or a device, not an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels decides instead.
@@ -78,10 +78,10 @@ def read_image(path: Path, *, exif: bool = False, max_pixels: int = DEFAULT_MAX_
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
-        kind = "is empty" if _size(path) == 0 else "is not a picture in a supported format"
+        kind = "is empty" if _size(path) == 0 else "is not an image in a supported format"
         raise ImageError(f"{path}: {kind}") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: refused, its header promises an enormous picture ({error})") from error
+        raise ImageError(f"{path}: refused, its header promises an enormous image ({error})") from error
     except MemoryError as error:
         raise ImageError(f"{path}: too large to decode in memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
@@ -112,7 +112,7 @@ def _scale_to_8_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     """Grey values of unknown depth to 8 bits.
 
     Unsigned 16-bit is divided by 257; other data are taken as [0, 1], [0, 255] or [0, 65535] when they fit there (so
-    that a dark picture stays dark) and stretched from their own range otherwise. NaN becomes 0.
+    that a dark image stays dark) and stretched from their own range otherwise. NaN becomes 0.
     """
     if values.dtype == np.uint16:
         return (values.astype(np.float32) / 257 + 0.5).astype(np.uint8)
@@ -130,9 +130,9 @@ def _scale_to_8_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 
 def patch_grid(height: int, width: int, patch: int, max_side: int = 0, min_side: int = 0) -> tuple[int, int]:
-    """Patch grid ``(rows, columns)`` at which a picture is analysed.
+    """Patch grid ``(rows, columns)`` at which an image is analysed.
 
-    Sides are rounded up to whole patches, as CLIP-ES does. A picture whose longer side exceeds ``max_side`` is first
+    Sides are rounded up to whole patches, as CLIP-ES does. An image whose longer side exceeds ``max_side`` is first
     shrunk to it, one whose shorter side is below ``min_side`` enlarged to it (0 switches either off; the cap wins).
     """
     scale = 1.0
@@ -145,7 +145,7 @@ def patch_grid(height: int, width: int, patch: int, max_side: int = 0, min_side:
 
 
 def resize_to_grid(image: Image.Image, grid: tuple[int, int], patch: int) -> npt.NDArray[np.uint8]:
-    """Stretch a picture to whole patches: ``(rows * patch, columns * patch, 3)`` uint8.
+    """Stretch an image to whole patches: ``(rows * patch, columns * patch, 3)`` uint8.
 
     Pillow's bicubic filter on 8 bits, as in CLIP-ES: its rounding is part of the published numbers.
     """

@@ -13,10 +13,10 @@ from clipseed.errors import InputError
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """All pictures below a folder as ``id -> path``, sorted by id. Links are followed, loops are not.
+    """All images below a folder as ``id -> path``, sorted by id. Links are followed, loops are not.
 
     Raises:
-        InputError: no such folder, no picture in it, or two files with the same id.
+        InputError: no such folder, no image in it, or two files with the same id.
     """
     if not is_folder(folder):
         raise InputError(f"{folder}: no such image folder")
@@ -26,16 +26,16 @@ def list_images(folder: Path) -> dict[str, Path]:
         check_id(identifier, str(folder))
         if identifier in found:
             raise InputError(
-                f"{found[identifier]} and {path.name}: two pictures with the id {identifier!r}; rename one of them"
+                f"{found[identifier]} and {path.name}: two images with the id {identifier!r}; rename one of them"
             )
         found[identifier] = path
     if not found:
-        raise InputError(f"{folder}: no pictures here (looked for {' '.join(IMAGE_SUFFIXES)})")
+        raise InputError(f"{folder}: no images here (looked for {' '.join(IMAGE_SUFFIXES)})")
     return dict(sorted(found.items()))
 
 
 def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield picture files depth first; a directory reached twice through links is entered once."""
+    """Yield image files depth first; a directory reached twice through links is entered once."""
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in visited:
@@ -48,7 +48,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
         try:
             is_folder = entry.is_dir()
         except OSError:
-            continue  # A link that points to itself is neither a folder nor a picture.
+            continue  # A link that points to itself is neither a folder nor an image.
         if is_folder:
             if not entry.name.startswith("."):
                 yield from _walk(Path(entry.path), visited)
@@ -63,7 +63,7 @@ def ids_below(folder: Path, suffix: str) -> frozenset[str]:
 
 
 def strip_image_suffix(name: str) -> str:
-    """``a/b.JPG`` to ``a/b``; names without a picture suffix stay as they are."""
+    """``a/b.JPG`` to ``a/b``; names without an image suffix stay as they are."""
     for suffix in IMAGE_SUFFIXES:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]

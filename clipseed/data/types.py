@@ -34,18 +34,18 @@ class Sample:
 
 
 class ImageReader(Protocol):
-    """Opens the picture of a sample; must survive pickling, because decoding happens in worker processes."""
+    """Opens the image of a sample; must survive pickling, because decoding happens in worker processes."""
 
     def __call__(self, sample: Sample) -> Image:
-        """Return the 8-bit RGB picture.
+        """Return the 8-bit RGB image.
 
         Raises:
-            ImageError: the picture cannot be read.
+            ImageError: the image cannot be read.
         """
         ...
 
     def file(self, sample: Sample) -> Path | None:
-        """The file that the picture is read from; ``None`` where it is drawn, or is not there."""
+        """The file that the image is read from; ``None`` where it is drawn, or is not there."""
         ...
 
 
@@ -59,7 +59,7 @@ class ImageSet:
         split: Name of the split, or ``all``.
         samples: In the order of the split file, or sorted by id.
         vocabulary: Classes that labels index, with their texts.
-        reader: How to open a sample's picture.
+        reader: How to open a sample's image.
         ground_truth: Where ``evaluate`` finds this set's masks when not told: a folder, or ``toy``.
     """
 

@@ -39,7 +39,7 @@ class ThresholdSweep:
         self._histogram = np.zeros((classes, classes, len(self.settings) + 1), np.int64)
 
     def update(self, seed: SeedMap, truth: LabelMask) -> None:
-        """Add one picture; ``truth`` has the seed's size, 255 is left out."""
+        """Add one image; ``truth`` has the seed's size, 255 is left out."""
         scored = truth != IGNORE
         true_class = truth[scored].astype(np.int64)
         if len(seed.classes) == 0:
@@ -73,7 +73,7 @@ class PowerSweep:
         self._matrices = [np.zeros((classes, classes), np.int64) for _ in self.settings]
 
     def update(self, seed: SeedMap, truth: LabelMask) -> None:
-        """Add one picture; ``truth`` has the seed's size, 255 is left out."""
+        """Add one image; ``truth`` has the seed's size, 255 is left out."""
         for matrix, exponent in zip(self._matrices, self.settings, strict=True):
             matrix += confusion(truth, power_labels(seed, exponent), self.classes)
 
@@ -91,7 +91,7 @@ def strongest_class(
 
 
 def power_labels(seed: SeedMap, exponent: float) -> LabelMask:
-    """Mask ``(H, W)`` of one picture for the background score ``(1 - max) ** exponent`` (CLIP-ES, section 8).
+    """Mask ``(H, W)`` of one image for the background score ``(1 - max) ** exponent`` (CLIP-ES, section 8).
 
     Maps and background are half precision, as the released code stores them; on a tie the background wins.
     """

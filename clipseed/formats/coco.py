@@ -31,29 +31,29 @@ class CocoInstances:
         for number, item in enumerate(records(data, "annotations", path)):
             where = f"{path}: annotations[{number}]"
             by_image.setdefault(integer(item, "image_id", where), []).append({**item, "where": where})
-        self._pictures: dict[str, list[dict[str, Any]]] = {}
+        self._images: dict[str, list[dict[str, Any]]] = {}
         for number, item in enumerate(records(data, "images", path)):
             where = f"{path}: images[{number}]"
             name = item.get("file_name")
             if not isinstance(name, str):
                 raise InputError(f"{where}: 'file_name' is not a text")
-            self._pictures[clean_id(name, where)] = by_image.get(integer(item, "id", where), [])
+            self._images[clean_id(name, where)] = by_image.get(integer(item, "id", where), [])
 
     def ids(self) -> frozenset[str]:
-        """Ids of all pictures the file lists, with or without masks."""
-        return frozenset(self._pictures)
+        """Ids of all images the file lists, with or without masks."""
+        return frozenset(self._images)
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Masks of a picture of this height and width, in the file's order.
+        """Masks of an image of this height and width, in the file's order.
 
         Raises:
-            ImageError: the file does not list the picture, or its masks have another size or need too much memory.
+            ImageError: the file does not list the image, or its masks have another size or need too much memory.
             InputError: a malformed annotation.
             UsageError: polygons, and pycocotools is not installed.
         """
-        if identifier not in self._pictures:
-            raise ImageError(f"{self.path}: lists no picture {identifier!r}")
-        found = self._pictures[identifier]
+        if identifier not in self._images:
+            raise ImageError(f"{self.path}: lists no image {identifier!r}")
+        found = self._images[identifier]
         masks = room_for(len(found), size, str(self.path))
         for mask, item in zip(masks, found, strict=True):
             mask[:] = decode_segmentation(item.get("segmentation"), size, item["where"])
@@ -76,7 +76,7 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int], where: str) ->
     if not isinstance(stated, list) or len(stated) != 2 or not all(type(side) is int for side in stated):
         raise InputError(f"{where}: the segmentation's 'size' is not [height, width]")
     if tuple(stated) != size:
-        raise ImageError(f"{where}: a mask of {stated[1]}x{stated[0]} pixels for a picture of {size[1]}x{size[0]}")
+        raise ImageError(f"{where}: a mask of {stated[1]}x{stated[0]} pixels for an image of {size[1]}x{size[0]}")
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         counts = unpack_counts(counts, where)
@@ -96,7 +96,7 @@ def _fill(polygons: list[Any], size: tuple[int, int], where: str) -> npt.NDArray
         found = numbers(polygon, len(polygon), "segmentation", where)
         # Corners far outside would make the rasteriser walk there, edge pixel by edge pixel.
         if np.abs(found).max() > 4 * max(height, width) + 100:
-            raise ImageError(f"{where}: a polygon lies far outside a picture of {width}x{height} pixels")
+            raise ImageError(f"{where}: a polygon lies far outside an image of {width}x{height} pixels")
     try:
         from pycocotools import mask as coco
     except ImportError as error:

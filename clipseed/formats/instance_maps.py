@@ -29,7 +29,7 @@ class InstanceMaps:
         return ids_below(self.folder, ".png")
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Masks of a picture of this height and width, by ascending value.
+        """Masks of an image of this height and width, by ascending value.
 
         Raises:
             ImageError: no file, another size, or too many masks for the memory.

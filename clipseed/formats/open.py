@@ -1,4 +1,4 @@
-"""Masks that exist already, in the formats that people have, as proposals by picture id."""
+"""Masks that exist already, in the formats that people have, as proposals by image id."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class MaskImport(Protocol):
-    """Masks by picture id."""
+    """Masks by image id."""
 
     def ids(self) -> frozenset[str]:
-        """Ids of the pictures that have masks, or are said to have none."""
+        """Ids of the images that have masks, or are said to have none."""
         ...
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Masks of a picture of this height and width; empty ones are left out, their number may be 0.
+        """Masks of an image of this height and width; empty ones are left out, their number may be 0.
 
         Raises:
-            ImageError: no masks for this picture, or of another size than the picture's, or too many for the memory.
+            ImageError: no masks for this image, or of another size than the image's, or too many for the memory.
             InputError: a malformed file.
             UsageError: a package is missing that the file needs.
         """
@@ -47,7 +47,7 @@ def open_masks(source: Path, kind: Kind = "auto") -> MaskImport:
     Args:
         source: A JSON file (``coco-instances``, ``coco-panoptic``) or a folder (all but ``coco-instances``).
         kind: ``auto`` looks: at a file's keys; in a folder, JSON files are SA-1B's, colour PNGs panoptic maps, and
-            PNGs in folders below that have at most two values, masks of one picture per folder.
+            PNGs in folders below that have at most two values, masks of one image per folder.
 
     Raises:
         InputError: nothing there, or nothing that is one of these formats.

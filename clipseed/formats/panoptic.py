@@ -21,7 +21,7 @@ class CocoPanoptic:
     """
 
     def __init__(self, source: Path) -> None:
-        """List the pictures.
+        """List the images.
 
         Raises:
             InputError: a malformed JSON file, or no PNG folder beside it.
@@ -40,25 +40,25 @@ class CocoPanoptic:
         for number, item in enumerate(records(data, "annotations", source)):
             where = f"{source}: annotations[{number}]"
             png = item.get("file_name")
-            picture = names.get(integer(item, "image_id", where))
-            if not isinstance(png, str) or not isinstance(picture, str):
+            image = names.get(integer(item, "image_id", where))
+            if not isinstance(png, str) or not isinstance(image, str):
                 raise InputError(f"{where}: 'file_name', or that of its image, is missing")
-            self._files[clean_id(picture, where)] = folder / f"{clean_id(png, where)}.png"
+            self._files[clean_id(image, where)] = folder / f"{clean_id(png, where)}.png"
 
     def ids(self) -> frozenset[str]:
-        """Ids of all pictures that have a PNG."""
+        """Ids of all images that have a PNG."""
         return frozenset(self._files)
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Segments of a picture of this height and width, by ascending id.
+        """Segments of an image of this height and width, by ascending id.
 
         Raises:
-            ImageError: no such picture, another size, or too many segments for the memory.
+            ImageError: no such image, another size, or too many segments for the memory.
             InputError: damaged, or not in colours.
         """
         path = self._files.get(identifier)
         if path is None:
-            raise ImageError(f"no panoptic PNG for the picture {identifier!r}")
+            raise ImageError(f"no panoptic PNG for the image {identifier!r}")
         colours = read_values(path, size)
         if colours.ndim != 3:
             raise InputError(f"{path}: panoptic maps are RGB; this one has palette indices or grey values")

@@ -21,13 +21,13 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> npt.NDArray[
 
     Raises:
         ImageError: missing, or of another size.
-        InputError: not a picture, or damaged.
+        InputError: not an image, or damaged.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if size is not None and image.size != (size[1], size[0]):
                 raise ImageError(
-                    f"{path}: masks of {image.size[0]}x{image.size[1]} pixels for a picture of {size[1]}x{size[0]}"
+                    f"{path}: masks of {image.size[0]}x{image.size[1]} pixels for an image of {size[1]}x{size[0]}"
                 )
             image.load()
             if image.mode in {"RGB", "RGBA"}:

@@ -17,7 +17,7 @@ Mask = npt.NDArray[np.bool_]
 Runs = npt.NDArray[np.int64]
 
 _MOST_DIGITS = 7
-"""Base-32 digits of a run length; 35 bits are more than any picture has pixels."""
+"""Base-32 digits of a run length; 35 bits are more than any image has pixels."""
 
 
 def compress(mask: Mask) -> bytes:
@@ -48,7 +48,7 @@ def expand(code: bytes, size: tuple[int, int], where: str) -> Mask:
     """Mask ``(H, W)`` from COCO's compressed form.
 
     Raises:
-        InputError: not such a text, or its runs do not fill the picture.
+        InputError: not such a text, or its runs do not fill the image.
     """
     return _filled(_parsed(code, where), size, where)
 
@@ -67,7 +67,7 @@ def decode_counts(counts: Sequence[int], size: tuple[int, int], where: str) -> M
     """Mask ``(H, W)`` from run lengths.
 
     Raises:
-        InputError: the runs do not fill the picture, or one is negative.
+        InputError: the runs do not fill the image, or one is negative.
     """
     if any(isinstance(run, bool) or not isinstance(run, int) or run < 0 for run in counts):
         raise InputError(f"{where}: 'counts' must be run lengths from 0")

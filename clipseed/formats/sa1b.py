@@ -17,7 +17,7 @@ from clipseed.segments import Proposals, from_masks, room_for
 
 
 class Sa1b:
-    """A folder of SA-1B files, one ``<id>.json`` per picture, with SAM's scores, points and crop boxes."""
+    """A folder of SA-1B files, one ``<id>.json`` per image, with SAM's scores, points and crop boxes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,7 +27,7 @@ class Sa1b:
         return ids_below(self.folder, ".json")
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Masks of a picture of this height and width; missing scores are 1, the level is whole.
+        """Masks of an image of this height and width; missing scores are 1, the level is whole.
 
         Raises:
             ImageError: no file, or its masks have another size or need too much memory.

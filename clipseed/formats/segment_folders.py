@@ -11,7 +11,7 @@ from clipseed.segments import Proposals, from_masks, room_for
 
 
 class MaskFolders:
-    """A folder per picture with a PNG per mask, as SEPL has them: ``<id>/*.png``; what is not 0 is inside."""
+    """A folder per image with a PNG per mask, as SEPL has them: ``<id>/*.png``; what is not 0 is inside."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,7 +22,7 @@ class MaskFolders:
         return frozenset(parents) - {"."}
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Masks of a picture of this height and width, sorted by file name, numbers by value.
+        """Masks of an image of this height and width, sorted by file name, numbers by value.
 
         Raises:
             ImageError: no folder, another size, or too many masks for the memory.

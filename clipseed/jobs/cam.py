@@ -59,7 +59,7 @@ DEFAULT_MAX_SIDE = 640
 class CamOptions:
     """Everything ``clipseed cam`` can be told.
 
-    ``paper`` reproduces CLIP-ES's released code: its half-precision rounding, its word lists, native picture size,
+    ``paper`` reproduces CLIP-ES's released code: its half-precision rounding, its word lists, native image size,
     and maps stored in float32 so that later rounding is the released one. With ``refine`` the output is what
     ``clipseed refine caa`` would make of the maps; ``box_threshold`` as there.
     """
@@ -117,7 +117,7 @@ class CamReport:
 
     @property
     def recomputed(self) -> int:
-        """Pictures that gave NaN or infinity in half precision."""
+        """Images that gave NaN or infinity in half precision."""
         return self.stats.counters["recomputed"]
 
 
@@ -131,13 +131,13 @@ def run_cam(
 
     Args:
         options: What to do.
-        start: Called once with the data set, the number of pictures to do and the number done already; returns the
+        start: Called once with the data set, the number of images to do and the number done already; returns the
             progress callback.
-        start_tags: The same for tagging pictures without labels, which comes first when the options ask for it.
+        start_tags: The same for tagging images without labels, which comes first when the options ask for it.
         loading: Called before the model is loaded; when there is nothing to do, it is not.
 
     Raises:
-        ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported instead.
+        ClipseedError: see the modules it uses; images that cannot be read are skipped and reported instead.
     """
     _check(options)
     image_set = open_dataset(options.data)
@@ -208,7 +208,7 @@ def _run(
 
 
 def _tasks(writer: SeedWriter, samples: Mapping[str, Sample]) -> tuple[list[Task], list[Sample]]:
-    """What is missing, unit by unit, and apart from it the pictures without labels."""
+    """What is missing, unit by unit, and apart from it the images without labels."""
     missing = [(unit.index, [samples[key] for key in unit.ids]) for unit in writer.units(list(samples))]
     unlabelled = [sample for _, unit in missing for sample in unit if sample.labels is None]
     labelled = ((index, tuple(s for s in unit if s.labels is not None)) for index, unit in missing)
@@ -217,7 +217,7 @@ def _tasks(writer: SeedWriter, samples: Mapping[str, Sample]) -> tuple[list[Task
 
 def _hint(writer: SeedWriter, ids: Sequence[str]) -> str:
     return (
-        f"interrupted; {len(writer.done.intersection(ids))} of {len(ids)} pictures are safe in {writer.folder}. "
+        f"interrupted; {len(writer.done.intersection(ids))} of {len(ids)} images are safe in {writer.folder}. "
         "Run the same command again to go on."
     )
 
@@ -249,7 +249,7 @@ def tag_settings(options: CamOptions) -> dict[str, Any]:
 
 
 def cam_manifest(options: CamOptions, image_set: ImageSet, model: dict[str, Any], weights: str) -> Manifest:
-    """Everything that decides the maps, and where the pictures are."""
+    """Everything that decides the maps, and where the images are."""
     return {
         "kind": "cam",
         "method": options.method,
@@ -316,7 +316,7 @@ class CamRecipe:
 
 
 class CamWork(Work[LoadedViews, SeedMap]):
-    """Pictures to maps."""
+    """Images to maps."""
 
     def __init__(self, recipe: CamRecipe) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class CamWork(Work[LoadedViews, SeedMap]):
         self.queue, self.lanes = batches_in_flight(device), 2
 
     def about(self) -> dict[str, Any]:
-        """Model, where its weights are, device, and pictures per shard."""
+        """Model, where its weights are, device, and images per shard."""
         device = self.clip.tower.device
         return {
             "model": self.clip.manifest(),
@@ -344,14 +344,14 @@ class CamWork(Work[LoadedViews, SeedMap]):
 
     @property
     def loader(self) -> ViewLoader:
-        """Decodes pictures at the scales of the run."""
+        """Decodes images at the scales of the run."""
         options = self._options
         return ViewLoader(self._reader, self.clip.tower.patch, options.scales, options.max_side, options.min_side)
 
     def compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
         """Maps of a batch."""
         labels = [item.sample.labels or () for item in items]
-        if not labels[0]:  # pictures that show no class need no model
+        if not labels[0]:  # images that show no class need no model
             maps = [torch.zeros(0, *items[0].grid) for _ in items]
         else:
             device = self.clip.tower.device

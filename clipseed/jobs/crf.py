@@ -21,9 +21,9 @@ from clipseed.device import pick_device
 from clipseed.errors import ImageError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
 from clipseed.jobs.engine import (
-    LARGE_PICTURE,
-    LoadedPicture,
-    PictureLoader,
+    LARGE_IMAGE,
+    ImageLoader,
+    LoadedImage,
     batches_in_flight,
     check_empty,
     count_empty,
@@ -70,10 +70,10 @@ class CrfOptions:
         alpha: Exponent of the background score ``(1 - max) ** alpha``; CLIP-ES: 1.
         confidence: Pixels whose largest posterior is below become 255; CLIP-ES: 0.95. ``None``: never.
         soft: Seeds file for the posterior of the classes (that of the background is what is missing to 1).
-        empty: What becomes of the mask of a picture in which some label got no pixel
+        empty: What becomes of the mask of an image in which some label got no pixel
             (:class:`~clipseed.store.mask_folder.MaskWriter`).
         paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the seeds were made.
-        images, root: Where the pictures, or their data set, are now, if they have moved.
+        images, root: Where the images, or their data set, are now, if they have moved.
     """
 
     source: Path
@@ -123,7 +123,7 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
     """Make masks of seeds; resumes what an earlier run began.
 
     Raises:
-        ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported.
+        ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     _check(options)
     began = time.perf_counter()
@@ -210,7 +210,7 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
 
 @dataclass(frozen=True)
 class Mask:
-    """A finished picture: its mask, the classes of its seeds, and its posterior where it is kept."""
+    """A finished image: its mask, the classes of its seeds, and its posterior where it is kept."""
 
     id: str
     classes: tuple[int, ...]
@@ -220,7 +220,7 @@ class Mask:
 
 
 class _Sinks:
-    """Where results go: masks always, posteriors on request; a picture is done when both have it."""
+    """Where results go: masks always, posteriors on request; an image is done when both have it."""
 
     def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
         self.masks = MaskWriter(
@@ -304,7 +304,7 @@ class _CrfWork(Work[Any, Mask]):
         self.queue = batches_in_flight(self.device)
         budget = _PIXEL_BUDGET.get(self.device.type, _GPU_PIXEL_BUDGET) // 64
         self.batch = BatchSize(1 if self.native else None, budget)
-        self.one_by_one = None if self.native else one_by_one(self.device, LARGE_PICTURE)
+        self.one_by_one = None if self.native else one_by_one(self.device, LARGE_IMAGE)
 
     def about(self) -> dict[str, Any]:
         """Any worker gives the same masks."""
@@ -312,14 +312,14 @@ class _CrfWork(Work[Any, Mask]):
 
     @property
     def loader(self) -> Any:
-        """Decodes a picture; with the C++ engine it solves its problem as well."""
-        return NativeSolver(self.problem) if self.native else PictureLoader(self.problem.reader)
+        """Decodes an image; with the C++ engine it solves its problem as well."""
+        return NativeSolver(self.problem) if self.native else ImageLoader(self.problem.reader)
 
     def compute(self, items: Sequence[Any]) -> Sequence[Mask | ImageError]:
         """Masks of a batch."""
         return self._label_solved(items) if self.native else self._solve(items)
 
-    def _solve(self, items: Sequence[LoadedPicture]) -> list[Mask | ImageError]:
+    def _solve(self, items: Sequence[LoadedImage]) -> list[Mask | ImageError]:
         seeds = [self.seeds[item.sample.id] for item in items]
         found: list[Mask | ImageError | None] = [
             misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
@@ -333,7 +333,7 @@ class _CrfWork(Work[Any, Mask]):
             found[k] = self._labelled(seeds[k], posterior)
         return [result for result in found if result is not None]
 
-    def _posteriors(self, chosen: Sequence[tuple[SeedMap, LoadedPicture]]) -> list[Floats]:
+    def _posteriors(self, chosen: Sequence[tuple[SeedMap, LoadedImage]]) -> list[Floats]:
         if not chosen:
             return []
         unaries = [torch.from_numpy(self.problem.unary(seed)).to(self.device) for seed, _ in chosen]
@@ -345,7 +345,7 @@ class _CrfWork(Work[Any, Mask]):
         return [posterior.cpu().numpy() for posterior in found]
 
     def _label_solved(self, items: Sequence[Solved]) -> list[Mask]:
-        return [self._labelled(self.seeds[item.picture.sample.id], item.posterior) for item in items]
+        return [self._labelled(self.seeds[item.image.sample.id], item.posterior) for item in items]
 
     def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
         keys = np.concatenate([[0], seed.classes + 1]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The CRF of one picture: what it is given, and solving it in a worker process."""
+"""The CRF of one image: what it is given, and solving it in a worker process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.data.types import ImageReader, Sample
-from clipseed.jobs.engine import LoadedPicture, PictureLoader, misfit
+from clipseed.jobs.engine import ImageLoader, LoadedImage, misfit
 from clipseed.refine.crf import CrfParameters, clip_es_colours, clip_es_unary
 from clipseed.store.reader import Seeds, open_seeds
 from clipseed.store.records import SeedMap
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Problem:
-    """What the CRF of a picture is given; survives pickling, because one engine runs in worker processes."""
+    """What the CRF of an image is given; survives pickling, because one engine runs in worker processes."""
 
     source: Path
     reader: ImageReader
@@ -37,7 +37,7 @@ class Problem:
         return clip_es_unary(np.concatenate([background, maps]), released=self.paper)
 
     def colours(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The picture as the colour kernel sees it."""
+        """The image as the colour kernel sees it."""
         return clip_es_colours(pixels) if self.paper else pixels
 
 
@@ -49,9 +49,9 @@ def _seeds(path: Path) -> Seeds:
 
 @dataclass(frozen=True)
 class Solved:
-    """A picture with its posterior ``(1 + K, H, W)``, from a worker process."""
+    """An image with its posterior ``(1 + K, H, W)``, from a worker process."""
 
-    picture: LoadedPicture
+    image: LoadedImage
     posterior: Floats
 
     @property
@@ -61,30 +61,30 @@ class Solved:
 
     @property
     def cost(self) -> int:
-        """As its picture's."""
-        return self.picture.cost
+        """As its image's."""
+        return self.image.cost
 
 
 @dataclass(frozen=True)
 class NativeSolver:
-    """Decodes a picture and runs the C++ engine on it, in a worker process: a crash there costs that picture only."""
+    """Decodes an image and runs the C++ engine on it, in a worker process: a crash there costs that image only."""
 
     problem: Problem
 
     def __call__(self, sample: Sample) -> Solved:
-        """Solve one picture.
+        """Solve one image.
 
         Raises:
             ImageError: it cannot be read, or does not fit its seeds.
         """
         from clipseed.refine.crf_native import native_crf
 
-        picture = PictureLoader(self.problem.reader)(sample)
+        image = ImageLoader(self.problem.reader)(sample)
         seed = _seeds(self.problem.source)[sample.id]
-        problem = misfit(seed, picture.size, picture.stamp)
+        problem = misfit(seed, image.size, image.stamp)
         if problem is not None:
             raise problem
         if not len(seed.classes):
-            return Solved(picture, np.ones((1, *picture.size), np.float32))
-        posterior = native_crf(self.problem.unary(seed), self.problem.colours(picture.pixels), self.problem.parameters)
-        return Solved(picture, posterior)
+            return Solved(image, np.ones((1, *image.size), np.float32))
+        posterior = native_crf(self.problem.unary(seed), self.problem.colours(image.pixels), self.problem.parameters)
+        return Solved(image, posterior)

@@ -32,7 +32,7 @@ from clipseed.store.reader import Seeds
 from clipseed.toy.dataset import HELD_OUT_SEED, toy_scene
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)
-"""FMA-WSSS's settings for pictures of 200 pixels: fewer points, no crops."""
+"""FMA-WSSS's settings for images of 200 pixels: fewer points, no crops."""
 
 
 STAGES = (

@@ -1,4 +1,4 @@
-"""What all commands that stream pictures through the model have in common: views, sizes of units and batches."""
+"""What all commands that stream images through the model have in common: views, sizes of units and batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipseed.data.dataset import PictureFinder, picture_finder
+from clipseed.data.dataset import ImageFinder, image_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
@@ -39,12 +39,12 @@ _GPU_UNIT_SIZE = 8192
 _LEAST_UNIT = 64
 _TOKEN_BUDGET = {"cpu": 1_600}
 _GPU_TOKEN_BUDGET = 50_000
-LARGE_PICTURE = 500_000 // 64
-"""Cost of a picture whose pixels keep all cores busy, and whose CRF takes 0.7 GB."""
+LARGE_IMAGE = 500_000 // 64
+"""Cost of an image whose pixels keep all cores busy, and whose CRF takes 0.7 GB."""
 
 
 def unit_size_for(device: torch.device) -> int:
-    """Most pictures of a unit: what a kill can cost.
+    """Most images of a unit: what a kill can cost.
 
     Batches are made within a unit, and each of its grids ends with one that is not full, so a GPU's units are large
     (docs/performance.md, "Batches"): some seconds of work.
@@ -53,7 +53,7 @@ def unit_size_for(device: torch.device) -> int:
 
 
 def dealt_unit(most: int, total: int, hands: int) -> int:
-    """Pictures of a unit: at most ``most``, and so few that there is one for all ``hands`` that work on an output."""
+    """Images of a unit: at most ``most``, and so few that there is one for all ``hands`` that work on an output."""
     return min(most, max(_LEAST_UNIT, -(-total // hands)))
 
 
@@ -63,7 +63,7 @@ def batches_in_flight(device: torch.device) -> int:
 
 
 def decode_ahead(device: torch.device, workers: int) -> int:
-    """Pictures to decode ahead: two for each worker and, for a GPU, as many as it can take while one batch is made."""
+    """Images to decode ahead: two for each worker and, for a GPU, as many as it can take while one batch is made."""
     return 2 * workers + (16 if device.type == "cpu" else 96)
 
 
@@ -129,7 +129,7 @@ def refuse_if_nothing(stats: StreamStats, done: Collection[str], share: Share = 
     """Raise :class:`~clipseed.errors.InputError` when a run of the whole had to skip everything."""
     if stats.skipped and not done and share.whole:
         key, reason = stats.skipped[0]
-        raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
+        raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
 
 
 def check_empty(policy: str) -> None:
@@ -139,7 +139,7 @@ def check_empty(policy: str) -> None:
 
 
 def count_empty(stats: StreamStats, masks: MaskWriter) -> None:
-    """Count what became of pictures in which some label got no pixel: those without a mask were skipped."""
+    """Count what became of images in which some label got no pixel: those without a mask were skipped."""
     left_out = masks.left_out
     stats.skipped.extend(left_out)
     stats.computed -= len(left_out)
@@ -148,7 +148,7 @@ def count_empty(stats: StreamStats, masks: MaskWriter) -> None:
 
 @dataclass(frozen=True)
 class LoadedViews:
-    """A decoded picture at the scales of the run."""
+    """A decoded image at the scales of the run."""
 
     sample: Sample
     size: tuple[int, int]
@@ -158,7 +158,7 @@ class LoadedViews:
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
-        """Pictures share a batch when all their views have equal shapes and both or neither have labels."""
+        """Images share a batch when all their views have equal shapes and both or neither have labels."""
         return (self.grid, (int(not self.sample.labels),), *(view.shape for view in self.views))
 
     @property
@@ -192,19 +192,19 @@ class ViewLoader:
 
 
 def _scaled_grid(size: tuple[int, int], loader: ViewLoader, scale: float) -> tuple[int, int]:
-    """Grid of a scaled view: the scale multiplies the picture as the ``max_side`` and ``min_side`` limits leave it."""
+    """Grid of a scaled view: the scale multiplies the image as the ``max_side`` and ``min_side`` limits leave it."""
     rows, columns = patch_grid(size[1], size[0], 1, loader.max_side, loader.min_side)
     return patch_grid(max(1, round(rows * scale)), max(1, round(columns * scale)), loader.patch)
 
 
 @dataclass(frozen=True)
 class FoundReader:
-    """An :class:`~clipseed.data.types.ImageReader` that finds pictures by id, as a manifest describes them."""
+    """An :class:`~clipseed.data.types.ImageReader` that finds images by id, as a manifest describes them."""
 
-    finder: PictureFinder
+    finder: ImageFinder
 
     def __call__(self, sample: Sample) -> Image:
-        """Open the picture of a sample."""
+        """Open the image of a sample."""
         return self.finder(sample.id)
 
     def file(self, sample: Sample) -> Path | None:
@@ -213,8 +213,8 @@ class FoundReader:
 
 
 @dataclass(frozen=True)
-class LoadedPicture:
-    """A decoded picture at its own size, ``(H, W, 3)`` uint8."""
+class LoadedImage:
+    """A decoded image at its own size, ``(H, W, 3)`` uint8."""
 
     sample: Sample
     pixels: npt.NDArray[np.uint8]
@@ -227,7 +227,7 @@ class LoadedPicture:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Pictures share a batch when their sizes are equal and both or neither have labels."""
+        """Images share a batch when their sizes are equal and both or neither have labels."""
         return (*self.size, int(not self.sample.labels))
 
     @property
@@ -237,26 +237,26 @@ class LoadedPicture:
 
 
 @dataclass(frozen=True)
-class PictureLoader:
+class ImageLoader:
     """Decodes a sample at its own size; runs in worker processes."""
 
     reader: ImageReader
 
-    def __call__(self, sample: Sample) -> LoadedPicture:
+    def __call__(self, sample: Sample) -> LoadedImage:
         """Decode one sample.
 
         Raises:
             ImageError: it cannot be read.
         """
         stamp = file_stamp(self.reader.file(sample))
-        return LoadedPicture(sample, np.asarray(self.reader(sample)).copy(), stamp)
+        return LoadedImage(sample, np.asarray(self.reader(sample)).copy(), stamp)
 
 
 def recorded_reader(manifest: Manifest) -> FoundReader:
-    """Opens the pictures that seeds were made from; see :func:`~clipseed.data.dataset.relocated`."""
+    """Opens the images that seeds were made from; see :func:`~clipseed.data.dataset.relocated`."""
     dataset = manifest["dataset"]
     exif = bool(manifest["options"].get("exif"))
-    return FoundReader(picture_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
+    return FoundReader(image_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
 
 
 def earlier_in_seeds(seeds: Seeds) -> Earlier:
@@ -271,15 +271,15 @@ def earlier_in_seeds(seeds: Seeds) -> Earlier:
 
 
 def seed_sample(seeds: Seeds, key: str) -> Sample:
-    """A picture of stored seeds, as the stream takes it; readers find its file by id."""
+    """An image of stored seeds, as the stream takes it; readers find its file by id."""
     return Sample(key, Path(key), tuple(int(k) for k in seeds.classes(key)))
 
 
 def misfit(seed: SeedMap, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
-    """Why a picture of this size, from this file, cannot be used with its seeds, or ``None``."""
+    """Why an image of this size, from this file, cannot be used with its seeds, or ``None``."""
     if seed.size != size:
         return ImageError(
-            f"the picture is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
+            f"the image is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
         )
     if seed.stamp.differs(stamp):
         return ImageError("the image is another one than its maps were made from; run clipseed cam again")

@@ -46,8 +46,8 @@ def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | 
 
     Args:
         options: What to score against what.
-        start: Called with the number of pictures; returns the progress callback.
-        each: Called for every scored picture with its id, its own confusion matrix, truth and prediction, at the
+        start: Called with the number of images; returns the progress callback.
+        each: Called for every scored image with its id, its own confusion matrix, truth and prediction, at the
             reported setting. Seeds are read a second time for it, as the best setting is known only after the first.
 
     Raises:
@@ -100,7 +100,7 @@ def _match(
     missing_ground_truth = [key for key in candidates if not truth.has(key)]
     if not ids:
         some = f"predictions such as {candidates[0]!r}" if candidates else "no predictions"
-        raise InputError(f"{options.prediction} and {truth.name} have no picture in common ({some})")
+        raise InputError(f"{options.prediction} and {truth.name} have no image in common ({some})")
     return _Match(name, ids, missing_predictions, missing_ground_truth)
 
 
@@ -177,7 +177,7 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None,
 
 
 def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> LabelMask:
-    """Mask ``(H, W)`` of one picture at one setting of a sweep, pixel for pixel as the sweep counts it."""
+    """Mask ``(H, W)`` of one image at one setting of a sweep, pixel for pixel as the sweep counts it."""
     if power:
         return power_labels(seed, setting)
     if len(seed.classes) == 0:

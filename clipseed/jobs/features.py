@@ -27,7 +27,7 @@ from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """How pictures are prepared and batched; as in :class:`~clipseed.jobs.cam.CamOptions`."""
+    """How images are prepared and batched; as in :class:`~clipseed.jobs.cam.CamOptions`."""
 
     max_side: int
     min_side: int
@@ -47,9 +47,9 @@ def stream_features(
     write: Callable[[Sequence[Feature]], None],
     advance: Callable[[int, StreamStats], None],
 ) -> StreamStats:
-    """Encode every picture once, at its own aspect ratio, and hand the unit features on, unit by unit.
+    """Encode every image once, at its own aspect ratio, and hand the unit features on, unit by unit.
 
-    ``write`` runs in a thread of its own. Pictures that cannot be read are reported in the result.
+    ``write`` runs in a thread of its own. Images that cannot be read are reported in the result.
     """
     device = clip.tower.device
     loader = ViewLoader(reader, clip.tower.patch, (1.0,), options.max_side, options.min_side)
@@ -74,7 +74,7 @@ def cut_units(samples: Sequence[Sample], device: torch.device) -> list[Sequence[
 
 
 def image_features(clip: FrozenClip, pixels: Tensor) -> Tensor:
-    """Unit features ``(B, E)`` of pictures of one size ``(B, 3, H, W)`` uint8, float32 on the CPU.
+    """Unit features ``(B, E)`` of images of one size ``(B, 3, H, W)`` uint8, float32 on the CPU.
 
     Those that come out NaN or infinite in half precision are computed again in float32.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipseed.data.dataset import picture_finder, relocated
+from clipseed.data.dataset import image_finder, relocated
 from clipseed.errors import ImageError, InputError
 from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
@@ -23,17 +23,17 @@ class Inspection:
 
     Attributes:
         maps: Number of class activation maps.
-        per_class: Class name to number of pictures.
+        per_class: Class name to number of images.
         grid_range: Smallest and largest ``(h, w)``.
         empty: LabelMask whose maps are zero everywhere, among those looked at, with reasons.
-        checked: How many pictures were looked at for that.
+        checked: How many images were looked at for that.
     """
 
     path: Path
     manifest: Manifest
     files: int
     bytes: int
-    pictures: int
+    images: int
     without_class: int
     maps: int
     per_class: dict[str, int]
@@ -55,7 +55,7 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
     Args:
         path: What to look at.
         verify: Check all checksums, whatever the size.
-        look_at: Look for empty maps in this many pictures.
+        look_at: Look for empty maps in this many images.
 
     Raises:
         StoreError: missing, not ours, or damaged.
@@ -76,7 +76,7 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
             manifest=seeds.manifest,
             files=len(seeds.files),
             bytes=sum(file.path.stat().st_size for file in seeds.files),
-            pictures=len(seeds),
+            images=len(seeds),
             without_class=without,
             maps=int(counts.sum()),
             per_class={name: int(count) for name, count in zip(names, counts, strict=True)},
@@ -88,7 +88,7 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
 
 
 def _empty(seeds: Seeds, ids: list[str]) -> EmptyLabels:
-    """Labels of some pictures whose maps are empty, with the stages and reasons that are listed beside the seeds."""
+    """Labels of some images whose maps are empty, with the stages and reasons that are listed beside the seeds."""
     listed = listed_earlier(read_empty(seeds.path), seeds.manifest)
     found = EmptyList(seeds.path, seeds.manifest, earlier=listed)
     for key in ids:
@@ -102,18 +102,18 @@ def write_preview(
     path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
     root: Path | None = None,
 ) -> list[str]:  # fmt: skip
-    """Write an overlay of some pictures' maps to a PNG; returns their ids.
+    """Write an overlay of some images' maps to a PNG; returns their ids.
 
     Raises:
-        InputError: no such id, or none of the pictures can be found any more.
+        InputError: no such id, or none of the images can be found any more.
         StoreError: the seeds are damaged, or ``out`` cannot be written.
     """
     with Seeds(path) as seeds:
         dataset = relocated(seeds.manifest, images, root)["dataset"]
-        find = picture_finder(dataset, exif=bool(seeds.manifest["options"].get("exif")))
+        find = image_finder(dataset, exif=bool(seeds.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in seeds]
         if unknown:
-            raise InputError(f"{path}: holds no picture {unknown[0]!r}")
+            raise InputError(f"{path}: holds no image {unknown[0]!r}")
         chosen = list(ids) or _spread([key for key in seeds if len(seeds[key].classes)], count)
         rows, problems = [], []
         for key in chosen:
@@ -122,7 +122,7 @@ def write_preview(
             except ImageError as error:
                 problems.append(str(error))
         if not rows:
-            raise InputError(f"{path}: nothing to show: {problems[0] if problems else 'no picture shows a class'}")
+            raise InputError(f"{path}: nothing to show: {problems[0] if problems else 'no image shows a class'}")
         with replacing(out) as temporary:
             contact_sheet(rows).save(temporary, format="PNG")
         return chosen
@@ -134,11 +134,11 @@ def _spread(keys: list[str], count: int) -> list[str]:
     return keys[::step][:count]
 
 
-def _row(seeds: Seeds, key: str, picture: Pixels) -> list[tuple[str, Pixels]]:
+def _row(seeds: Seeds, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     seed = seeds[key]
-    if picture.shape[:2] != seed.size:
-        raise ImageError(f"{key}: the picture has another size now")
-    row = [(key, picture)]
+    if image.shape[:2] != seed.size:
+        raise ImageError(f"{key}: the image has another size now")
+    row = [(key, image)]
     for class_id, heat in zip(seed.classes, seed.upsampled(), strict=True):
-        row.append((seeds.class_names[class_id], heat_overlay(picture, heat)))
+        row.append((seeds.class_names[class_id], heat_overlay(image, heat)))
     return row

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipseed.data.dataset import picture_finder, relocated
+from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.paths import is_folder, never_ends
 from clipseed.errors import ImageError, InputError, StoreError
 from clipseed.report.overlay import Pixels, contact_sheet, label_overlay
@@ -31,10 +31,10 @@ class MaskInspection:
     """A summary of a mask cache.
 
     Attributes:
-        without_masks: Pictures that have none.
-        shrunk: Pictures whose masks are smaller than themselves.
-        per_picture: Fewest, median and most masks of a picture.
-        bytes_per_picture: Of the files.
+        without_masks: Images that have none.
+        shrunk: Images whose masks are smaller than themselves.
+        per_image: Fewest, median and most masks of an image.
+        bytes_per_image: Of the files.
         bytes_per_mask: Of the compressed masks alone.
         levels: Number of masks by level.
         per_class: Class name to number of masks, where they were asked for.
@@ -44,12 +44,12 @@ class MaskInspection:
     manifest: Manifest
     files: int
     bytes: int
-    pictures: int
+    images: int
     without_masks: int
     shrunk: int
     masks: int
-    per_picture: tuple[int, float, int]
-    bytes_per_picture: float
+    per_image: tuple[int, float, int]
+    bytes_per_image: float
     bytes_per_mask: float
     levels: dict[str, int]
     per_class: dict[str, int]
@@ -98,12 +98,12 @@ def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
             manifest=cache.manifest,
             files=len(files),
             bytes=size,
-            pictures=len(cache),
+            images=len(cache),
             without_masks=int((counts == 0).sum()),
             shrunk=shrunk,
             masks=int(counts.sum()),
-            per_picture=(int(counts.min()), float(np.median(counts)), int(counts.max())) if len(counts) else (0, 0, 0),
-            bytes_per_picture=size / max(1, len(cache)),
+            per_image=(int(counts.min()), float(np.median(counts)), int(counts.max())) if len(counts) else (0, 0, 0),
+            bytes_per_image=size / max(1, len(cache)),
             bytes_per_mask=codes / max(1, int(counts.sum())),
             levels={name: int((level == number).sum()) for number, name in enumerate(_LEVELS)},
             per_class={name: int(count) for name, count in zip(names, asked, strict=False) if count},
@@ -114,18 +114,18 @@ def write_mask_preview(
     path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
     root: Path | None = None,
 ) -> list[str]:  # fmt: skip
-    """Write some pictures with their masks in colours, small ones on top, to a PNG; returns their ids.
+    """Write some images with their masks in colours, small ones on top, to a PNG; returns their ids.
 
     Raises:
-        InputError: no such id, or none of the pictures can be found any more.
+        InputError: no such id, or none of the images can be found any more.
         StoreError: the cache is damaged, or ``out`` cannot be written.
     """
     with MaskCache(path) as cache:
         dataset = relocated(cache.manifest, images, root)["dataset"]
-        find = picture_finder(dataset, exif=bool(cache.manifest["options"].get("exif")))
+        find = image_finder(dataset, exif=bool(cache.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in cache]
         if unknown:
-            raise InputError(f"{path}: holds no picture {unknown[0]!r}")
+            raise InputError(f"{path}: holds no image {unknown[0]!r}")
         keys = list(cache)
         chosen = list(ids) or keys[:: max(1, len(keys) // max(1, count))][:count]
         rows, problems = [], []
@@ -135,18 +135,18 @@ def write_mask_preview(
             except ImageError as error:
                 problems.append(str(error))
         if not rows:
-            raise InputError(f"{path}: nothing to show: {problems[0] if problems else 'it holds no picture'}")
+            raise InputError(f"{path}: nothing to show: {problems[0] if problems else 'it holds no image'}")
         with replacing(out) as temporary:
             contact_sheet(rows).save(temporary, format="PNG")
         return chosen
 
 
-def _row(cache: MaskCache, key: str, picture: Pixels) -> list[tuple[str, Pixels]]:
+def _row(cache: MaskCache, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     record = cache[key]
-    if picture.shape[:2] != record.size:
-        raise ImageError(f"{key}: the picture has another size now")
+    if image.shape[:2] != record.size:
+        raise ImageError(f"{key}: the image has another size now")
     proposals = unpack_proposals(record)
     colours = np.zeros(record.grid, np.uint8)
     for index in np.argsort(-proposals.area, kind="stable"):
         colours[proposals.masks[index]] = index % _COLOURS + 1
-    return [(key, picture), (f"{len(record)} masks", label_overlay(picture, enlarged(colours, record.size)))]
+    return [(key, image), (f"{len(record)} masks", label_overlay(image, enlarged(colours, record.size)))]

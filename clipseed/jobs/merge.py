@@ -160,19 +160,19 @@ def _agreed(first: Manifest | None, other: Manifest, where: Path, report: MergeR
     if str(two.get("split")) not in splits:
         splits.append(str(two.get("split")))
     if one.get("images") != two.get("images"):
-        note = f"the pictures were in {one.get('images')} and elsewhere; give --images to commands that need them"
+        note = f"the images were in {one.get('images')} and elsewhere; give --images to commands that need them"
         report.notes = [*(line for line in report.notes if line != note), note]
     return {**first, "dataset": {**one, "split": "+".join(splits)}}
 
 
 def _refuse_contradiction(file: RecordFile[Any], row: int, other: Path, form: RecordFormat[Any]) -> None:
-    """Two records of one picture may only be the same record."""
+    """Two records of one image may only be the same record."""
     import numpy as np
 
     with RecordFile(other, form, verify=False) as earlier:
         there = form.pack([earlier.read(earlier.ids.index(file.ids[row]))])
     here = form.pack([file.read(row)])
-    # Two copies of a picture may have different times.
+    # Two copies of an image may have different times.
     if not all(np.array_equal(there[name], here[name]) for name in form.datasets if name != "file_time"):
         raise StoreError(f"{file.ids[row]!r} is in {other} and in {file.path}, and not the same in both")
 
@@ -208,7 +208,7 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
         write_text(out / MANIFEST, dumps(noted(manifest or {}, out)) + "\n")
         notes = {name.with_suffix("").as_posix(): mask_note(path) for name, path in found.items()}
         labels = {key: (note.classes, note.empty) for key, note in notes.items() if note.classes is not None}
-        for folder in folders:  # pictures that shares left out have no mask
+        for folder in folders:  # images that shares left out have no mask
             labels = {**left_without_mask(folder), **labels}
         listed = [item for folder in folders for item in read_empty(folder)]
         report.empty = _list_empty(out, manifest or {}, labels, listed)

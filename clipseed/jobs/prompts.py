@@ -53,10 +53,10 @@ class Candidate:
         kind: ``template``; or how a class is called: ``name``, ``text``, ``synonym`` or ``fused`` (all its words).
         class_name: Class whose words these are; empty for templates.
         words: The template, or what goes into it.
-        rank: 1 is best; ``None`` when no picture tells.
+        rank: 1 is best; ``None`` when no image tells.
         sharpness: Lower is better.
         present: What the present classes score together, in [0, 1].
-        images: Pictures that the numbers are means over.
+        images: Images that the numbers are means over.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Candidate:
 
 @dataclass
 class PromptReport:
-    """What a run found; ``images`` of ``total`` pictures show two classes or more."""
+    """What a run found; ``images`` of ``total`` images show two classes or more."""
 
     dataset: str
     total: int
@@ -98,14 +98,14 @@ class PromptReport:
 def run_prompts(options: PromptOptions, start: Start | None = None) -> PromptReport:
     """Rank prompt templates on a labelled data set.
 
-    Pictures are encoded once; every template then costs one text encoding and one matrix product.
+    Images are encoded once; every template then costs one text encoding and one matrix product.
 
     Args:
         options: What to do.
         start: As of :func:`~clipseed.jobs.cam.run_cam`.
 
     Raises:
-        InputError: a bad list of templates, or no usable picture with two labels or more.
+        InputError: a bad list of templates, or no usable image with two labels or more.
         ClipseedError: see the modules it uses.
     """
     _check(options)
@@ -114,8 +114,8 @@ def run_prompts(options: PromptOptions, start: Start | None = None) -> PromptRep
     samples = [sample for sample in image_set.samples if len(sample.labels or ()) > 1]
     if not samples:
         raise InputError(
-            f"{image_set.name} {image_set.split}: none of its {len(image_set.samples)} pictures shows two classes or "
-            "more; sharpness compares the classes of one picture"
+            f"{image_set.name} {image_set.split}: none of its {len(image_set.samples)} images shows two classes or "
+            "more; sharpness compares the classes of one image"
         )
     if options.csv is not None and not options.csv.parent.is_dir():
         raise UsageError(f"--csv {options.csv}: the folder {options.csv.parent} does not exist")
@@ -149,7 +149,7 @@ def _check(options: PromptOptions) -> None:
 def _encode(
     clip: FrozenClip, image_set: ImageSet, samples: Sequence[Sample], options: PromptOptions, start: Start | None
 ) -> tuple[Tensor, list[tuple[int, ...]], list[tuple[str, str]]]:
-    """Unit features ``(N, E)`` of the pictures that can be read, their labels, and the others with reasons."""
+    """Unit features ``(N, E)`` of the images that can be read, their labels, and the others with reasons."""
     found: list[Feature] = []
     run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
     advance = start(image_set, len(samples), 0) if start else (lambda count, stats: None)
@@ -158,7 +158,7 @@ def _encode(
         stats = stream_features(clip, image_set.reader, units, run, found.extend, advance)
     if not found:
         key, reason = stats.skipped[0]
-        raise InputError(f"none of the {len(stats.skipped)} pictures could be used; the first, {key}: {reason}")
+        raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
     labels = {sample.id: sample.labels or () for sample in samples}
     return torch.stack([row for _, row in found]), [labels[key] for key, _ in found], stats.skipped
 

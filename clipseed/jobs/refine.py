@@ -1,4 +1,4 @@
-"""``clipseed refine``: read seeds, look at the pictures again, store refined seeds."""
+"""``clipseed refine``: read seeds, look at the images again, store refined seeds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from clipseed.data.vocabulary import parse_vocabulary
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.jobs.engine import (
-    LARGE_PICTURE,
-    LoadedPicture,
+    LARGE_IMAGE,
+    ImageLoader,
+    LoadedImage,
     LoadedViews,
     Loading,
-    PictureLoader,
     ViewLoader,
     batches_in_flight,
     dealt_unit,
@@ -75,11 +75,11 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
 
     Args:
         options: What to do.
-        start: Called with the number of pictures to do and done; returns the progress callback.
+        start: Called with the number of images to do and done; returns the progress callback.
         loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
-        ClipseedError: see the modules it uses; pictures that cannot be read are skipped and reported.
+        ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     check(options)
     out = options.out or default_out(options.source, options.method)
@@ -177,7 +177,7 @@ def _constants(options: RefineOptions, source: Manifest, paper: bool) -> dict[st
 
 
 class _Refinement(Work[Any, SeedMap]):
-    """What the refinements share: streaming the pictures of stored seeds.
+    """What the refinements share: streaming the images of stored seeds.
 
     Seeds are opened again by whoever works on them, because workers of a cluster are other processes.
     """
@@ -195,11 +195,11 @@ class _Refinement(Work[Any, SeedMap]):
         self.batch = BatchSize(options.batch_size, token_budget(device))
 
     def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
-        """Refine pictures that fit their seeds."""
+        """Refine images that fit their seeds."""
         raise NotImplementedError
 
     def compute(self, items: Sequence[Any]) -> list[SeedMap | ImageError]:
-        """Refine a batch, leaving out pictures that do not fit their seeds."""
+        """Refine a batch, leaving out images that do not fit their seeds."""
         seeds = [self.seeds[item.sample.id] for item in items]
         found: list[SeedMap | ImageError | None] = [
             misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
@@ -229,7 +229,7 @@ class _Spreading(_Refinement):
             self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
 
     def about(self) -> dict[str, Any]:
-        """Constants, model and where its weights are, device, and pictures per shard."""
+        """Constants, model and where its weights are, device, and images per shard."""
         return {
             "constants": self._constants,
             "model": self.clip.manifest(),
@@ -240,7 +240,7 @@ class _Spreading(_Refinement):
 
     @property
     def loader(self) -> ViewLoader:
-        """Decodes pictures as the maps were made from them."""
+        """Decodes images as the maps were made from them."""
         recorded = self.seeds.manifest["options"]
         limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
         return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
@@ -273,14 +273,14 @@ class _Spreading(_Refinement):
 
 
 class _Par(_Refinement):
-    """Pixel-adaptive refinement: maps follow the colours of the picture, at its full size."""
+    """Pixel-adaptive refinement: maps follow the colours of the image, at its full size."""
 
     def __init__(self, options: RefineOptions) -> None:
         super().__init__(options, pick_device(options.device))
-        self.one_by_one = None if options.batch_size else one_by_one(self.device, LARGE_PICTURE)
+        self.one_by_one = None if options.batch_size else one_by_one(self.device, LARGE_IMAGE)
 
     def about(self) -> dict[str, Any]:
-        """Constants, the model that the maps come from, device, and pictures per shard."""
+        """Constants, the model that the maps come from, device, and images per shard."""
         source, par = self.seeds.manifest, self.options.par
         return {
             "constants": {**asdict(par), "dilations": list(par.dilations)},
@@ -291,11 +291,11 @@ class _Par(_Refinement):
         }
 
     @property
-    def loader(self) -> PictureLoader:
-        """Decodes pictures at their own size."""
-        return PictureLoader(self.reader)
+    def loader(self) -> ImageLoader:
+        """Decodes images at their own size."""
+        return ImageLoader(self.reader)
 
-    def refined(self, items: Sequence[LoadedPicture], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedImage], seeds: list[SeedMap]) -> list[SeedMap]:
         """Let maps follow colours."""
         if not len(seeds[0].classes):
             return seeds

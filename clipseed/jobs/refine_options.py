@@ -39,10 +39,10 @@ class RefineOptions:
     """Everything ``clipseed refine`` can be told.
 
     Attributes:
-        source: The seeds to refine; pictures, model and vocabulary are those they were made with.
+        source: The seeds to refine; images, model and vocabulary are those they were made with.
         box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
         paper: Reproduce the released code; ``None``: as the seeds were made.
-        images, root, weights: Where the pictures, their data set and the weights are now, if they have moved.
+        images, root, weights: Where the images, their data set and the weights are now, if they have moved.
     """
 
     method: Method
@@ -83,7 +83,7 @@ class RefineReport:
 
     @property
     def recomputed(self) -> int:
-        """Pictures that gave NaN or infinity in half precision."""
+        """Images that gave NaN or infinity in half precision."""
         return self.stats.counters["recomputed"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from clipseed.data.dataset import picture_finder, relocated
+from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.types import check_id
 from clipseed.errors import ImageError, StoreError, UsageError
 from clipseed.jobs.evaluate import Start, evaluate, holds_masks
@@ -22,7 +22,7 @@ from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import Seeds
 
 MOST_SHOWN = 200
-"""Most pictures of a kind; each takes about 120 kB of the page."""
+"""Most images of a kind; each takes about 120 kB of the page."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class ReportOptions:
         inputs: Seeds or folders of masks.
         scoring: How to score them; its ``prediction`` is replaced by each input in turn.
         out: The HTML file.
-        images: Folder of the pictures, instead of what an input itself says.
+        images: Folder of the images, instead of what an input itself says.
         root: Folder of the data set, the same.
-        worst, best: How many pictures to show of either kind.
+        worst, best: How many images to show of either kind.
     """
 
     inputs: tuple[Path, ...]
@@ -146,7 +146,7 @@ def _entry(options: ReportOptions, name: str, path: Path, report: EvaluateReport
         curve=(name, sorted(report.curve), chosen) if chosen is not None and len(report.curve) > 1 else None,
         axis="threshold" if report.alpha is None else "alpha",
         gallery=gallery,
-        find=_Pictures(options, report, manifest),
+        find=_Images(options, report, manifest),
         notes=_notes(report, gallery),
         manifest=manifest,
     )
@@ -173,7 +173,7 @@ def _notes(report: EvaluateReport, gallery: Gallery) -> list[str]:
             f"{_some(report.missing_ground_truth)}"
         )
     if report.missing_predictions:
-        where = f"pictures of split {report.split}" if report.split_given else "ground-truth masks"
+        where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
         notes.append(
             f"{len(report.missing_predictions)} {where} have no prediction and were not scored: "
             f"{_some(report.missing_predictions)}"
@@ -182,7 +182,7 @@ def _notes(report: EvaluateReport, gallery: Gallery) -> list[str]:
         share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)
         notes.append(f"{100 * share:.2f} % of the pixels were left out because the prediction is 255 there")
     if gallery.unscored:
-        notes.append(f"{gallery.unscored} pictures have no score of their own, as all their ground truth is ignored")
+        notes.append(f"{gallery.unscored} images have no score of their own, as all their ground truth is ignored")
     return notes
 
 
@@ -198,11 +198,11 @@ def _manifest(path: Path) -> Manifest | None:
     return read_mask_manifest(path)
 
 
-class _Pictures:
-    """Finds an example's picture: below ``--images``, or where the manifest or the ground truth says.
+class _Images:
+    """Finds an example's image: below ``--images``, or where the manifest or the ground truth says.
 
     Raises:
-        ImageError, InputError: it is not known where pictures are, this one is not there, or has another size.
+        ImageError, InputError: it is not known where images are, this one is not there, or has another size.
     """
 
     def __init__(self, options: ReportOptions, report: EvaluateReport, manifest: Manifest | None) -> None:
@@ -211,22 +211,22 @@ class _Pictures:
         self._any_size = options.scoring.resize_pred
         if options.root is not None:
             manifest = relocated(manifest or {}, None, options.root)
-        dataset = _picture_set(options.images, report.ground_truth, manifest)
-        self._find = picture_finder(dataset, exif=exif) if dataset else None
+        dataset = _image_set(options.images, report.ground_truth, manifest)
+        self._find = image_finder(dataset, exif=exif) if dataset else None
 
     def __call__(self, example: Example) -> Image:
         if self._find is None:
-            raise ImageError("this input does not say where its pictures are; name the folder with --images")
+            raise ImageError("this input does not say where its images are; name the folder with --images")
         # An id from a damaged or foreign file must not lead out of the folder.
-        picture = self._find(check_id(example.id, "the report"))
+        image = self._find(check_id(example.id, "the report"))
         height, width = example.size
-        if picture.size != (width, height) and not self._any_size:
-            raise ImageError(f"it is {picture.width}x{picture.height} pixels now, its ground truth {width}x{height}")
-        return picture
+        if image.size != (width, height) and not self._any_size:
+            raise ImageError(f"it is {image.width}x{image.height} pixels now, its ground truth {width}x{height}")
+        return image
 
 
-def _picture_set(images: Path | None, truth: str, manifest: Manifest | None) -> dict[str, Any] | None:
-    """What :func:`picture_finder` needs, or ``None`` where the pictures cannot be known."""
+def _image_set(images: Path | None, truth: str, manifest: Manifest | None) -> dict[str, Any] | None:
+    """What :func:`image_finder` needs, or ``None`` where the images cannot be known."""
     if images is not None:
         return {"images": str(images)}
     dataset = (manifest or {}).get("dataset")

@@ -1,4 +1,4 @@
-"""What ``clipseed sam-masks`` does with a picture in a decoding process: open and shrink it, or read its masks."""
+"""What ``clipseed sam-masks`` does with an image in a decoding process: open and shrink it, or read its masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipseed.store.mask_records import MaskRecord, pack_proposals
 
 @dataclass(frozen=True)
 class LoadedForSam:
-    """A decoded picture, shrunk to what SAM sees of it: ``(h, w, 3)`` uint8."""
+    """A decoded image, shrunk to what SAM sees of it: ``(h, w, 3)`` uint8."""
 
     sample: Sample
     size: tuple[int, int]
@@ -29,7 +29,7 @@ class LoadedForSam:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Pictures of all sizes are encoded together."""
+        """Images of all sizes are encoded together."""
         return ()
 
     @property
@@ -62,7 +62,7 @@ class ShrinkingLoader:
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture's masks, from a worker process that found or made them."""
+    """An image's masks, from a worker process that found or made them."""
 
     record: MaskRecord
 
@@ -85,17 +85,17 @@ def existing_masks(path: Path, kind: Kind) -> MaskImport:
 
 @dataclass(frozen=True)
 class ExistingLoader:
-    """Reads a picture's masks from files, after looking at the picture for its size; runs in worker processes."""
+    """Reads an image's masks from files, after looking at the image for its size; runs in worker processes."""
 
     reader: ImageReader
     path: Path
     kind: Kind
 
     def __call__(self, sample: Sample) -> Stored:
-        """Read and compress one picture's masks.
+        """Read and compress one image's masks.
 
         Raises:
-            ImageError: picture or masks are missing, damaged, or do not fit each other.
+            ImageError: image or masks are missing, damaged, or do not fit each other.
         """
         stamp = file_stamp(self.reader.file(sample))
         image = self.reader(sample)

@@ -1,4 +1,4 @@
-"""``clipseed sam-masks``: the segments of every picture, once per data set, into a compact cache."""
+"""``clipseed sam-masks``: the segments of every image, once per data set, into a compact cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from clipseed.jobs.sam_options import (
     Start,
     check,
     find_checkpoint,
-    find_pictures,
+    find_images,
     masks_manifest,
 )
 from clipseed.runtime.interrupt import interruptible
@@ -49,7 +49,7 @@ from clipseed.store.writer import RecordWriter, recorded_manifest
 
 _UNIT_SIZE = {"cpu": 8}
 _GPU_UNIT_SIZE = 32
-"""Pictures per shard: what a kill can cost. SAM takes seconds for one on a GPU, minutes on a CPU."""
+"""Images per shard: what a kill can cost. SAM takes seconds for one on a GPU, minutes on a CPU."""
 _IMPORT_UNIT = 64
 _AHEAD = 4
 
@@ -57,31 +57,31 @@ _AHEAD = 4
 def run_sam_masks(
     options: SamMasksOptions, start: Start | None = None, loading: Loading | None = None
 ) -> SamMasksReport:
-    """Find and store the masks of a data set's pictures; resumes what an earlier run began.
+    """Find and store the masks of a data set's images; resumes what an earlier run began.
 
     Args:
         options: What to do.
-        start: Called with the number of pictures to do and done; returns the progress callback.
+        start: Called with the number of images to do and done; returns the progress callback.
         loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
-        ClipseedError: see the modules it uses; pictures that cannot be read, or on which SAM fails, are skipped and
+        ClipseedError: see the modules it uses; images that cannot be read, or on which SAM fails, are skipped and
             reported instead.
     """
     check(options)
-    pictures, seeds = find_pictures(options)
-    recipe = MasksRecipe(options, pictures.reader, str(pictures.dataset.get("name")))
+    images, seeds = find_images(options)
+    recipe = MasksRecipe(options, images.reader, str(images.dataset.get("name")))
     say = partial(loading, options.model_name) if loading and options.existing is None else None
     with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
         about = engine.about
-        manifest = masks_manifest(options, pictures, seeds, about)
+        manifest = masks_manifest(options, images, seeds, about)
         began = time.perf_counter()
         with RecordWriter(
             options.out, manifest, mask_format(), about["unit"], overwrite=options.overwrite, share=options.share
         ) as writer:
-            samples = {sample.id: sample for sample in pictures.samples}
+            samples = {sample.id: sample for sample in images.samples}
             ids = list(samples)
-            writer.forget_replaced({key: pictures.reader.file(samples[key]) for key in writer.done & samples.keys()})
+            writer.forget_replaced({key: images.reader.file(samples[key]) for key in writer.done & samples.keys()})
             if seeds is not None and options.seeds is not None:
                 with Seeds(options.seeds, verify=False) as source:
                     writer.follow(source.keys(), source.stamp)
@@ -140,7 +140,7 @@ class MasksRecipe:
 
 
 def _about_model(model: dict[str, Any], checkpoint: Path | None, device: torch.device) -> dict[str, Any]:
-    """Model, where its weights are, device, and pictures per shard."""
+    """Model, where its weights are, device, and images per shard."""
     return {
         "model": model,
         "weights": None if checkpoint is None else str(checkpoint.resolve()),
@@ -207,20 +207,20 @@ class _Segmenting(_Masks):
             self.one_by_one = one_by_one(self.device, 1)
 
     def about(self) -> dict[str, Any]:
-        """Model, where its weights are, device, and pictures per shard."""
+        """Model, where its weights are, device, and images per shard."""
         return _about_model(self.backend.manifest(), self._checkpoint, self.device)
 
     @property
     def loader(self) -> ShrinkingLoader:
-        """Decodes pictures as SAM sees them."""
+        """Decodes images as SAM sees them."""
         return ShrinkingLoader(self._reader, self.options.max_side)
 
     @abstractmethod
     def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
-        """Masks of one picture."""
+        """Masks of one image."""
 
     def attempt(self, item: LoadedForSam, given: Any = None) -> MaskRecord | ImageError:
-        """Masks of one picture, or why there are none; what is wrong with more than this picture is raised."""
+        """Masks of one image, or why there are none; what is wrong with more than this image is raised."""
         try:
             return self.counted(replace(self.masks(item, given), stamp=item.stamp))
         except ImageError as error:
@@ -234,18 +234,18 @@ class _Segmenting(_Masks):
 
 
 class _Grid(_Segmenting):
-    """Everything in a picture, from a grid of points."""
+    """Everything in an image, from a grid of points."""
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe)
         self._limits = Limits()
 
     def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
-        """Masks of a batch, picture by picture: one has hundreds of prompts."""
+        """Masks of a batch, image by image: one has hundreds of prompts."""
         return [self.attempt(item) for item in items]
 
     def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
-        """Proposals for one picture."""
+        """Proposals for one image."""
         before = self._limits.points, self._limits.crops
         proposals = generate(self.backend, item.pixels, self.options.proposals, self._limits)
         self.counters["cramped"] += int(before != (self._limits.points, self._limits.crops))
@@ -253,7 +253,7 @@ class _Grid(_Segmenting):
 
 
 class _Prompted(_Segmenting):
-    """Masks of the classes that a picture's seeds show."""
+    """Masks of the classes that an image's seeds show."""
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe)
@@ -276,7 +276,7 @@ class _Prompted(_Segmenting):
         return [self.attempt(item, found.get(item.sample.id)) for item in items]
 
     def masks(self, item: LoadedForSam, given: Embedding | None) -> MaskRecord:
-        """Answers to the prompts of one picture."""
+        """Answers to the prompts of one image."""
         assert self.options.prompt is not None
         seed = self.seeds[item.sample.id]
         problem = misfit(seed, item.size, item.stamp)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipseed.data.dataset import relocated
+from clipseed.data.image_listing import ImageListing, ListingOptions, list_data_set
 from clipseed.data.paths import is_file, is_folder
-from clipseed.data.pictures import PictureOptions, PictureSet, open_pictures
 from clipseed.errors import UsageError, WeightsError
 from clipseed.formats.open import Kind, imported_masks
 from clipseed.jobs.engine import recorded_reader, seed_sample
@@ -28,7 +28,7 @@ TOY = "toy"
 PRESETS = {"fma": FMA, "stock": STOCK}
 MODELS = ("auto", "vit_b", "vit_l", "vit_h")
 DEFAULT_MAX_SIDE = 1024
-"""What SAM's encoder sees of a picture; more pixels help the crops only."""
+"""What SAM's encoder sees of an image; more pixels help the crops only."""
 _TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "weights" / "sam.npz"
 _WHERE = (
     "Meta's are sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth and sam_vit_h_4b8939.pth, at "
@@ -42,22 +42,22 @@ class SamMasksOptions:
 
     Attributes:
         out: ``NAME.h5`` or a folder.
-        data: A data set; ``None`` takes the pictures of ``seeds``.
-        seeds: Seeds whose pictures are meant, and whose maps prompt SAM.
-        images, root: Where the pictures of the seeds, or their data set, are now, if they have moved.
+        data: A data set; ``None`` takes the images of ``seeds``.
+        seeds: Seeds whose images are meant, and whose maps prompt SAM.
+        images, root: Where the images of the seeds, or their data set, are now, if they have moved.
         checkpoint: SAM's weights, or ``toy``; ``None``: ``toy`` for the toy set, else it is missing.
         model: ``auto``, or the size that the checkpoint must have.
         factory: ``module:function`` that makes another model, see :func:`~clipseed.sam.load.load_sam`.
         proposals: Settings of the grid.
-        max_side: Longer pictures are shrunk to it first, and their masks have that size; 0: never.
+        max_side: Longer images are shrunk to it first, and their masks have that size; 0: never.
         existing: Masks that exist already, taken instead of a model's.
         existing_kind: Their format.
         prompt: Ask for the classes of the seeds instead of everything.
-        batch_size: Pictures encoded at once with ``prompt``.
+        batch_size: Images encoded at once with ``prompt``.
     """
 
     out: Path
-    data: PictureOptions | None = None
+    data: ListingOptions | None = None
     seeds: Path | None = None
     images: Path | None = None
     root: Path | None = None
@@ -110,12 +110,12 @@ class SamMasksReport:
 
     @property
     def seconds_each(self) -> float:
-        """Time that a picture took."""
+        """Time that an image took."""
         return self.seconds / max(1, self.stats.computed)
 
     @property
-    def per_picture(self) -> float:
-        """Masks per picture of this run."""
+    def per_image(self) -> float:
+        """Masks per image of this run."""
         return self.masks / max(1, self.stats.computed)
 
 
@@ -144,7 +144,7 @@ def check(options: SamMasksOptions) -> None:
     if options.prompt not in (None, *PROMPTS):
         raise UsageError(f"--prompt {options.prompt}: choose one of {', '.join(PROMPTS)}")
     if (options.data is None) == (options.seeds is None):
-        raise UsageError("pictures come from --dataset or from --seeds; give one of them")
+        raise UsageError("images come from --dataset or from --seeds; give one of them")
     if options.prompt and options.seeds is None:
         raise UsageError(f"--prompt {options.prompt} needs --seeds, the maps to take prompts from")
     if options.existing is not None and (options.prompt or options.checkpoint or options.factory):
@@ -175,28 +175,28 @@ def find_checkpoint(options: SamMasksOptions, dataset: str) -> Path | None:
     return path
 
 
-def find_pictures(options: SamMasksOptions) -> tuple[PictureSet, Manifest | None]:
-    """The pictures, and the manifest of the seeds that they come from.
+def find_images(options: SamMasksOptions) -> tuple[ImageListing, Manifest | None]:
+    """The images, and the manifest of the seeds that they come from.
 
     Raises:
         ClipseedError: data set or seeds are missing, malformed or damaged.
     """
     if options.data is not None:
-        return open_pictures(options.data), None
+        return list_data_set(options.data), None
     assert options.seeds is not None
     with Seeds(options.seeds) as seeds:
         manifest = relocated(seeds.manifest, options.images, options.root)
         samples = tuple(seed_sample(seeds, key) for key in seeds)
     reader = recorded_reader(manifest)
     exif = bool(manifest["options"].get("exif"))
-    return PictureSet(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
+    return ImageListing(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
 
 
 def masks_manifest(
-    options: SamMasksOptions, pictures: PictureSet, seeds: Manifest | None, about: dict[str, Any]
+    options: SamMasksOptions, images: ImageListing, seeds: Manifest | None, about: dict[str, Any]
 ) -> Manifest:
-    """Everything that decides the masks, and where the pictures are."""
-    settings: dict[str, Any] = {"exif": pictures.exif}
+    """Everything that decides the masks, and where the images are."""
+    settings: dict[str, Any] = {"exif": images.exif}
     source: dict[str, Any] = {}
     if options.method != "import":
         settings["max_side"] = options.max_side
@@ -216,9 +216,9 @@ def masks_manifest(
         "source": source,
         "model": about["model"],
         "weights": about["weights"],
-        "max_pixels": pictures.max_pixels,
+        "max_pixels": images.max_pixels,
         "vocabulary": seeds["vocabulary"] if seeds and options.prompt else {},
-        "dataset": pictures.dataset,
+        "dataset": images.dataset,
         **({"input": str(options.seeds.resolve())} if options.seeds is not None else {}),
         "versions": package_versions(),
     }

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _UNIT_SIZE = 64
 _WORTH_WORKERS = 200
-"""Pictures from which on worker processes, which take seconds to start, are worth it."""
+"""Images from which on worker processes, which take seconds to start, are worth it."""
 MISSING_LIST = "without-masks.csv"
 
 
@@ -61,8 +61,8 @@ class SamSeedOptions:
         source: Seeds, or for voting a folder of label masks.
         masks: A mask cache, or existing masks in another format.
         masks_kind: That format.
-        rules: How pictures are labelled.
-        empty: What becomes of the mask of a picture in which some label got no pixel
+        rules: How images are labelled.
+        empty: What becomes of the mask of an image in which some label got no pixel
             (:class:`~clipseed.store.mask_folder.MaskWriter`).
     """
 
@@ -84,7 +84,7 @@ class SamSeedReport:
 
     Attributes:
         method: How labels came about.
-        missing: Pictures of the source that the masks do not know.
+        missing: Images of the source that the masks do not know.
         missing_file: Where they are listed.
     """
 
@@ -115,7 +115,7 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     """Make label masks; resumes what an earlier run began.
 
     Raises:
-        ClipseedError: see the modules it uses; pictures whose maps or masks cannot be used are skipped and reported.
+        ClipseedError: see the modules it uses; images whose maps or masks cannot be used are skipped and reported.
     """
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
@@ -246,9 +246,9 @@ def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | N
         return []
     missing = [key for key in source.classes if key not in known]
     if missing and len(missing) == len(source.classes):
-        there = f"its first is {min(known)!r}" if known else "it holds no picture at all"
+        there = f"its first is {min(known)!r}" if known else "it holds no image at all"
         raise InputError(
-            f"{options.masks}: holds masks of none of the {len(missing)} pictures of {options.source} (the first is "
+            f"{options.masks}: holds masks of none of the {len(missing)} images of {options.source} (the first is "
             f"{missing[0]!r}, {there}); was it made for another data set?"
         )
     return missing
@@ -289,7 +289,7 @@ def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A picture that is to be labelled by a thread of the run: nothing is decoded before."""
+    """An image that is to be labelled by a thread of the run: nothing is decoded before."""
 
     sample: Sample
     key: tuple[int, ...] = ()
@@ -297,14 +297,14 @@ class _Ahead:
 
 
 class _SeedWork(Work[Any, Seeded]):
-    """Maps and masks to label masks: everything happens where pictures are loaded, or without workers in threads."""
+    """Maps and masks to label masks: everything happens where images are loaded, or without workers in threads."""
 
-    def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, pictures: int) -> None:
+    def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, images: int) -> None:
         super().__init__()
         self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
         workers = options.workers
         if workers is None:
-            workers = usable_cores() if pictures >= _WORTH_WORKERS else 0
+            workers = usable_cores() if images >= _WORTH_WORKERS else 0
         self.workers = 0 if workers == 1 else workers
         self.one_by_one = None if self.workers else one_by_one(torch.device("cpu"), 1)
         self.ahead = 4 + 2 * self.workers
@@ -316,7 +316,7 @@ class _SeedWork(Work[Any, Seeded]):
 
     @property
     def loader(self) -> Callable[[Sample], Seeded | _Ahead]:
-        """Label pictures in workers."""
+        """Label images in workers."""
         return self._seeder if self.workers else _Ahead
 
     def compute(self, items: Sequence[Seeded | _Ahead]) -> list[Seeded | ImageError]:

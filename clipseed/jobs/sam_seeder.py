@@ -1,4 +1,4 @@
-"""What ``clipseed sam-seed`` does with a picture: from opening its maps and masks to the finished label mask."""
+"""What ``clipseed sam-seed`` does with an image: from opening its maps and masks to the finished label mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
 @dataclass(frozen=True)
 class Seeded:
-    """A finished picture."""
+    """A finished image."""
 
     id: str
     labels: LabelMask
@@ -70,7 +70,7 @@ def forget() -> None:
 
 @dataclass(frozen=True)
 class Seeder:
-    """Labels one picture, from opening its maps and masks to the finished label mask; runs in worker processes."""
+    """Labels one image, from opening its maps and masks to the finished label mask; runs in worker processes."""
 
     source: Path
     masks: Path
@@ -79,7 +79,7 @@ class Seeder:
     label_map: bool
 
     def __call__(self, sample: Sample) -> Seeded:
-        """Label one picture.
+        """Label one image.
 
         Raises:
             ImageError: its maps or masks cannot be used.
@@ -110,7 +110,7 @@ class Seeder:
         return Seeded(sample.id, labels, tuple(seed.classes.tolist()), len(proposals), seed.stamp)
 
     def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Proposals, Any]:
-        """Masks of a picture, none where there are none, and the class that each was asked for.
+        """Masks of an image, none where there are none, and the class that each was asked for.
 
         Raises:
             ImageError: they cannot be used, or were made from another image.

@@ -1,4 +1,4 @@
-"""``--labels auto``: CLIP tags the pictures that have no labels, before ``clipseed cam`` computes their maps.
+"""``--labels auto``: CLIP tags the images that have no labels, before ``clipseed cam`` computes their maps.
 
 The tags stand beside the output in a label file that people can correct and give back with ``--labels``. A second file
 remembers how they were made, with their scores: the same command again uses them as they are, other settings make them
@@ -52,9 +52,9 @@ class TagReport:
 
     Attributes:
         path: The label file.
-        tagged: Pictures of this run that CLIP tagged, now or earlier; ``computed`` of them now.
+        tagged: Images of this run that CLIP tagged, now or earlier; ``computed`` of them now.
         empty: Those of them in which it found no class: all background.
-        skipped: Pictures that could not be read, with reasons.
+        skipped: Images that could not be read, with reasons.
     """
 
     path: Path
@@ -84,7 +84,7 @@ def tag_unlabelled(
         image_set: The data set.
         tagger: Gives the model, and the prototypes of the vocabulary; not called where nothing is to be tagged.
         output: Where the maps go, locked; :func:`label_file` stands beside it and holds the data set's own labels too.
-        replaced: Pictures whose earlier tags are those of another image.
+        replaced: Images whose earlier tags are those of another image.
         start: As of :func:`~clipseed.jobs.cam.run_cam`.
 
     Raises:
@@ -132,7 +132,7 @@ def _tag(
 
     run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
     advance = start(todo, len(unlabelled) - todo) if start else (lambda count, stats: None)
-    with interruptible(lambda: f"interrupted; {len(store.scores)} pictures are tagged. Run the same command again."):
+    with interruptible(lambda: f"interrupted; {len(store.scores)} images are tagged. Run the same command again."):
         try:
             return stream_features(clip, reader, missing, run, write, advance)
         finally:
@@ -182,7 +182,7 @@ class _TagStore:
         if self._path.is_file() and _digest(self._path.read_bytes()) not in ours:
             raise StoreError(
                 f"{self._path}: --labels auto would overwrite this file, which is not as CLIP's tags left it; use it "
-                f"with --labels {self._path} and another --out, or move it away to have the pictures tagged again"
+                f"with --labels {self._path} and another --out, or move it away to have the images tagged again"
             )
 
     def _remembered(self) -> dict[str, Any] | None:
@@ -223,7 +223,7 @@ class _TagStore:
         self._saved = time.monotonic()
 
     def _labels(self) -> Labels:
-        """All labels known: the data set's own and the tags in its order, then tags of pictures not in this run."""
+        """All labels known: the data set's own and the tags in its order, then tags of images not in this run."""
         own = {
             sample.id: sample.labels if sample.labels is not None else tuple(self.scores[sample.id])
             for sample in self._set.samples
@@ -238,7 +238,7 @@ def labels_csv(labels: Labels, vocabulary: Vocabulary) -> str:
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(["id", "label"])
     for key, found in labels.items():
-        # The reader takes one picture suffix off an id, and splits cells at these characters.
+        # The reader takes one image suffix off an id, and splits cells at these characters.
         name = key if _reads_back(key) else f"{key}.png"
         words = [str(k) if set(";|") & set(vocabulary.class_names[k]) else vocabulary.class_names[k] for k in found]
         table.writerows([name, word] for word in words or [""])

@@ -1,6 +1,6 @@
 """Seeds pixel by pixel, without masks: the baseline of FMA-WSSS, and what fills places that no mask covers.
 
-Shapes: K classes of a picture; maps ``(K, h, w)`` on the patch grid or at the picture's size ``(H, W)``.
+Shapes: K classes of an image; maps ``(K, h, w)`` on the patch grid or at the image's size ``(H, W)``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Background:
 
 @dataclass(frozen=True)
 class PixelSeed:
-    """Labels of a picture and how sure each is.
+    """Labels of an image and how sure each is.
 
     Attributes:
         labels: ``(H, W)`` uint8: 0 background, class index + 1.
@@ -113,7 +113,7 @@ def label_pixels(
     Args:
         cams: ``(K, h, w)``; with a ``given`` background ``(1 + K, h, w)``, which is then not stretched to [0, 1].
         classes: Class index of each of the K maps.
-        size: The picture's height and width.
+        size: The image's height and width.
         background: Default ``(1 - strongest class) ^ 2``.
         resize_first: Resize, then stretch to [0, 1]; the other way round, peaks between patches are below 1.
         paper: As the released code, see :func:`unit_range`.

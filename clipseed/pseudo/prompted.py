@@ -24,7 +24,7 @@ def label_from_prompted_masks(
     Of several answers for one class each pixel takes the highest score. Where no score is positive there is background.
 
     Args:
-        logits: ``(Q, H, W)`` mask logits at the picture's size (above 0 is inside); Q may be 0.
+        logits: ``(Q, H, W)`` mask logits at the image's size (above 0 is inside); Q may be 0.
         row: ``(Q,)`` row of the maps that each answer belongs to.
         cams: ``(K, h, w)``; resized, negative values cut off.
         classes: Class index of each of the K maps.

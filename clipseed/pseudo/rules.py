@@ -1,4 +1,4 @@
-"""How ``clipseed sam-seed`` labels a picture: which rule, with which constants, and the rules themselves."""
+"""How ``clipseed sam-seed`` labels an image: which rule, with which constants, and the rules themselves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RuleOptions:
         preset: Of ``fma``; default by the vocabulary.
         alpha: Exponent of the background: of regions with ``fma``, else of pixels.
         uncovered: What pixels under no mask become.
-        without_masks: What pictures without any mask become.
+        without_masks: What images without any mask become.
         min_confidence: Less certain labels become 255.
         paper: The released programs with their quirks.
     """
@@ -146,13 +146,13 @@ def _check(options: RuleOptions, method: str, *, label_map: bool, asked: bool) -
 
 
 def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classes) -> LabelMask:
-    """Labels ``(H, W)`` of a picture.
+    """Labels ``(H, W)`` of an image.
 
-    Everything happens at the size of the masks, and the labels are enlarged to the picture's size at the end.
+    Everything happens at the size of the masks, and the labels are enlarged to the image's size at the end.
 
     Args:
         rules: What to do.
-        seed: The picture's maps.
+        seed: The image's maps.
         proposals: Its masks ``(S, h, w)``; S may be 0.
         asked: ``(S,)`` class that each mask was asked for, -1 for none.
 

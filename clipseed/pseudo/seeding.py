@@ -1,11 +1,11 @@
 """Seeds from class activation maps and masks: each mask gets one label, then the masks are painted (FMA-WSSS, "SAMS").
 
-Shapes: K classes of a picture, S masks, C = 1 + K scores with background first; pictures are ``(H, W)``.
+Shapes: K classes of an image, S masks, C = 1 + K scores with background first; images are ``(H, W)``.
 
 The paper's text was not at hand; this follows the released code's behaviour, which ``paper=True`` repeats to the last
 label. Without it these are different:
 
-- Masks without a pixel are left out. In the released code one of them turns the whole picture into background.
+- Masks without a pixel are left out. In the released code one of them turns the whole image into background.
 - Each class is brought to [0, 1] between its weakest and its strongest *region*, and what no mask covers is a region,
   too. The released code looks at masks alone: with one mask, or masks on objects only, the weakest object scores 0.
 - A map whose regions all have the same mean scores what its pixels' own range says, and 0 where that is constant; the
@@ -57,7 +57,7 @@ class SeedingOptions:
         order: Sort keys of painting, most important first; masks are painted in ascending order and later ones win, a
             minus turns a key round. What ties is painted in the order of the masks.
         uncovered: Pixels under no mask: background, 255, or each by its own map values (``cam``).
-        without_masks: The same for whole pictures that have no mask.
+        without_masks: The same for whole images that have no mask.
         pixel_background: Score of the background where pixels decide for themselves.
         min_confidence: Pixels whose label is less sure become 255; 0 switches it off. Pixels that ``uncovered`` or
             ``without_masks`` makes background stay so.
@@ -117,13 +117,13 @@ def seed_from_masks(
 ) -> MaskSeed:
     """Label every mask by the maps, and paint the masks.
 
-    Score of class c on mask s: the mean of the map over the mask, stretched to [0, 1] over all masks of the picture;
+    Score of class c on mask s: the mean of the map over the mask, stretched to [0, 1] over all masks of the image;
     of the background: ``(1 - max_c) ^ alpha``. A mask's label is the arg-max, its confidence the maximum.
 
     Args:
-        cams: ``(K, h, w)`` on the patch grid, or at the picture's size; any positive scale. NaN and infinities count
+        cams: ``(K, h, w)`` on the patch grid, or at the image's size; any positive scale. NaN and infinities count
             as 0. With a ``given`` background ``(1 + K, h, w)``. K may be 0.
-        proposals: Masks of the picture; bare masks ``(S, H, W)`` are wholes. S may be 0.
+        proposals: Masks of the image; bare masks ``(S, H, W)`` are wholes. S may be 0.
         classes: Class index of each of the K maps; the seed has no others.
         options: Default: VOC's coarse seeds (``PRESETS["voc-coarse"]``).
 

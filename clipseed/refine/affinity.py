@@ -1,6 +1,6 @@
 """Affinities between patches and spreading maps along them: CAA (CLIP-ES, section 3.3, Eq. 5 to 8).
 
-Shapes: B pictures, n patches of one grid ``h x w``, K maps of a picture.
+Shapes: B images, n patches of one grid ``h x w``, K maps of an image.
 """
 
 from __future__ import annotations

@@ -52,15 +52,15 @@ FMA_WSSS: dict[str, tuple[CaaOptions, Source]] = {
 
 
 def caa(cams: Sequence[Tensor], attention: Tensor, options: CaaOptions | None = None) -> list[Tensor]:
-    """Refine the maps of a batch of pictures of one grid.
+    """Refine the maps of a batch of images of one grid.
 
     Args:
-        cams: One ``(K, h, w)`` per picture, in [0, 1]; K may differ and may be 0.
+        cams: One ``(K, h, w)`` per image, in [0, 1]; K may differ and may be 0.
         attention: ``(B, n, n)`` mean attention between patches (:func:`clipseed.clip.attention.patch_attention`).
         options: Constants.
 
     Returns:
-        One ``(K, h, w)`` float32 CPU tensor per picture, min-max normalised. A map without a positive value stays zero.
+        One ``(K, h, w)`` float32 CPU tensor per image, min-max normalised. A map without a positive value stays zero.
     """
     options = options or CaaOptions()
     return spread_within_boxes(cams, balance(attention, options.rounds), options)
@@ -81,13 +81,13 @@ def caa_of_raw(
     the score or the raw map.
 
     Args:
-        cams: One raw ``(K, h, w)`` per picture, signed; K may differ and may be 0.
+        cams: One raw ``(K, h, w)`` per image, signed; K may differ and may be 0.
         attention: ``(B, n, n)``, see :func:`caa`.
         options: Constants; see ``FMA_WSSS``. ``power`` 0 returns the source as it is, not even cut to the boxes.
         source: ``score`` or ``raw``.
 
     Returns:
-        One ``(K, h, w)`` float32 CPU tensor per picture, not normalised; signed where the source is.
+        One ``(K, h, w)`` float32 CPU tensor per image, not normalised; signed where the source is.
     """
     scores = [minmax(cam.float().cpu().clamp_min(0), 1e-7 if options.released else 0.0) for cam in cams]
     sources = scores if source == "score" else [cam.float().cpu() for cam in cams]

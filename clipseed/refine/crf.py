@@ -69,15 +69,15 @@ def crf_parameters(preset: str, **changed: float | None) -> CrfParameters:
 
 
 def dense_crf(unaries: Sequence[Tensor], images: Sequence[Tensor], parameters: CrfParameters = CLIP_ES) -> list[Tensor]:
-    """Posterior of a batch of pictures.
+    """Posterior of a batch of images.
 
     Args:
-        unaries: One ``(M, H, W)`` per picture: negative log probabilities; M and the sizes may differ.
-        images: One uint8 ``(H, W, 3)`` per picture, in any channel order.
+        unaries: One ``(M, H, W)`` per image: negative log probabilities; M and the sizes may differ.
+        images: One uint8 ``(H, W, 3)`` per image, in any channel order.
         parameters: Kernels and steps.
 
     Returns:
-        One ``(M, H, W)`` float32 per picture, summing to 1 over M.
+        One ``(M, H, W)`` float32 per image, summing to 1 over M.
 
     Raises:
         ValueError: parameters or shapes are impossible.
@@ -85,10 +85,10 @@ def dense_crf(unaries: Sequence[Tensor], images: Sequence[Tensor], parameters: C
     parameters.check()
     for unary, image in zip(unaries, images, strict=True):
         if image.dtype != torch.uint8 or image.shape != (*unary.shape[1:], 3):
-            raise ValueError(f"a picture {tuple(image.shape)} does not belong to scores {tuple(unary.shape)}")
+            raise ValueError(f"an image {tuple(image.shape)} does not belong to scores {tuple(unary.shape)}")
     device = unaries[0].device
     most = max(len(unary) for unary in unaries)
-    # Pictures stand one behind the other as points (N, M); labels a picture does not have are impossible.
+    # Images stand one behind the other as points (N, M); labels an image does not have are impossible.
     energy = torch.cat(
         [
             torch.nn.functional.pad(unary.float().flatten(1).T, (0, most - len(unary)), value=float("inf"))
@@ -126,7 +126,7 @@ def _places(unary: Tensor) -> Tensor:
 
 
 class _Kernel:
-    """A Gaussian kernel between all points of a picture, normalised symmetrically: ``D^-1/2 K D^-1/2``."""
+    """A Gaussian kernel between all points of an image, normalised symmetrically: ``D^-1/2 K D^-1/2``."""
 
     def __init__(self, features: Tensor, owner: Tensor) -> None:
         self._lattice = build_lattice(features, owner)
@@ -146,7 +146,7 @@ def clip_es_unary(probabilities: npt.NDArray[np.floating], *, released: bool = F
 
 
 def clip_es_colours(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The picture ``(H, W, 3)`` RGB as the released code hands it to the CRF.
+    """The image ``(H, W, 3)`` RGB as the released code hands it to the CRF.
 
     BGR, minus the mean of ImageNet, cast to 8 bits: negative values wrap around modulo 256 after truncation towards
     zero, which tears apart colours on either side of the mean. Done explicitly, because the cast is undefined in C.

@@ -11,7 +11,7 @@ from clipseed.refine.crf import CrfParameters
 def native_crf(
     unary: npt.NDArray[np.float32], image: npt.NDArray[np.uint8], parameters: CrfParameters
 ) -> npt.NDArray[np.float32]:
-    """Posterior ``(M, H, W)`` for negative log probabilities ``(M, H, W)`` and a picture ``(H, W, 3)``.
+    """Posterior ``(M, H, W)`` for negative log probabilities ``(M, H, W)`` and an image ``(H, W, 3)``.
 
     The library crashes its process on impossible parameters and on NaN, so both are refused first.
 
@@ -24,7 +24,7 @@ def native_crf(
     parameters.check()
     labels, height, width = unary.shape
     if image.shape != (height, width, 3) or image.dtype != np.uint8 or not np.isfinite(unary).all():
-        raise ValueError(f"a picture {image.shape} does not belong to finite scores {unary.shape}")
+        raise ValueError(f"an image {image.shape} does not belong to finite scores {unary.shape}")
     field = library.DenseCRF2D(width, height, labels)
     field.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1), np.float32))
     if parameters.smooth_weight:

@@ -23,7 +23,7 @@ attention cannot be seen here. 0.01 is the largest of these temperatures, hence 
 that costs less than 1 point against the attention as it is. There, similarities of ``maskclip`` score 1.5 to 2.2 less,
 and a class temperature of 1 ends at 44 whatever the maps.
 
-Shapes: B pictures, n patches, C texts (classes and background words).
+Shapes: B images, n patches, C texts (classes and background words).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ PATCH_TEMPERATURE = 0.01
 def class_distributions(scores: Tensor, temperature: float = CLASS_TEMPERATURE) -> Tensor:
     """Class distribution of every patch ``(…, n, C)`` from its cosine similarities to all texts ``(…, n, C)``.
 
-    Similarities are brought to [0, 1] over each whole picture first, because CLIP's all lie close together; over the
-    picture and not patch by patch, so that patches that resemble nothing in particular stay undecided. At
+    Similarities are brought to [0, 1] over each whole image first, because CLIP's all lie close together; over the
+    image and not patch by patch, so that patches that resemble nothing in particular stay undecided. At
     ``temperature`` 1 all distributions are nearly uniform and their divergences below 0.02 bits, whatever is shown.
 
     Args:
-        scores: Cosines, or anything increasing; a constant picture gives uniform distributions.
+        scores: Cosines, or anything increasing; a constant image gives uniform distributions.
         temperature: Of the softmax over texts, after scaling to [0, 1].
     """
     scores = scores.float()

@@ -1,7 +1,7 @@
 """Pixel-adaptive refinement (PAR; AFA, Ru et al. 2022, section 3.4, in the form WeCLIP runs it).
 
 Every pixel becomes a weighted mean of 48 neighbours (8 directions at 6 distances), again and again; neighbours of like
-colour weigh most. Plain torch: each neighbour is a shifted view of a padded picture, added into one buffer, so nothing
+colour weigh most. Plain torch: each neighbour is a shifted view of a padded image, added into one buffer, so nothing
 of size 48 x H x W x channels is ever held.
 """
 
@@ -28,12 +28,12 @@ def refine_par(
     sharpness: float = SHARPNESS,
     position_weight: float = POSITION_WEIGHT,
 ) -> Tensor:
-    """Refine score maps along the colours of the picture.
+    """Refine score maps along the colours of the image.
 
     Args:
         scores: ``(B, M, H, W)`` maps of any scale, usually background and classes. Their total grows by
             ``(1 + position_weight) ** iterations``, which an arg-max does not see.
-        image: ``(B, 3, h, w)`` picture in any affine scale of its colours (they are compared with their own spread);
+        image: ``(B, 3, h, w)`` image in any affine scale of its colours (they are compared with their own spread);
             brought to ``H x W`` where it differs (bilinear, corners aligned, as WeCLIP does).
         iterations: 20 in WeCLIP, 10 in AFA.
         dilations: Distances of the neighbours in pixels; borders are replicated.
@@ -63,7 +63,7 @@ def neighbour_weights(
     sharpness: float = SHARPNESS,
     position_weight: float = POSITION_WEIGHT,
 ) -> Tensor:
-    """Weight of each neighbour: ``(B, 8 * len(dilations), H, W)`` for a float picture ``(B, C, H, W)``.
+    """Weight of each neighbour: ``(B, 8 * len(dilations), H, W)`` for a float image ``(B, C, H, W)``.
 
     The softmax over k of ``-mean_c((|I_c(x + d_k) - I_c(x)| / (std_c(x) + 1e-8) / sharpness)^2)``, plus
     ``position_weight`` times that of ``-(|d_k| / (std|d| + 1e-8) / sharpness)^2``; ``std`` is the unbiased one over the

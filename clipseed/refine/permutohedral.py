@@ -1,7 +1,7 @@
 """Gaussian filtering in many dimensions on the permutohedral lattice (Adams, Baek & Davis 2010), in plain torch.
 
 Points are splatted onto the corners of their simplex, the lattice is blurred along its ``d + 1`` directions, and values
-are read back at the points: all gathers and scatters over flat arrays, on any device, several pictures at once. The
+are read back at the points: all gathers and scatters over flat arrays, on any device, several images at once. The
 weights are those of Kraehenbuehl's C++ code (pydensecrf), so that results agree to rounding.
 """
 
@@ -48,12 +48,12 @@ class Lattice:
         return torch.einsum("nc,ncm->nm", self.weights, gathered) * total
 
 
-def build_lattice(features: Tensor, picture: Tensor | None = None) -> Lattice:
+def build_lattice(features: Tensor, image: Tensor | None = None) -> Lattice:
     """Build the lattice for points ``features`` ``(N, d)`` float32, whose Gaussian has unit standard deviation.
 
     Args:
         features: Coordinates divided by their standard deviations.
-        picture: ``(N,)`` index of the picture of each point; points of different pictures never meet.
+        image: ``(N,)`` index of the image of each point; points of different images never meet.
 
     Raises:
         ValueError: coordinates are NaN or infinite, or span more sites than 63 bits can number.
@@ -77,7 +77,7 @@ def build_lattice(features: Tensor, picture: Tensor | None = None) -> Lattice:
     # Corner k of the simplex: base + k, minus d + 1 on the coordinates whose rank exceeds d - k.
     corner = torch.arange(d + 1, device=rank.device)
     keys = base[:, None, :d] + corner[None, :, None] - (d + 1) * (rank[:, None, :d] > d - corner[None, :, None]).long()
-    owner = None if picture is None else picture.repeat_interleave(d + 1)
+    owner = None if image is None else image.repeat_interleave(d + 1)
     return _number(keys.reshape(-1, d), weights, owner)
 
 
@@ -111,12 +111,12 @@ def _number(keys: Tensor, weights: Tensor, owner: Tensor | None) -> Lattice:
     margin = d + 1
     low = keys.amin(dim=0) - margin
     spans = (keys.amax(dim=0) - low + 1 + margin).tolist()
-    pictures = 1 if owner is None else int(owner.max()) + 1
-    room = float(pictures)
+    images = 1 if owner is None else int(owner.max()) + 1
+    room = float(images)
     for span in spans:
         room *= span
     if room >= 2**63:
-        raise ValueError("the standard deviations are too small for the picture's size")
+        raise ValueError("the standard deviations are too small for the image's size")
     strides = [1] * d
     for axis in range(d - 2, -1, -1):
         strides[axis] = strides[axis + 1] * spans[axis + 1]

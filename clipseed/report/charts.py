@@ -58,7 +58,7 @@ def curve_chart(curves: Sequence[tuple[int, Curve]], axis: str) -> Markup:
 
 
 def histogram_chart(inputs: Sequence[tuple[int, str, Sequence[int]]]) -> Markup:
-    """How many pictures have which mean IoU, in per cent of the pictures; one step line per input.
+    """How many images have which mean IoU, in per cent of the images; one step line per input.
 
     Args:
         inputs: Number, name and counts per equal part of [0, 1].
@@ -66,14 +66,14 @@ def histogram_chart(inputs: Sequence[tuple[int, str, Sequence[int]]]) -> Markup:
     shares = [(number, name, [count / max(1, sum(counts)) for count in counts]) for number, name, counts in inputs]
     top = _ceiling(max((max(share) for _, _, share in shares), default=0.0))
     ticks = [(k / 5, f"{20 * k}") for k in range(6)]
-    parts = _frame(ticks, [f"{100 * top * k / 4:g}" for k in range(5)], "mIoU % of a picture", "% of pictures")
+    parts = _frame(ticks, [f"{100 * top * k / 4:g}" for k in range(5)], "mIoU % of an image", "% of images")
     for number, name, share in shares:
         step = 1 / len(share)
         corners = [(_x(k * step + side), _y(v / top)) for k, v in enumerate(share) for side in (0, step)]
         path = _path([(_x(0), _y(0)), *corners, (_x(1), _y(0))])
         kind = "area h{0} s{0}".format(number % HUES)
         parts.append(_element("polygon", _element("title", name), class_=kind, points=path, **_dashes(number)))
-    return _figure(parts, "Distribution of the mean IoU of single pictures")
+    return _figure(parts, "Distribution of the mean IoU of single images")
 
 
 def row_shares(counts: Counts) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Which pictures a report shows: the best and the worst, chosen while the scores stream by."""
+"""Which images a report shows: the best and the worst, chosen while the scores stream by."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipseed.types import LabelMask
 
 @dataclass(frozen=True)
 class Example:
-    """One scored picture.
+    """One scored image.
 
     Attributes:
         score: Mean IoU over the classes in its own ground truth.
@@ -35,23 +35,23 @@ class Example:
 
 
 class Gallery:
-    """The ``worst`` and ``best`` so many pictures of an input, and the scores of all of them.
+    """The ``worst`` and ``best`` so many images of an input, and the scores of all of them.
 
-    No picture is among both: of fewer pictures than asked for, each side has its part. Memory: eight bytes per picture,
-    and two small masks for each of those kept. Equal scores go by id. A picture whose ground truth is all ignored has
+    No image is among both: of fewer images than asked for, each side has its part. Memory: eight bytes per image,
+    and two small masks for each of those kept. Equal scores go by id. An image whose ground truth is all ignored has
     no score; it is only counted.
     """
 
     def __init__(self, worst: int, best: int) -> None:
         self._limits = (worst, best)
-        self._low: list[Example] = []  # both in order of (score, id): the beginning of all scored pictures, and the end
+        self._low: list[Example] = []  # both in order of (score, id): the beginning of all scored images, and the end
         self._high: list[Example] = []
         self.scores = array("d")
         self.unscored = 0
         self._digest = 0
 
     def add(self, identifier: str, counts: Counts, truth: LabelMask, prediction: LabelMask) -> None:
-        """Take in one picture: its id, its own confusion matrix and both masks ``(H, W)``."""
+        """Take in one image: its id, its own confusion matrix and both masks ``(H, W)``."""
         name = hashlib.blake2b(identifier.encode("utf-8", "surrogateescape"), digest_size=16).digest()
         self._digest ^= int.from_bytes(name, "big")
         value = score(counts).miou
@@ -72,22 +72,22 @@ class Gallery:
 
     @property
     def worst(self) -> list[Example]:
-        """The worst pictures, the worst first."""
+        """The worst images, the worst first."""
         return self._low[: self._part()]
 
     @property
     def best(self) -> list[Example]:
-        """The best pictures, the best first."""
+        """The best images, the best first."""
         return self._high[::-1][: len(self.scores) - self._part()]
 
     def _part(self) -> int:
-        """How many pictures the worst may be, so that none of them is among the best too."""
+        """How many images the worst may be, so that none of them is among the best too."""
         wanted = sum(self._limits)
         return len(self.scores) * self._limits[0] // wanted if len(self.scores) < wanted else self._limits[0]
 
     @property
     def fingerprint(self) -> tuple[int, int]:
-        """Equal for two inputs that were scored on the same pictures, in whatever order."""
+        """Equal for two inputs that were scored on the same images, in whatever order."""
         return len(self.scores) + self.unscored, self._digest
 
     @property
@@ -96,7 +96,7 @@ class Gallery:
         return float(np.median(self.scores)) if self.scores else float("nan")
 
     def histogram(self, bins: int = 20) -> list[int]:
-        """How many pictures score in each of ``bins`` equal parts of [0, 1]."""
+        """How many images score in each of ``bins`` equal parts of [0, 1]."""
         return [int(count) for count in np.histogram(self.scores, bins=bins, range=(0.0, 1.0))[0]]
 
 

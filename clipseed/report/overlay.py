@@ -1,4 +1,4 @@
-"""Overlays of class activation maps on their pictures."""
+"""Overlays of class activation maps on their images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _CAPTION = 18
 _GAP = 6
 
 
-def heat_overlay(picture: Pixels, heat: npt.NDArray[np.float32], strength: float = 0.55) -> Pixels:
-    """Blend a map ``(H, W)`` in [0, 1], coloured from blue to red, over a picture ``(H, W, 3)``."""
+def heat_overlay(image: Pixels, heat: npt.NDArray[np.float32], strength: float = 0.55) -> Pixels:
+    """Blend a map ``(H, W)`` in [0, 1], coloured from blue to red, over an image ``(H, W, 3)``."""
     import cv2
 
     coloured = cv2.applyColorMap((heat.clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    return (picture * (1 - strength) + coloured * strength + 0.5).astype(np.uint8)
+    return (image * (1 - strength) + coloured * strength + 0.5).astype(np.uint8)
 
 
-def label_overlay(picture: Pixels, labels: Pixels, strength: float = 0.6) -> Pixels:
-    """Blend a mask ``(H, W)`` in VOC colours over a picture; the background stays as it is."""
+def label_overlay(image: Pixels, labels: Pixels, strength: float = 0.6) -> Pixels:
+    """Blend a mask ``(H, W)`` in VOC colours over an image; the background stays as it is."""
     from clipseed.store.masks import voc_palette
 
-    blended = picture * (1 - strength) + voc_palette()[labels] * strength + 0.5
-    return np.where((labels > 0)[..., None], blended, picture).astype(np.uint8)
+    blended = image * (1 - strength) + voc_palette()[labels] * strength + 0.5
+    return np.where((labels > 0)[..., None], blended, image).astype(np.uint8)
 
 
 def outlined(image: Pixels, labels: Pixels) -> Pixels:
@@ -38,25 +38,25 @@ def outlined(image: Pixels, labels: Pixels) -> Pixels:
 
 
 def maps_overlay(
-    picture: Pixels, maps: npt.NDArray[np.float32], classes: npt.NDArray[np.int32], strength: float = 0.85
+    image: Pixels, maps: npt.NDArray[np.float32], classes: npt.NDArray[np.int32], strength: float = 0.85
 ) -> Pixels:
-    """Blend maps ``(K, H, W)`` in [0, 1] over a picture, each in its class's colour, the stronger the more.
+    """Blend maps ``(K, H, W)`` in [0, 1] over an image, each in its class's colour, the stronger the more.
 
     ``classes`` ``(K,)`` are class indices; colours are those of :func:`label_overlay`.
     """
     from clipseed.store.masks import voc_palette
 
     if not len(maps):
-        return picture
+        return image
     strongest = maps.argmax(axis=0)
     colour = voc_palette()[np.asarray(classes)[strongest] + 1]
     weight = strength * maps.max(axis=0).clip(0, 1)[..., None]
-    blended: Pixels = (picture * (1 - weight) + colour * weight + 0.5).astype(np.uint8)
+    blended: Pixels = (image * (1 - weight) + colour * weight + 0.5).astype(np.uint8)
     return blended
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 200) -> Image.Image:
-    """Lay captioned pictures out in rows, all scaled to one height."""
+    """Lay captioned images out in rows, all scaled to one height."""
     font = ImageFont.load_default(13)
     scaled = [[(caption, _to_height(pixels, height)) for caption, pixels in row] for row in rows]
     width = max(sum(tile.width + _GAP for _, tile in row) for row in scaled) + _GAP

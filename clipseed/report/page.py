@@ -38,7 +38,7 @@ class Entry:
         curve: Mean IoU over the settings, when there were several.
         axis: What the settings of the curve are.
         notes: What was not scored, and the like.
-        find: From id to picture; raises :class:`ClipseedError` when there is none.
+        find: From id to image; raises :class:`ClipseedError` when there is none.
         manifest: How the input was made, when that is known.
     """
 
@@ -78,8 +78,8 @@ def render_page(title: str, entries: Sequence[Entry]) -> str:
         charts=list(_charts(entries)),
         matrices=[(_matrix(entry), _mistaken(entry)) for entry in entries],
         examples=[
-            ("Worst pictures", [[_card(entry, item) for item in entry.gallery.worst] for entry in entries]),
-            ("Best pictures", [[_card(entry, item) for item in entry.gallery.best] for entry in entries]),
+            ("Worst images", [[_card(entry, item) for item in entry.gallery.worst] for entry in entries]),
+            ("Best images", [[_card(entry, item) for item in entry.gallery.best] for entry in entries]),
         ],
         manifests=[
             entry.manifest and json.dumps(entry.manifest, indent=2, sort_keys=True, ensure_ascii=False)
@@ -95,7 +95,7 @@ def _subtitle(entries: Sequence[Entry]) -> str:
     images = " and ".join(f"{count:,}" for count in counts)
     truths = ", ".join(dict.fromkeys(entry.ground_truth for entry in entries))
     splits = ", ".join(dict.fromkeys(entry.split for entry in entries if entry.split != "all"))
-    return f"{images} pictures{f' of split {splits}' if splits else ''}, against {truths}"
+    return f"{images} images{f' of split {splits}' if splits else ''}, against {truths}"
 
 
 def _change(difference: float) -> str:
@@ -126,7 +126,7 @@ def _charts(entries: Sequence[Entry]) -> Iterator[tuple[Markup, str]]:
             caption = f"Mean IoU over the {axis}. The dot is the setting that all scores on this page are for."
             yield curve_chart(curves, axis), caption
     spread = [(k, entry.name, entry.gallery.histogram()) for k, entry in enumerate(entries)]
-    yield histogram_chart(spread), "How the scores of single pictures are spread."
+    yield histogram_chart(spread), "How the scores of single images are spread."
 
 
 def _matrix(entry: Entry) -> Markup:
@@ -151,7 +151,7 @@ def _card(entry: Entry, example: Example) -> dict[str, Any]:
     try:
         photo = photo_pixels(entry.find(example), example.truth)
         grey = greyed(photo)  # so that a label's colour is not taken for the object's own; one label's colour is grey
-        tiles = [("picture", f"picture {example.id}", photo_uri(photo))]
+        tiles = [("image", f"image {example.id}", photo_uri(photo))]
         tiles += [(kind, alt, photo_uri(outlined(label_overlay(grey, labels), labels))) for kind, alt, labels in masks]
         drawn = tuple(label for label in drawn if label)
     except ClipseedError as error:

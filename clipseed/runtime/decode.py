@@ -28,7 +28,7 @@ class DecodePool(Generic[T]):
     Args:
         load: Picklable; returns the decoded sample or raises :class:`~clipseed.errors.ImageError`.
         workers: Number of worker processes; 0 decodes in one background thread of this process. A worker that dies
-            (decoders are native code) costs the picture it died on and nothing else.
+            (decoders are native code) costs the image it died on and nothing else.
         ahead: How many samples may be decoded and not yet consumed.
     """
 

@@ -1,4 +1,4 @@
-"""What a command does with pictures, apart from where it runs: here, or in the workers of a cluster."""
+"""What a command does with images, apart from where it runs: here, or in the workers of a cluster."""
 
 from __future__ import annotations
 

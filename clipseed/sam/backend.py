@@ -1,4 +1,4 @@
-"""What the mask generator needs of a SAM, and pictures as it takes them."""
+"""What the mask generator needs of a SAM, and images as it takes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from clipseed.errors import ImageError, WeightsError
 from clipseed.sam.options import LEVELS
 
-Picture = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -73,7 +73,7 @@ class SamBackend(Protocol):
     crops_at_once: int
     working_pixels: int
 
-    def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
+    def encode(self, crops: Sequence[Pixels]) -> list[Embedding]:
         """Encode crops, ``(H, W, 3)`` uint8 RGB each, sizes may differ."""
         ...
 
@@ -103,8 +103,8 @@ class SamBackend(Protocol):
         ...
 
 
-def as_picture(image: npt.NDArray[Any]) -> Picture:
-    """Any 8-bit picture as ``(H, W, 3)`` RGB: grey is repeated, transparency composited onto white.
+def as_pixels(image: npt.NDArray[Any]) -> Pixels:
+    """Any 8-bit image as ``(H, W, 3)`` RGB: grey is repeated, transparency composited onto white.
 
     Args:
         image: ``(H, W)``, or ``(H, W, C)`` with C = 1 (grey), 3 (RGB) or 4 (RGBA); uint8.
@@ -114,13 +114,13 @@ def as_picture(image: npt.NDArray[Any]) -> Picture:
     """
     image = np.asarray(image)
     if image.dtype != np.uint8:
-        raise ImageError(f"picture has values of type {image.dtype}; SAM needs 8-bit values from 0 to 255 (uint8)")
+        raise ImageError(f"image has values of type {image.dtype}; SAM needs 8-bit values from 0 to 255 (uint8)")
     if image.ndim == 2:
         image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in {1, 3, 4}:
-        raise ImageError(f"picture has shape {image.shape}; needed is (height, width, 3), RGB")
+        raise ImageError(f"image has shape {image.shape}; needed is (height, width, 3), RGB")
     if 0 in image.shape:
-        raise ImageError(f"picture has shape {image.shape}: no pixel")
+        raise ImageError(f"image has shape {image.shape}: no pixel")
     if image.shape[2] == 1:
         image = np.repeat(image, 3, axis=2)
     elif image.shape[2] == 4:

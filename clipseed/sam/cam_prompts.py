@@ -3,8 +3,8 @@
 A light alternative to segmenting everything: one query per class (points) or per region (boxes). The points are those
 of S2C (CVPR 2024); :mod:`clipseed.pseudo.prompted` makes labels of the answers.
 
-Shapes: K classes of a picture, Q queries, P points of a query; pictures are ``(H, W)``. Coordinates are x, y in pixels
-of the picture, the middle of the first pixel being 0, 0; scaling them to SAM's input is the caller's.
+Shapes: K classes of an image, Q queries, P points of a query; images are ``(H, W)``. Coordinates are x, y in pixels
+of the image, the middle of the first pixel being 0, 0; scaling them to SAM's input is the caller's.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def point_prompts(
     """The peaks of each class's map as joint positive points of one query; see :func:`peaks`.
 
     Args:
-        cams: ``(K, h, w)``; resized to the picture's size first.
+        cams: ``(K, h, w)``; resized to the image's size first.
         size: Its height and width.
         share: Of the map's maximum that local maxima exceed.
-        distance: In pixels of the picture.
+        distance: In pixels of the image.
         most: Points of one query.
     """
     found = [peaks(cam, share, distance, most) for cam in resize_maps(finite(cams), size)]
@@ -121,10 +121,10 @@ def box_prompts(cams: Scores, size: tuple[int, int], share: float = BOX_SHARE, s
     """Boxes of the regions where each class's map exceeds a share of its maximum.
 
     Args:
-        cams: ``(K, h, w)``; resized to the picture's size first.
+        cams: ``(K, h, w)``; resized to the image's size first.
         size: Its height and width.
         share: Of the map's maximum, compared in 8 bits as in CAA.
-        smallest: Boxes with less than this share of the picture's area are left out, but for a class's strongest.
+        smallest: Boxes with less than this share of the image's area are left out, but for a class's strongest.
     """
     height, width = size
     rows, boxes = [], []

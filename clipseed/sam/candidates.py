@@ -61,7 +61,7 @@ def passing(
     decoded: Decoded,
     points: npt.NDArray[np.float64],
     crop: Crop,
-    picture: tuple[int, int],
+    image: tuple[int, int],
     options: ProposalOptions,
 ) -> Candidates:
     """Masks that pass the thresholds, are not cut off by the crop and not empty; by point, then level.
@@ -74,7 +74,7 @@ def passing(
         decoded: Answers to the points.
         points: ``(P, 2)`` x, y in pixels of the crop.
         crop: Where the crop is.
-        picture: Height and width of the picture.
+        image: Height and width of the image.
         options: Thresholds.
     """
     per_point = decoded.iou.shape[1]
@@ -90,7 +90,7 @@ def passing(
         return parts[0]
     for some, logits in zip(torch.split(chosen, step), torch.split(decoded.drawn(chosen), step), strict=True):
         full = backend.upsample(embedding, logits)
-        good, stability, box, packed = _good(full, backend.mask_threshold, crop, picture, options)
+        good, stability, box, packed = _good(full, backend.mask_threshold, crop, image, options)
         some = some[good]
         point = points[some.numpy() // per_point]
         parts.append(Candidates(packed, level[some].numpy().astype(np.int8), iou[some].numpy(), stability, box, point))
@@ -107,7 +107,7 @@ def stability_score(logits: Tensor, threshold: float, offset: float) -> Tensor:
 
 
 def _good(
-    full: Tensor, threshold: float, crop: Crop, picture: tuple[int, int], options: ProposalOptions
+    full: Tensor, threshold: float, crop: Crop, image: tuple[int, int], options: ProposalOptions
 ) -> tuple[Tensor, npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
     """Which masks of ``(S, H, W)`` logits are good; and of those stability, boxes and packed masks."""
     stability = stability_score(full, threshold, options.stability_offset)
@@ -116,7 +116,7 @@ def _good(
         index = index[stability >= options.stability_threshold]
     masks = full[index] > threshold
     boxes = mask_boxes(masks)
-    good = ~cut_off(boxes, crop, *picture) & masks.flatten(1).any(dim=1)
+    good = ~cut_off(boxes, crop, *image) & masks.flatten(1).any(dim=1)
     index, masks = index[good], masks[good]
     packed = np.packbits(masks.flatten(1).cpu().numpy(), axis=1)
     return index.cpu(), stability[index].cpu().numpy(), boxes[good].cpu().numpy(), packed

@@ -12,7 +12,7 @@ Mask = npt.NDArray[np.bool_]
 def remove_small_regions(mask: Mask, least: int) -> tuple[Mask, bool]:
     """Fill holes, then drop islands, of fewer than ``least`` pixels; pixels touching at a corner belong together.
 
-    Background at the picture's edge counts as a hole, too. If all islands are small, the largest one stays.
+    Background at the image's edge counts as a hole, too. If all islands are small, the largest one stays.
 
     Args:
         mask: ``(H, W)`` bool.

@@ -1,4 +1,4 @@
-"""Masks of everything in a picture, from a grid of points: SAM's automatic mask generation, and FMA-WSSS's changes."""
+"""Masks of everything in an image, from a grid of points: SAM's automatic mask generation, and FMA-WSSS's changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from clipseed.device import is_out_of_memory
 from clipseed.errors import ImageError
-from clipseed.sam.backend import Embedding, Picture, SamBackend, as_picture
+from clipseed.sam.backend import Embedding, Pixels, SamBackend, as_pixels
 from clipseed.sam.candidates import Candidates, passing
 from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.grid import Crop, crops_of, point_grid
@@ -38,7 +38,7 @@ class Limits:
 def generate(
     backend: SamBackend, image: npt.NDArray[Any], options: ProposalOptions, limits: Limits | None = None
 ) -> Proposals:
-    """Propose masks for a picture.
+    """Propose masks for an image.
 
     For each crop: answers to a grid of points, the masks that pass the thresholds, NMS. Then NMS between crops,
     clean-up of small regions (and NMS once more, preferring masks that needed none), and the level filter. Equals
@@ -47,24 +47,24 @@ def generate(
 
     Args:
         backend: See :func:`~clipseed.sam.load.load_sam`.
-        image: 8-bit grey, RGB or RGBA; see :func:`~clipseed.sam.backend.as_picture`.
+        image: 8-bit grey, RGB or RGBA; see :func:`~clipseed.sam.backend.as_pixels`.
         options: Thresholds, grids and filters.
         limits: Batch sizes, lowered where memory runs out.
 
     Returns:
-        Masks at the picture's size, best first; possibly none. With a level filter: wholes, parts, sub-parts.
+        Masks at the image's size, best first; possibly none. With a level filter: wholes, parts, sub-parts.
 
     Raises:
-        ImageError: the picture is unusable, or does not fit into memory even with one prompt at once.
+        ImageError: the image is unusable, or does not fit into memory even with one prompt at once.
     """
-    picture = as_picture(image)
-    size = (picture.shape[0], picture.shape[1])
+    pixels = as_pixels(image)
+    size = (pixels.shape[0], pixels.shape[1])
     limits = limits or Limits()
     crops = crops_of(*size, options.crop_layers, options.crop_overlap)
     found: list[Candidates] = []
     while len(found) < len(crops):
         some = crops[len(found) : len(found) + (limits.crops or backend.crops_at_once)]
-        embeddings = _encoded(backend, picture, some, limits)
+        embeddings = _encoded(backend, pixels, some, limits)
         for crop, embedding in zip(some, embeddings, strict=False):  # fewer, where memory ran out
             candidates = _answers(backend, embedding, crop, size, options, limits)
             bonus = np.array(options.nms_level_bonus, np.float32)[candidates.level]
@@ -77,12 +77,12 @@ def generate(
     return proposals
 
 
-def _encoded(backend: SamBackend, picture: Picture, crops: Sequence[Crop], limits: Limits) -> list[Embedding]:
+def _encoded(backend: SamBackend, pixels: Pixels, crops: Sequence[Crop], limits: Limits) -> list[Embedding]:
     """Embeddings of the first of these crops: of as many as fit into memory at once."""
     count = len(crops)
     while True:
         try:
-            return backend.encode([picture[crop.top : crop.bottom, crop.left : crop.right] for crop in crops[:count]])
+            return backend.encode([pixels[crop.top : crop.bottom, crop.left : crop.right] for crop in crops[:count]])
         except (RuntimeError, MemoryError) as error:
             _refuse_unless_smaller_helps(error, count)
         count = limits.crops = count // 2
@@ -125,7 +125,7 @@ def _refuse_unless_smaller_helps(error: BaseException, count: int) -> None:
 def _between_crops(
     found: Sequence[Candidates], crops: Sequence[Crop], size: tuple[int, int], options: ProposalOptions
 ) -> Proposals:
-    """Masks in the picture's frame; where those of several crops overlap, the smaller crop's stay."""
+    """Masks in the image's frame; where those of several crops overlap, the smaller crop's stay."""
     owner = np.repeat(np.arange(len(found)), [len(candidates) for candidates in found])
     place = np.concatenate([np.arange(len(candidates)) for candidates in found])
     corner = np.array([(crop.left, crop.top) for crop in crops])[owner]

@@ -1,4 +1,4 @@
-"""Where masks are asked for: crops of a picture, and a grid of points in each."""
+"""Where masks are asked for: crops of an image, and a grid of points in each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of a picture: columns ``left`` to ``right``, rows ``top`` to ``bottom``, ends excluded."""
+    """A rectangle of an image: columns ``left`` to ``right``, rows ``top`` to ``bottom``, ends excluded."""
 
     left: int
     top: int
@@ -31,10 +31,10 @@ class Crop:
 
 
 def crops_of(height: int, width: int, layers: int, overlap: float) -> list[Crop]:
-    """The whole picture, then for each layer i a grid of ``2^i`` by ``2^i`` overlapping crops, column by column.
+    """The whole image, then for each layer i a grid of ``2^i`` by ``2^i`` overlapping crops, column by column.
 
     The overlap is a share of the shorter side in layer 1 and halves with each layer. Crops that would be empty, on
-    pictures of a few pixels, are left out.
+    images of a few pixels, are left out.
     """
     crops = [Crop(0, 0, width, height, 0)]
     for layer in range(1, layers + 1):

@@ -9,7 +9,7 @@ import torch
 from clipseed.segments import PART, SUB_PART, WHOLE
 
 _CHUNK_FLOATS = 1 << 24
-"""Masks are multiplied in slices of the picture of this many floats (64 MB), small enough to count exactly."""
+"""Masks are multiplied in slices of the image of this many floats (64 MB), small enough to count exactly."""
 
 
 def filter_levels(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipseed.device import dtype_name
 from clipseed.errors import ImageError, UsageError
-from clipseed.sam.backend import Decoded, Embedding, Floats, Picture, checked, fit_prompts, fitted_size
+from clipseed.sam.backend import Decoded, Embedding, Floats, Pixels, checked, fit_prompts, fitted_size
 from clipseed.sam.decoder import FINER, ImageSide, PlainDecoder
 from clipseed.sam.encoder import PlainEncoder
 from clipseed.sam.plain import has_plain_decoder, has_plain_encoder
@@ -91,7 +91,7 @@ class ModelBackend:
         """Whether its operations are too small to share cores, and its modules known to run in several threads."""
         return self.crops_at_once > 1 and self._plain is not None and isinstance(self._encoder, PlainEncoder)
 
-    def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
+    def encode(self, crops: Sequence[Pixels]) -> list[Embedding]:
         """Image features ``(1, E, h, w)`` float32 of each crop, in one forward pass.
 
         Raises:
@@ -162,7 +162,7 @@ class ModelBackend:
         context: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         return context
 
-    def _prepare(self, crop: Picture) -> Tensor:
+    def _prepare(self, crop: Pixels) -> Tensor:
         """Fitted into the square, normalised, and padded with zeros at the right and below."""
         height, width = fitted_size(_size(crop), self.side)
         resized = Image.fromarray(crop).resize((width, height), Image.Resampling.BILINEAR)
@@ -171,7 +171,7 @@ class ModelBackend:
         return F.pad(normal, (0, self.side - width, 0, self.side - height))
 
 
-def _size(crop: Picture) -> tuple[int, int]:
+def _size(crop: Pixels) -> tuple[int, int]:
     return (crop.shape[0], crop.shape[1])
 
 

@@ -27,11 +27,11 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def cut_off(boxes: Tensor, crop: Crop, height: int, width: int) -> Tensor:
-    """``(S,)`` bool: boxes ``(S, 4)`` in the crop's own pixels that lie at an edge of it inside the picture."""
+    """``(S,)`` bool: boxes ``(S, 4)`` in the crop's own pixels that lie at an edge of it inside the image."""
     shifted = boxes + boxes.new_tensor([crop.left, crop.top, crop.left, crop.top])
     at_crop = (shifted - shifted.new_tensor([crop.left, crop.top, crop.right, crop.bottom])).abs() <= EDGE_PIXELS
-    at_picture = (shifted - shifted.new_tensor([0, 0, width, height])).abs() <= EDGE_PIXELS
-    return (at_crop & ~at_picture).any(dim=1)
+    at_image = (shifted - shifted.new_tensor([0, 0, width, height])).abs() <= EDGE_PIXELS
+    return (at_crop & ~at_image).any(dim=1)
 
 
 def suppress(boxes: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], threshold: float) -> npt.NDArray[np.int64]:

@@ -16,15 +16,15 @@ class ProposalOptions:
     """How masks are proposed. The defaults are those of the stock ``SamAutomaticMaskGenerator``.
 
     Attributes:
-        points_per_side: Points along one side of the grid over the whole picture.
+        points_per_side: Points along one side of the grid over the whole image.
         points_per_batch: Prompts decoded at once; decides memory and speed only.
         pred_iou_threshold: Masks need a larger predicted IoU (plus ``level_bonus``); 0 or less: no filter.
         stability_threshold: Masks need at least this stability; 0 or less: no filter.
         stability_offset: Stability is the area above the mask threshold plus this, over the area above it minus this.
         box_nms_threshold: Of two masks of one crop whose boxes overlap by a larger IoU, the better stays.
-        crop_layers: Layer i adds ``4^i`` crops of the picture; 0 is the whole picture only.
+        crop_layers: Layer i adds ``4^i`` crops of the image; 0 is the whole image only.
         crop_nms_threshold: As ``box_nms_threshold``, between crops: the mask of the smaller crop stays.
-        crop_overlap: Overlap of the first layer's crops, as a share of the picture's shorter side.
+        crop_overlap: Overlap of the first layer's crops, as a share of the image's shorter side.
         crop_points_divisor: Layer i has ``points_per_side / divisor^i`` points along a side.
         min_region_area: Holes and islands of fewer pixels are removed; 0: none.
         level_bonus: Added by level (sub-part, part, whole) to the predicted IoU, for its threshold only.

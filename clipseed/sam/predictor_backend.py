@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipseed.errors import ImageError
-from clipseed.sam.backend import Decoded, Embedding, Floats, Picture, checked, fit_prompts
+from clipseed.sam.backend import Decoded, Embedding, Floats, Pixels, checked, fit_prompts
 from clipseed.sam.model_backend import SamInfo
 
 
@@ -31,7 +31,7 @@ class PredictorBackend:
         self.crops_at_once = 1
         self.working_pixels = 0
 
-    def encode(self, crops: Sequence[Picture]) -> list[Embedding]:
+    def encode(self, crops: Sequence[Pixels]) -> list[Embedding]:
         """Note the crops; the predictor keeps one at a time, so each is encoded when it is first asked about.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Masks of a picture's classes, asked for by prompts from their maps: one encoding and few prompts per picture."""
+"""Masks of an image's classes, asked for by prompts from their maps: one encoding and few prompts per image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipseed.segments import Proposals, from_masks
 Prompting = Literal["points", "boxes"]
 PROMPTS: tuple[Prompting, ...] = ("points", "boxes")
 _BATCH = 16
-"""Answers enlarged at once; pictures have a few classes."""
+"""Answers enlarged at once; images have a few classes."""
 
 
 def prompted_masks(
@@ -34,8 +34,8 @@ def prompted_masks(
 
     Args:
         backend: The model.
-        embedding: The encoded picture.
-        cams: ``(K, h, w)`` maps of the picture's classes.
+        embedding: The encoded image.
+        cams: ``(K, h, w)`` maps of the image's classes.
         prompting: Kind of prompt.
         options: Of these ``stability_offset`` and ``min_region_area``.
 

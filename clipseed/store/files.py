@@ -134,7 +134,7 @@ def write_text_once(path: Path, content: str) -> None:
 
 
 def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> Path | None:
-    """List skipped pictures, or remove an older list when there are none."""
+    """List skipped images, or remove an older list when there are none."""
     if not skipped:
         path.unlink(missing_ok=True)
         return None

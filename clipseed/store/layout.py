@@ -1,8 +1,8 @@
 """Record files: what all of clipseed's HDF5 files have in common.
 
-A file is flat and ragged. ``id (n,)``, ``size (n, 2)`` and ``grid (n, 2)`` have one row per picture; so have
+A file is flat and ragged. ``id (n,)``, ``size (n, 2)`` and ``grid (n, 2)`` have one row per image; so have
 ``file_bytes (n,)``, ``file_time (n,)`` and ``file_sha256 (n, 16)``, the stamp of the image file that the record was
-made from (:mod:`clipseed.data.stamps`), which files of older versions lack. The other datasets lie one picture behind
+made from (:mod:`clipseed.data.stamps`), which files of older versions lack. The other datasets lie one image behind
 the other, cut by offsets ``(n + 1,)``. Which they are is a :class:`RecordFormat`'s matter. The attributes ``format``,
 ``version``, ``manifest`` (JSON) and ``checksum`` make it one of ours.
 """

@@ -18,7 +18,7 @@ class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
     """Masks of a data set: sample id to :class:`~clipseed.store.mask_records.MaskRecord`, in stored order.
 
     See :class:`~clipseed.store.record_set.RecordSet`. Also a :class:`~clipseed.formats.open.MaskImport`, whose masks
-    may be smaller than their picture.
+    may be smaller than their image.
     """
 
     what, content, maker = "a mask cache", "masks", "clipseed sam-masks"
@@ -28,27 +28,27 @@ class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
         return RecordFile(path, mask_format(), verify=verify)
 
     def ids(self) -> frozenset[str]:
-        """Ids of all pictures that were looked at, with or without masks."""
+        """Ids of all images that were looked at, with or without masks."""
         return frozenset(self)
 
     def record(self, identifier: str, size: tuple[int, int]) -> MaskRecord:
-        """What is stored of a picture of this height and width.
+        """What is stored of an image of this height and width.
 
         Raises:
-            ImageError: nothing, or the picture had another size.
+            ImageError: nothing, or the image had another size.
         """
         if identifier not in self:
-            raise ImageError(f"{self.path}: holds no picture {identifier!r}")
+            raise ImageError(f"{self.path}: holds no image {identifier!r}")
         found = self[identifier]
         if found.size != size:
             raise ImageError(
-                f"{self.path}: its masks were made for a picture of {found.size[1]}x{found.size[0]} pixels, not "
+                f"{self.path}: its masks were made for an image of {found.size[1]}x{found.size[0]} pixels, not "
                 f"{size[1]}x{size[0]}"
             )
         return found
 
     def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
-        """Masks of a picture of this height and width, as they are stored.
+        """Masks of an image of this height and width, as they are stored.
 
         Raises:
             ImageError: none, or for another size, or too many for the memory.

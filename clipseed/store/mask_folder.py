@@ -41,8 +41,8 @@ class MaskWriter:
         folder: Made when missing.
         manifest: What decides the content, kept as ``manifest.json``.
         overwrite: Delete the masks of an earlier run first.
-        share: Which pictures are this run's to do; the folder is shared with the others.
-        empty: What becomes of the mask of a picture in which some label got no pixel: ``background``: nothing;
+        share: Which images are this run's to do; the folder is shared with the others.
+        empty: What becomes of the mask of an image in which some label got no pixel: ``background``: nothing;
             ``ignore``: its 0 becomes 255; ``skip``: it is not written. All are listed in ``empty.csv``
             (:mod:`clipseed.store.empty`).
         earlier: Knows which labels had come to nothing before.
@@ -174,7 +174,7 @@ class MaskWriter:
 
     @property
     def left_out(self) -> list[tuple[str, str]]:
-        """Pictures that have no mask because some label got no pixel, with that as the reason."""
+        """Images that have no mask because some label got no pixel, with that as the reason."""
         return [
             (key, f"no pixel of {', '.join(map(self._empty.name, gone))} (--empty skip)")
             for key, (_, gone) in self._without_mask.items()
@@ -184,7 +184,7 @@ class MaskWriter:
         """End the run and list what was skipped; of several runs the last one lists it for all.
 
         Args:
-            skipped: Pictures without a mask, with reasons.
+            skipped: Images without a mask, with reasons.
             ids: Those that were this run's to do, for what it says about empty labels while others are at work.
         """
         listed: Sequence[tuple[str, str]] = skipped

@@ -1,11 +1,11 @@
-"""Mask caches: the segments of one picture as they are stored, and their place in a file.
+"""Mask caches: the segments of one image as they are stored, and their place in a file.
 
-With n pictures and S masks in all a cache holds, beside what :mod:`clipseed.store.layout` describes,
+With n images and S masks in all a cache holds, beside what :mod:`clipseed.store.layout` describes,
 
 ===============  ===========  ==========================================================
-``size``         (n, 2) i4    height and width of the picture in pixels
-``grid``         (n, 2) i4    height and width of its masks, smaller where the picture was shrunk
-``mask_offset``  (n+1,) i8    where each picture's masks begin in the datasets below
+``size``         (n, 2) i4    height and width of the image in pixels
+``grid``         (n, 2) i4    height and width of its masks, smaller where the image was shrunk
+``mask_offset``  (n+1,) i8    where each image's masks begin in the datasets below
 ``rle_length``   (S,) i4      bytes of each mask's code
 ``level``        (S,) i1      0 sub-part, 1 part, 2 whole
 ``iou``          (S,) f4      SAM's predicted IoU (may exceed 1)
@@ -14,7 +14,7 @@ With n pictures and S masks in all a cache holds, beside what :mod:`clipseed.sto
 ``point``        (S, 2) f4    x, y of the prompt; -1, -1 where there was none
 ``crop_box``     (S, 4) i4    x, y, width, height of the crop that the mask was found in
 ``class_id``     (S,) i4      class index that the mask was asked for; -1: for none
-``rle_offset``   (n+1,) i8    where each picture's codes begin in ``rle``
+``rle_offset``   (n+1,) i8    where each image's codes begin in ``rle``
 ``rle``          (bytes,) u1  COCO's compressed run lengths, mask behind mask
 ===============  ===========  ==========================================================
 """
@@ -53,18 +53,18 @@ _PER_MASK = {
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """Masks of one picture, compressed; S may be 0. The arrays are those of the file.
+    """Masks of one image, compressed; S may be 0. The arrays are those of the file.
 
     Attributes:
         id: Sample id.
-        size: ``(H, W)`` of the picture in pixels.
+        size: ``(H, W)`` of the image in pixels.
         grid: ``(h, w)`` of the masks.
         rle_length: ``(S,)`` int32.
         rle: ``(sum of rle_length,)`` uint8.
         level, iou, stability, class_id: ``(S,)``.
         box, crop_box: ``(S, 4)``.
         point: ``(S, 2)``.
-        stamp: The file of the picture as it was.
+        stamp: The file of the image as it was.
     """
 
     id: str
@@ -109,11 +109,11 @@ class MaskRecord:
 def pack_proposals(
     identifier: str, size: tuple[int, int], proposals: Proposals, classes: Sequence[int] | None = None
 ) -> MaskRecord:
-    """Masks of a picture as they are stored.
+    """Masks of an image as they are stored.
 
     Args:
         identifier: Sample id.
-        size: The picture's height and width; the masks may be smaller.
+        size: The image's height and width; the masks may be smaller.
         proposals: Its masks.
         classes: Class index that each mask was asked for.
     """
@@ -204,7 +204,7 @@ def _unpack(file: RecordFile[MaskRecord], row: int) -> MaskRecord:
 
 
 def _fits(arrays: Arrays) -> bool:
-    """Codes fill their pictures' part of ``rle``; none is empty."""
+    """Codes fill their images' part of ``rle``; none is empty."""
     lengths = arrays["rle_length"].astype(np.int64)
     if lengths.ndim != 1 or lengths.min(initial=1) < 1:
         return False

@@ -90,7 +90,7 @@ def _numbers(text: object) -> tuple[int, ...]:
 
 
 def _opened(path: Path) -> Image.Image:
-    """Open a mask, whatever its name: pictures without loss only, as Pillow's other formats may run interpreters."""
+    """Open a mask, whatever its name: images without loss only, as Pillow's other formats may run interpreters."""
     if never_ends(path):
         raise InputError(f"{path}: a pipe or a device, not a mask")
     return Image.open(path, formats=_FORMATS)
@@ -121,7 +121,7 @@ def read_mask(path: Path) -> LabelMask:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: refused, its header promises an enormous mask ({error})") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture") from error
+        raise InputError(f"{path}: not an image") from error
     except InputError:
         raise
     except Exception as error:  # as above

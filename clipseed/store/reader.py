@@ -34,7 +34,7 @@ class Seeds(RecordSet[SeedMap, SeedFile]):
                 raise StoreError(f"{file.path}: damaged, it has class {len(file.class_counts) - 1} of {len(names)}")
 
     def classes(self, identifier: str) -> npt.NDArray[np.int32]:
-        """Classes of a picture ``(K,)``, without reading its maps."""
+        """Classes of an image ``(K,)``, without reading its maps."""
         file, row = self.place(identifier)
         return file.classes(row)
 

@@ -106,7 +106,7 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
         return self._files
 
     def stamp(self, identifier: str) -> FileStamp:
-        """The file of a picture as it was when its record was made, without reading the record."""
+        """The file of an image as it was when its record was made, without reading the record."""
         file, row = self.place(identifier)
         return file.stamp(row)
 

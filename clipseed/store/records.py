@@ -1,13 +1,13 @@
-"""Seeds: what one picture's class activation maps are in memory, and their place in a file.
+"""Seeds: what one image's class activation maps are in memory, and their place in a file.
 
-With n pictures and C maps in all a seeds file holds, beside what :mod:`clipseed.store.layout` describes,
+With n images and C maps in all a seeds file holds, beside what :mod:`clipseed.store.layout` describes,
 
 ===============  ===========  ==========================================================
-``size``         (n, 2) i4    height and width of the picture in pixels
+``size``         (n, 2) i4    height and width of the image in pixels
 ``grid``         (n, 2) i4    height and width of its maps
-``class_offset`` (n+1,) i8    where each picture's classes begin in ``class_id``
+``class_offset`` (n+1,) i8    where each image's classes begin in ``class_id``
 ``class_id``     (C,) i4      class indices (mask value = index + 1)
-``cam_offset``   (n+1,) i8    where each picture's maps begin in ``cam``
+``cam_offset``   (n+1,) i8    where each image's maps begin in ``cam``
 ``cam``          (sum K h w)  f2 or f4, values in [0, 1], maps row by row, class by class
 ===============  ===========  ==========================================================
 """
@@ -33,14 +33,14 @@ _MOST_CLASSES = 254
 
 @dataclass(frozen=True)
 class SeedMap:
-    """Class activation maps of one picture.
+    """Class activation maps of one image.
 
     Attributes:
         id: Sample id.
         classes: ``(K,)`` class indices, in label order; mask value = index + 1.
         cam: ``(K, h, w)`` float32 in [0, 1] on the patch grid.
-        size: ``(H, W)`` of the picture in pixels.
-        stamp: The file of the picture as it was.
+        size: ``(H, W)`` of the image in pixels.
+        stamp: The file of the image as it was.
     """
 
     id: str
@@ -50,7 +50,7 @@ class SeedMap:
     stamp: FileStamp = UNKNOWN
 
     def upsampled(self) -> npt.NDArray[np.float32]:
-        """Maps at the picture's size: ``(K, H, W)`` float32, bilinear with half-pixel centres (as CLIP-ES's code)."""
+        """Maps at the image's size: ``(K, H, W)`` float32, bilinear with half-pixel centres (as CLIP-ES's code)."""
         import cv2
 
         height, width = self.size
@@ -91,7 +91,7 @@ def _unpack(file: RecordFile[SeedMap], row: int) -> SeedMap:
 
 
 def classes_of(file: RecordFile[SeedMap], row: int) -> npt.NDArray[np.int32]:
-    """Classes ``(K,)`` of the picture in a row, without reading its maps."""
+    """Classes ``(K,)`` of the image in a row, without reading its maps."""
     found: npt.NDArray[np.int32] = file.index["class_id"][file.span("class_offset", row)].copy()
     return found
 

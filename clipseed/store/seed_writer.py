@@ -58,7 +58,7 @@ class SeedWriter(RecordWriter[SeedMap]):
             self._empty.add(record.id, record.classes.tolist(), empty_maps(record.classes.tolist(), record.cam))
 
     def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
-        """Take pictures that are stored with other classes than these for not done: their labels were corrected.
+        """Take images that are stored with other classes than these for not done: their labels were corrected.
 
         Those that have no labels any more (``None``) leave the output.
 
@@ -74,7 +74,7 @@ class SeedWriter(RecordWriter[SeedMap]):
                 "the right label file? Choose another --out, or start again with --overwrite"
             )
         if stale:
-            self.notes.append(f"{len(stale)} pictures are stored with other labels; they are computed again")
+            self.notes.append(f"{len(stale)} images are stored with other labels; they are computed again")
         if gone:
             self.notes.append(f"{len(gone)} images have no labels any more ({some(gone)}); they leave {self.out}")
         self.forget(stale | gone)

@@ -132,16 +132,16 @@ class RecordFile(Generic[R]):
 
     @property
     def grids(self) -> npt.NDArray[np.int32]:
-        """``(n, 2)`` height and width of what is stored of each picture."""
+        """``(n, 2)`` height and width of what is stored of each image."""
         return np.asarray(self.index["grid"])
 
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width of the picture in a row."""
+        """Height and width of the image in a row."""
         height, width = self.index["size"][row]
         return int(height), int(width)
 
     def stamp(self, row: int) -> FileStamp:
-        """What the file of the picture in a row was when the record was made."""
+        """What the file of the image in a row was when the record was made."""
         length, time, digest = (self.index[f"file_{part}"][row] for part in ("bytes", "time", "sha256"))
         return FileStamp(int(length), int(time), digest.tobytes())
 
@@ -204,12 +204,12 @@ class SeedFile(RecordFile[SeedMap]):
 
     @property
     def class_offsets(self) -> npt.NDArray[np.int64]:
-        """``(n + 1,)`` where each picture's classes begin."""
+        """``(n + 1,)`` where each image's classes begin."""
         return np.asarray(self.index["class_offset"])
 
     @property
     def class_counts(self) -> npt.NDArray[np.int64]:
-        """How many pictures hold each class index, up to the largest one present."""
+        """How many images hold each class index, up to the largest one present."""
         return np.bincount(self.index["class_id"])
 
     def classes(self, row: int) -> npt.NDArray[np.int32]:

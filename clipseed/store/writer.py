@@ -133,7 +133,7 @@ class RecordWriter(Generic[R]):
         plan = self.folder / "manifest.json"
         if plan.is_file():
             self._read_plan(plan)
-        # Shards first: they are newer than a finished file that corrected labels or new pictures are added to.
+        # Shards first: they are newer than a finished file that corrected labels or new images are added to.
         for shard in self._shards():
             if self._share.takes(unit_number(shard)):
                 self._take_stock(shard)
@@ -176,7 +176,7 @@ class RecordWriter(Generic[R]):
             if path == self.out:
                 raise StoreError(f"{error}; delete it, or start again with --overwrite") from error
             path.unlink()
-            self.notes.append(f"{error}; its pictures are computed again")
+            self.notes.append(f"{error}; its images are computed again")
 
     def _note(self, file: RecordFile[R], path: Path) -> None:
         for row, identifier in enumerate(file.ids):
@@ -247,7 +247,7 @@ class RecordWriter(Generic[R]):
         return found
 
     def write(self, index: int, records: Sequence[R]) -> None:
-        """Store the records of unit ``index`` as one shard; pictures that were skipped are simply not among them."""
+        """Store the records of unit ``index`` as one shard; images that were skipped are simply not among them."""
         if not records:
             return
         path = self._shard_path(index)

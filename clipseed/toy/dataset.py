@@ -25,7 +25,7 @@ HELD_OUT_COUNT = 300
 
 @dataclass(frozen=True)
 class ToyReader:
-    """Draws the picture of a toy sample."""
+    """Draws the image of a toy sample."""
 
     seed: int
 
@@ -75,7 +75,7 @@ def toy_scene(seed: int, identifier: str) -> Scene:
     """
     number = identifier.removeprefix("toy_")
     if number == identifier or not number.isdecimal() or len(number) > 20:
-        raise InputError(f"{identifier!r} is not a picture of the toy set")
+        raise InputError(f"{identifier!r} is not an image of the toy set")
     return lay_out(seed, int(number))
 
 
@@ -100,12 +100,12 @@ def toy_set(vocabulary: Vocabulary, seed: int = HELD_OUT_SEED, count: int = HELD
 def save_devkit(folder: Path, seed: int = HELD_OUT_SEED, count: int = HELD_OUT_COUNT) -> int:
     """Write scenes as a VOC devkit (``JPEGImages``, ``SegmentationClass``, ``Annotations``, ``ImageSets``).
 
-    Pictures are lossless PNG, so that a devkit gives the numbers of the built-in set. The list is called ``val`` for
+    Images are lossless PNG, so that a devkit gives the numbers of the built-in set. The list is called ``val`` for
     the scored scenes and ``train`` for those of any other seed. Returns how many were written.
 
     Raises:
         InputError: the folder holds the other list already. Ids repeat from seed to seed, so the scenes of one would
-            overwrite those of the other, and training pictures be scored.
+            overwrite those of the other, and training images be scored.
     """
     from clipseed.store.masks import write_mask
 

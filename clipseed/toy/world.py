@@ -34,7 +34,7 @@ class WorldOptions:
     """What scenes look like. The defaults are the scored world; training moves towards them from easier ones.
 
     Attributes:
-        min_side, max_side: Range of the picture's sides in pixels.
+        min_side, max_side: Range of the image's sides in pixels.
         min_objects, max_objects: Range of the number of objects.
         min_radius, max_radius: Range of half an object's height in pixels.
         part_scale: Stretches every part about its centre; at 6 the whole object wears the pattern.
@@ -105,7 +105,7 @@ class Scene:
         return self.paint()[0]
 
     def paint(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """The picture (H, W, 3) RGB, and which of ``materials`` lies, or would lie, at each pixel (H, W).
+        """The image (H, W, 3) RGB, and which of ``materials`` lies, or would lie, at each pixel (H, W).
 
         The border between two materials comes out of the painter's random stream, hence both at once.
         """

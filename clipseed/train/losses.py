@@ -43,7 +43,7 @@ def confidence_guided_loss(
 
     Returns:
         A scalar, or ``(B, H, W)`` with 0 where a pixel does not count. Where no pixel counts at all, the loss is 0 and
-        so is its gradient, not NaN: one unsure picture must not end a training run.
+        so is its gradient, not NaN: one unsure image must not end a training run.
 
     Raises:
         ValueError: shapes that do not fit, labels that are neither a class nor ``ignore_index``, confidence outside
@@ -109,7 +109,7 @@ def _check_shapes(logits: Tensor, labels: Tensor, confidence: Tensor | None) -> 
     if labels.ndim != 3 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected integers (B, H, W), got {_describe(labels)}")
     if logits.shape[0] != labels.shape[0]:
-        raise ValueError(f"{logits.shape[0]} pictures in the logits, {labels.shape[0]} in the labels")
+        raise ValueError(f"{logits.shape[0]} images in the logits, {labels.shape[0]} in the labels")
     if 0 in logits.shape or 0 in labels.shape:
         raise ValueError(f"nothing to compare: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}")
     if logits.shape[-2] > labels.shape[-2] or logits.shape[-1] > labels.shape[-1]:

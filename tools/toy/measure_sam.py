@@ -34,7 +34,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class SamMeasures:
-    """What a toy SAM can do. IoUs are with the object as far as it is visible, at the picture's size.
+    """What a toy SAM can do. IoUs are with the object as far as it is visible, at the image's size.
 
     Attributes:
         point_iou: Mean IoU of the whole (level 2) for one random point on each object.
@@ -43,7 +43,7 @@ class SamMeasures:
         box_iou: Mean IoU of the whole for the exact box of each object.
         calibration: Mean distance between predicted and real IoU of the wholes for points.
         predicted, stability: Mean predicted IoU and mean stability score (offset 1) of those wholes.
-        proposals: Masks per picture of the generator, by level: sub-part, part, whole.
+        proposals: Masks per image of the generator, by level: sub-part, part, whole.
         recall: Share of objects that a proposal covers with an IoU above 0.75, and above 0.9.
         covered: Share of pixels under any proposal.
     """

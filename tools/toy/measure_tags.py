@@ -1,6 +1,6 @@
-"""Which image feature and which rule tag pictures best? The table of docs/choosing-text.md.
+"""Which image feature and which rule tag images best? The table of docs/choosing-text.md.
 
-Run ``python -m tools.toy.measure_tags``. Thresholds are chosen on 300 scenes of seed 9 and 100 pictures that show
+Run ``python -m tools.toy.measure_tags``. Thresholds are chosen on 300 scenes of seed 9 and 100 images that show
 nothing but a material; the scored set is only scored.
 """
 
@@ -35,15 +35,15 @@ _RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """Projected tokens ``(N + 1, E)`` of each picture, class token first, and labels ``(B, C)``."""
+class _Images:
+    """Projected tokens ``(N + 1, E)`` of each image, class token first, and labels ``(B, C)``."""
 
     tokens: list[Tensor]
     labels: Tensor
 
 
 @torch.inference_mode()
-def _look(clip: FrozenClip, images: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> _Pictures:
+def _look(clip: FrozenClip, images: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> _Images:
     tower, tokens = clip.tower, []
     block = tower.blocks[-1]
     for pixels in images:
@@ -56,7 +56,7 @@ def _look(clip: FrozenClip, images: Sequence[np.ndarray], labels: Sequence[Seque
     truth = torch.zeros(len(labels), _CLASSES, dtype=torch.bool)
     for row, present in enumerate(labels):
         truth[row, list(present)] = True
-    return _Pictures(tokens, truth)
+    return _Images(tokens, truth)
 
 
 def _class_token(tokens: Tensor, words: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ def main() -> int:
         for name, rule in _RULES.items():
 
             def values(
-                pictures: _Pictures,
+                images: _Images,
                 classes: list[int],
                 rest: list[int],
                 look: Callable[[Tensor, Tensor], Tensor] = feature,
                 share: Callable[[Tensor, int], Tensor] = rule,
             ) -> Tensor:
-                scores = torch.stack([look(tokens, words[classes + rest]) for tokens in pictures.tokens])
+                scores = torch.stack([look(tokens, words[classes + rest]) for tokens in images.tokens])
                 return share(scores, len(classes))
 
             nothing = values(empty, every, background)
@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def _material(index: int) -> np.ndarray:
-    """A picture of one material."""
+    """An image of one material."""
     drawn = MATERIALS[MATERIAL_NAMES[index % len(MATERIAL_NAMES)]](np.random.default_rng([77, index]), 192, 224)
     return (np.clip(drawn, 0, 1) * 255).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""What the tiny CLIP is trained for: losses from pictures, captions and labels, never from masks (docs/toy.md)."""
+"""What the tiny CLIP is trained for: losses from images, captions and labels, never from masks (docs/toy.md)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def losses(
         values: ``(B, n, D)`` normalised values of the last block.
         token: ``(B, D)`` normalised class token.
         texts: ``(B + C, E)`` unit features of the captions, then of one prompt per concept.
-        targets: ``(B, C)``, 1 where a picture shows a concept.
+        targets: ``(B, C)``, 1 where an image shows a concept.
 
     Returns:
         ``caption``: CLIP's contrastive loss; ``label``: cross-entropy of the softmax over all concepts against a

@@ -26,7 +26,7 @@ _BORDER = 4.0
 
 @dataclass(frozen=True)
 class Lesson:
-    """A training picture, prompts about it, and ``(C, 2)`` rows and columns of cells whose kinship is asked for."""
+    """A training image, prompts about it, and ``(C, 2)`` rows and columns of cells whose kinship is asked for."""
 
     view: View
     prompts: tuple[Prompts, ...]
@@ -55,14 +55,14 @@ def decode(sam: Any, embedding: Tensor, prompts: Prompts) -> tuple[Tensor, Tenso
 
 
 def losses(logits: Tensor, iou: Tensor, targets: Tensor, side: int, balance: float) -> dict[str, Tensor]:
-    """The objective for the prompts of one picture.
+    """The objective for the prompts of one image.
 
     Args:
         logits: ``(P, 4, H', W')``, low resolution: single mask, sub-part, part, whole.
         iou: ``(P, 4)`` predicted.
         targets: ``(P, 3, h, w)`` in {0, 1} at the encoder's scale: sub-part, part, whole. The single mask has to be
             the whole.
-        side: The encoder's picture side in pixels; what lies beyond the view is padding and costs nothing.
+        side: The encoder's image side in pixels; what lies beyond the view is padding and costs nothing.
         balance: 1 if the pixels inside and outside of a mask shall count the same in all, 0 if each pixel shall.
 
     Returns:
@@ -100,7 +100,7 @@ def mask_iou(first: Tensor, second: Tensor) -> Tensor:
 def kinship_loss(head: CellHead, embeddings: Tensor, lessons: Sequence[Lesson], patch: int) -> Tensor:
     """Cells of one thing should have like features, those of different things unlike ones.
 
-    Binary cross-entropy of 10 cos - 5 over all pairs of a picture's chosen cells, like and unlike pairs counting the
+    Binary cross-entropy of 10 cos - 5 over all pairs of an image's chosen cells, like and unlike pairs counting the
     same. The decoder compares embeddings with that under the prompt; before they say which cell is part of what, it
     learns nothing, or masks made of whole patches.
     """
@@ -139,7 +139,7 @@ def cell_things(shown: View, patch: int) -> npt.NDArray[np.uint8]:
 
 
 def step_losses(sam: Any, head: CellHead, lessons: Sequence[Lesson], balance: float) -> dict[str, Tensor]:
-    """Mean losses of several pictures, with ``kinship``; the networks run in bfloat16 where that is faster."""
+    """Mean losses of several images, with ``kinship``; the networks run in bfloat16 where that is faster."""
     sums: dict[str, Tensor] = {}
     encoder = sam.image_encoder
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,6 @@
 """Train the tiny CLIP that ships with clipseed: ``python -m tools.toy.train_clip --out runs/toy-clip``.
 
-It sees pictures, captions and labels, never masks. What makes a toy behave like a CLIP is described, with curves and
+It sees images, captions and labels, never masks. What makes a toy behave like a CLIP is described, with curves and
 times, in docs/toy.md: a curriculum from wholly patterned single objects to the scored world, both the class token and
 the patch mean aligned with text, and attention that starts, and stays, a similarity (keys equal queries).
 """
@@ -49,7 +49,7 @@ class Stage:
 
     name: str
     options: WorldOptions
-    pictures: int
+    images: int
     epochs: float
     rate: float
     value: float = 0.0
@@ -92,7 +92,7 @@ def build() -> Any:
 
 
 class Pool:
-    """Pictures of a stage and what is known of them, drawn into a file when the first one is asked for."""
+    """Images of a stage and what is known of them, drawn into a file when the first one is asked for."""
 
     def __init__(self, stage: Stage, seed: int, path: Path) -> None:
         self._stage, self._seed, self.path = stage, seed, path
@@ -100,17 +100,17 @@ class Pool:
         self._known: list[Description] = []
 
     def __len__(self) -> int:
-        return self._stage.pictures
+        return self._stage.images
 
     def sample(self, index: int, seed: int) -> tuple[Tensor, Description]:
-        """A picture ``(3, H, W)``, mirrored or not, and its description."""
+        """An image ``(3, H, W)``, mirrored or not, and its description."""
         if self._pixels is None:
             self._pixels, self._known = self._drawn()
         pixels = torch.from_numpy(self._pixels[index]).permute(2, 0, 1)
         return (pixels.flip(2) if np.random.default_rng(seed).random() < 0.5 else pixels), self._known[index]
 
     def collate(self, samples: Sequence[tuple[Tensor, Description]]) -> tuple[Tensor, list[Description]]:
-        """Pictures ``(B, 3, H, W)`` and descriptions."""
+        """Images ``(B, 3, H, W)`` and descriptions."""
         return torch.stack([pixels for pixels, _ in samples]), [description for _, description in samples]
 
     def _drawn(self) -> tuple[npt.NDArray[np.uint8], list[Description]]:
@@ -216,7 +216,7 @@ class ClipTrainer:
 
 def train_stage(learner: Learner, stage: Stage, seed: int, folder: Path, batch: int = 64) -> None:
     """Run one leg, or go on with it, or take up its end."""
-    steps = int(stage.epochs * stage.pictures) // batch
+    steps = int(stage.epochs * stage.images) // batch
     pool = Pool(stage, seed, folder / "pool.npy")
     options = LoopOptions(folder, steps, batch, clip=1.0, keep_every=100, report_every=100, seed=seed)
     train(ClipTrainer(learner, stage, seed, steps), pool, options, {"stage": asdict(stage)})
@@ -241,11 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train all stages, each in a folder of its own, and write ``clip.npz``; a restarted run goes on where it was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scale", type=float, default=1.0, help="fraction of each stage's pictures, to try it out")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of each stage's images, to try it out")
     chosen = parser.parse_args(arguments)
     learner = Learner(build())
     for number, stage in enumerate(STAGES):
-        stage = replace(stage, pictures=max(64, int(stage.pictures * chosen.scale)))
+        stage = replace(stage, images=max(64, int(stage.images * chosen.scale)))
         say(f"stage {stage.name}")
         train_stage(learner, stage, FIRST_SEED + number, chosen.out / stage.name)
     export(learner.model, learner.used.nonzero()[:, 0].tolist(), chosen.out / "clip.npz")

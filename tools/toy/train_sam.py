@@ -1,8 +1,8 @@
 """Train the tiny SAM that ships with clipseed: ``python -m tools.toy.train_sam --out runs/toy-sam``.
 
-segment_anything's own modules with small sizes, taught on scenes that are drawn as they are needed. A picture's number
-fixes the picture and its prompts, so a run that was interrupted goes on where its last checkpoint stands, and no
-picture is seen twice. docs/toy.md describes the recipe.
+segment_anything's own modules with small sizes, taught on scenes that are drawn as they are needed. An image's number
+fixes the image and its prompts, so a run that was interrupted goes on where its last checkpoint stands, and no
+image is seen twice. docs/toy.md describes the recipe.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Plan:
 
     Attributes:
         steps: Optimiser steps.
-        batch: Pictures per step.
+        batch: Images per step.
         rate: Learning rate; it rises over ``warm_up`` steps, stays, and falls to 0 over the last 60 % of them.
-        points, others: Prompts per picture: single points, and either several points each or boxes.
-        kinship, cells: Weight of the kinship loss at the start, from where it falls to 0; cells per picture for it.
+        points, others: Prompts per image: single points, and either several points each or boxes.
+        kinship, cells: Weight of the kinship loss at the start, from where it falls to 0; cells per image for it.
         balanced: Steps with balanced cross-entropy alone; over as many again, plain cross-entropy and dice replace it.
     """
 
@@ -66,7 +66,7 @@ class Plan:
 
 
 def lesson(number: int, config: SamConfig, plan: Plan) -> Lesson:
-    """Training picture ``number`` and what is asked about it."""
+    """Training image ``number`` and what is asked about it."""
     rng = np.random.default_rng([FIRST_SEED, number, 3])
     shown = view(lay_out(FIRST_SEED, number), config.image_size, rng)
     other = several_points if rng.random() < 0.35 else boxes
@@ -75,7 +75,7 @@ def lesson(number: int, config: SamConfig, plan: Plan) -> Lesson:
 
 
 class Lessons:
-    """All training pictures, drawn when they are asked for. Each has a number of its own and is seen once."""
+    """All training images, drawn when they are asked for. Each has a number of its own and is seen once."""
 
     def __init__(self, config: SamConfig, plan: Plan) -> None:
         self._config, self._plan = config, plan
@@ -84,11 +84,11 @@ class Lessons:
         return self._plan.steps * self._plan.batch
 
     def sample(self, index: int, seed: int) -> Lesson:
-        """Picture ``index``; its number alone decides it."""
+        """Image ``index``; its number alone decides it."""
         return lesson(index, self._config, self._plan)
 
     def collate(self, samples: Sequence[Lesson]) -> list[Lesson]:
-        """Pictures differ in size, so a batch is a list."""
+        """Images differ in size, so a batch is a list."""
         return list(samples)
 
 

@@ -1,4 +1,4 @@
-"""Data sets for commands that look at pictures alone: no labels, no classes."""
+"""Data sets for commands that look at images alone: no labels, no classes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from clipseed.errors import UsageError
 
 
 @dataclass(frozen=True)
-class PictureOptions:
-    """Where pictures are; the data-set options of the command line that do not concern labels."""
+class ListingOptions:
+    """Where images are; the data-set options of the command line that do not concern labels."""
 
     dataset: str
     root: Path | None = None
@@ -29,8 +29,8 @@ class PictureOptions:
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """An ordered list of pictures.
+class ImageListing:
+    """An ordered list of images.
 
     Attributes:
         samples: In the order of the split file, or sorted by id; without labels, unless they come from seeds.
@@ -46,8 +46,8 @@ class PictureSet:
     max_pixels: int | None = DEFAULT_MAX_PIXELS
 
 
-def open_pictures(options: PictureOptions) -> PictureSet:
-    """List a data set's pictures.
+def list_data_set(options: ListingOptions) -> ImageListing:
+    """List a data set's images.
 
     Raises:
         UsageError: an option is missing or does not belong to this data set.
@@ -67,20 +67,20 @@ def open_pictures(options: PictureOptions) -> PictureSet:
     }  # fmt: skip
     reader = FileReader(exif=options.exif, max_pixels=options.max_pixels)
     bare = tuple(Sample(sample.id, sample.path, None) for sample in samples[: options.limit])
-    return PictureSet(bare, reader, about, options.exif, options.max_pixels)
+    return ImageListing(bare, reader, about, options.exif, options.max_pixels)
 
 
 _Listing = tuple[str, Path, Path, list[Sample]]
-"""Name of the split, folder of the pictures, root of the data set, pictures."""
+"""Name of the split, folder of the images, root of the data set, images."""
 
 
-def _voc(options: PictureOptions) -> _Listing:
+def _voc(options: ListingOptions) -> _Listing:
     root = voc.find_devkit(options.root).resolve()
     split, samples = voc.read_devkit(root, options.split, load_vocabulary("voc"), {})
     return split, root / "JPEGImages", root, samples
 
 
-def _coco(options: PictureOptions) -> _Listing:
+def _coco(options: ListingOptions) -> _Listing:
     start = options.root or (Path(os.environ["CLIPSEED_COCO"]) if os.environ.get("CLIPSEED_COCO") else Path())
     root = start.resolve()
     split, annotations = coco.find_annotations(root, options.split)
@@ -89,9 +89,9 @@ def _coco(options: PictureOptions) -> _Listing:
     return split, images, root, samples
 
 
-def _folder(options: PictureOptions) -> _Listing:
+def _folder(options: ListingOptions) -> _Listing:
     if options.images is None:
-        raise UsageError("--dataset folder needs --images DIR, the folder with the pictures")
+        raise UsageError("--dataset folder needs --images DIR, the folder with the images")
     found = list_images(options.images)
     name, ids = "all", list(found)
     if options.split:
@@ -100,7 +100,7 @@ def _folder(options: PictureOptions) -> _Listing:
     return name, folder, folder, [Sample(key, found.get(key, options.images / key), None) for key in ids]
 
 
-def _toy(options: PictureOptions) -> PictureSet:
+def _toy(options: ListingOptions) -> ImageListing:
     from clipseed.toy.dataset import toy_set
 
     toy = toy_set(load_vocabulary("toy"))
@@ -108,4 +108,4 @@ def _toy(options: PictureOptions) -> PictureSet:
         "name": "toy", "root": None, "split": toy.split, "ground_truth": toy.ground_truth, **toy.source
     }  # fmt: skip
     bare = tuple(Sample(sample.id, sample.path, None) for sample in toy.samples[: options.limit])
-    return PictureSet(bare, toy.reader, about)
+    return ImageListing(bare, toy.reader, about)
