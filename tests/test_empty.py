@@ -28,9 +28,9 @@ from clipseed.store.empty import (
 )
 from clipseed.store.masks import mask_note, read_mask
 from clipseed.store.reader import open_seeds
+from clipseed.store.record_file import SeedFile
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.shard import SeedFile
 
 CAM = ("cam", "--dataset", "toy", "--limit", "10", "--device", "cpu", "--max-side", "96", "--background", "none")
 
@@ -140,9 +140,9 @@ def test_cam(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     for k in (1, 2):
         Path(f"part-{k}").mkdir()
-        share, _ = told(capsys, *CAM, "--shard", f"{k}/2", "--out", f"part-{k}/cams.h5")
-        assert 0 < share["of"] < labels
-        assert share["file"] is None
+        shard, _ = told(capsys, *CAM, "--shard", f"{k}/2", "--out", f"part-{k}/cams.h5")
+        assert 0 < shard["of"] < labels
+        assert shard["file"] is None
     merged, said = told(capsys, "merge", "part-1/cams.h5", "part-2/cams.h5", "--out", "merged.h5")
     assert (merged["count"], merged["of"]) == (len(expected), labels)
     assert "have no positive map" in said

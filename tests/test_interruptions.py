@@ -49,7 +49,7 @@ def start(command: list[str], out: Path, pause: float = 0.03) -> subprocess.Pope
     return subprocess.Popen([*command, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_units(out: Path, count: int, process: subprocess.Popen[str]) -> None:
     parts = out.with_name(out.name + ".parts")
     deadline = time.monotonic() + 60
     while len(list(parts.glob("unit-*.h5"))) < count:
@@ -73,7 +73,7 @@ def test_kill_dash_nine(command: list[str], tmp_path: Path) -> None:
     chance = random.Random(0)
     for attempt in range(4):
         process = start(command, out)
-        wait_for_shards(out, 1 + attempt, process)
+        wait_for_units(out, 1 + attempt, process)
         time.sleep(chance.random() * 0.3)
         process.kill()
         process.wait()
@@ -91,7 +91,7 @@ def test_kill_dash_nine(command: list[str], tmp_path: Path) -> None:
 def test_interruption(number: signal.Signals, code: int, command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "cams.h5"
     process = start(command, out, pause=0.2)
-    wait_for_shards(out, 2, process)
+    wait_for_units(out, 2, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
@@ -108,7 +108,7 @@ def test_interruption(number: signal.Signals, code: int, command: list[str], tmp
 def test_a_second_run_is_refused_while_the_first_goes_on(command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "cams.h5"
     first = start(command, out, pause=1)
-    wait_for_shards(out, 1, first)
+    wait_for_units(out, 1, first)
     second = start(command, out)
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 1
@@ -123,7 +123,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(command: list[str], tmp
 def test_workers_end_with_a_killed_run(command: list[str], tmp_path: Path) -> None:
     """Decoding processes must not outlive a main process that was killed."""
     process = start([*command, "--workers", "2"], tmp_path / "cams.h5")
-    wait_for_shards(tmp_path / "cams.h5", 1, process)
+    wait_for_units(tmp_path / "cams.h5", 1, process)
     listing = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     children = [int(word) for word in listing.stdout.split()]
     assert children

@@ -74,7 +74,7 @@ def test_torchrun_is_not_told_of_skipped_images(
     assert (photos / "cams.skipped.csv").read_text().startswith("id,reason\n2,")
 
 
-def test_a_share_may_have_nothing_but_broken_images(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_may_have_nothing_but_broken_images(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole may not."""
     (photos / "split.txt").write_text("2\n")
     assert main([*CAM, "--split", "split.txt", "--shard", "1/2"]) == 3
@@ -108,7 +108,7 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     clock.now += 10
     advance(8, stats)
     assert capsys.readouterr().err.splitlines() == [
-        "voc train: share 2/3 (--shard): 4100 images, 4000 to do, 100 done already",
+        "voc train: shard 2/3 (--shard): 4100 images, 4000 to do, 100 done already",
         "cam 24/4000, 2.0 images/s, 33 min 8 s left (limited by decode)",
         "cam 40/4000, 1.5 images/s, 42 min 54 s left (limited by device, 1 skipped)",
     ]

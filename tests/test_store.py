@@ -22,9 +22,9 @@ from clipseed.store.files import replacing, storage_errors
 from clipseed.store.manifest import differences
 from clipseed.store.masks import read_mask, voc_palette, write_mask
 from clipseed.store.reader import Seeds, open_seeds
+from clipseed.store.record_file import SeedFile, write_unit
 from clipseed.store.records import SeedMap, seed_format
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.shard import SeedFile, write_shard
 
 MANIFEST: dict[str, Any] = {
     "kind": "cam", "method": "m", "options": {"scales": [1.0]}, "model": {"sha256": "ab"},
@@ -100,7 +100,7 @@ def test_any_ragged_content(
 
 
 def test_large_output_is_merged_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipseed.store.shard._BLOCK", 7)
+    monkeypatch.setattr("clipseed.store.record_file._BLOCK", 7)
     records = [seed(f"{k:03d}", k % 4) for k in range(50)]
     store(tmp_path / "cams.h5", records)
     with open_seeds(tmp_path / "cams.h5") as seeds:
@@ -424,7 +424,7 @@ def test_the_file_can_be_read_without_clipseed(tmp_path: Path) -> None:
 
 def test_same_records_same_bytes(tmp_path: Path) -> None:
     for name in ("a.h5", "b.h5"):
-        write_shard(tmp_path / name, json.dumps(MANIFEST), RECORDS, seed_format("float32"))
+        write_unit(tmp_path / name, json.dumps(MANIFEST), RECORDS, seed_format("float32"))
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     with SeedFile(tmp_path / "a.h5", verify=True) as file:
         assert file.cam_dtype == "float32"

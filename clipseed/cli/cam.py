@@ -30,7 +30,7 @@ def cam(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            help="NAME.h5 for one file, or a folder for shards (default: cams.h5; cams-caa.h5 with --refine caa).",
+            help="NAME.h5 for one file, or a folder for units (default: cams.h5; cams-caa.h5 with --refine caa).",
             rich_help_panel=shared.OUTPUT,
         ),
     ] = None,
@@ -125,10 +125,10 @@ def cam(
         box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
         method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
         min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
+        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
         cluster=run.cluster, **tagging,
     )  # fmt: skip
-    if auto and not run.launch.share.whole:
+    if auto and not run.launch.shard.whole:
         raise UsageError("--labels auto tags all images at once: run it first without --shard, then use its labels")
     talker = run.talker
     try:

@@ -97,7 +97,7 @@ def crf(
         alpha=alpha, confidence=confidence,
         soft=soft, empty=cast("Any", empty), paper=paper, images=images, root=root, device=device,
         workers=shared.workers_of(workers), overwrite=overwrite,
-        share=run.launch.share, cluster=run.cluster,
+        shard=run.launch.shard, cluster=run.cluster,
     )  # fmt: skip
     try:
         done = run_crf(options, run.start)

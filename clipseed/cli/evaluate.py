@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     prediction: Annotated[
         Optional[Path],
-        typer.Argument(help="Seeds (.h5 or folder of shards) or a folder of PNG masks (default: the newest stage)."),
+        typer.Argument(help="Seeds (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
     ] = None,
     gt: Annotated[
         Optional[str],

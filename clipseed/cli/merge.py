@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def merge(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Outputs of the same command: NAME.h5, folders of shards, or folders of masks."),
+        typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks."),
     ],
     out: Annotated[
         Optional[Path],

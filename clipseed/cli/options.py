@@ -109,7 +109,7 @@ Empty = Annotated[
 Shard = Annotated[
     Optional[str],
     typer.Option(
-        help="i/n: only the i-th of n shares, counted from 1 (default: what torchrun or Slurm say).",
+        help="i/n: only the i-th of n shards, counted from 1 (default: what torchrun or Slurm say).",
         rich_help_panel=RUN,
         show_default=False,
     ),

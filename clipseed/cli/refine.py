@@ -193,7 +193,7 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
         run.talker.note(f"refining {source}")
     given["batch_size"] = shared.auto_or_number(given["batch_size"], "--batch-size")
     given["workers"] = shared.workers_of(given["workers"])
-    options = RefineOptions(cast("Any", method), source, share=run.launch.share, cluster=run.cluster, **given)
+    options = RefineOptions(cast("Any", method), source, shard=run.launch.shard, cluster=run.cluster, **given)
     try:
         report = run_refine(options, run.start, run.loading)
     finally:

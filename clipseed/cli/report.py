@@ -28,7 +28,7 @@ def report(
         Optional[list[Path]],
         typer.Argument(
             metavar="SEEDS_OR_MASKS...",
-            help="Seeds (.h5 or folder of shards) or folders of PNG masks; several are compared "
+            help="Seeds (.h5 or folder of units) or folders of PNG masks; several are compared "
             "(default: the newest stage).",
             show_default=False,
         ),

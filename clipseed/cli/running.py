@@ -28,7 +28,7 @@ class StreamReport(Protocol):
     seconds: float
     notes: list[str]
     skipped_file: Path | None
-    open_shares: int
+    open_shards: int
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Running:
 
     def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
         """Say what there is to do, and give the progress callback."""
-        share = f"share {self.launch.share} ({self.launch.source}): " if not self.launch.share.whole else ""
+        shard = f"shard {self.launch.shard} ({self.launch.source}): " if not self.launch.shard.whole else ""
         many = f"{of} images, " if of is not None else ""
         unit = "to do" if of is not None else "images to do"
         self.talker.note(
-            f"{title or self.command}: {share}{many}{todo} {unit}" + (f", {done} done already" if done else "")
+            f"{title or self.command}: {shard}{many}{todo} {unit}" + (f", {done} done already" if done else "")
         )
         current: list[StreamStats] = []
         track = self.talker.track(self.command, todo, lambda: _detail(current[0]) if current else "")
@@ -111,9 +111,9 @@ class Running:
         if empty is not None and empty.labels:
             tell_empty(talker, empty)
         talker.note(summary)
-        if report.open_shares:
+        if report.open_shards:
             talker.note(
-                f"share {self.launch.share} is done; {report.open_shares} of {self.launch.share.count} are not yet, "
+                f"shard {self.launch.shard} is done; {report.open_shards} of {self.launch.shard.count} are not yet, "
                 "and the last of them finishes the output (if they ran on other disks: clipseed merge)"
             )
         data = {**_common(report, self), **facts, **({} if empty is None else {"empty": empty.as_dict()})}
@@ -156,13 +156,13 @@ def prepare(command: str, options: RunOptions) -> Running:
     Raises:
         UsageError: an option means nothing.
     """
-    from clipseed.runtime.launch import Launch, find_share
+    from clipseed.runtime.launch import Launch, find_shard
     from clipseed.store.files import refuse_unwritable
 
     talker = Talker(options.quiet)
     cluster = _cluster(options)
     # A driver of Ray inside a Slurm allocation is one process, whatever the allocation's variables say.
-    launch = find_share(options.shard) if cluster is None or options.shard else Launch()
+    launch = find_shard(options.shard) if cluster is None or options.shard else Launch()
     refuse_unwritable(options.report, "--report")
     return Running(command, options, launch, cluster, talker, allowed_skips(options.allow_skipped))
 
@@ -220,8 +220,8 @@ def _common(report: StreamReport, run: Running) -> dict[str, Any]:
     return {
         "command": run.command,
         "out": str(report.out),
-        "shard": None if run.launch.share.whole else str(run.launch.share),
-        "open_shards": report.open_shares,
+        "shard": None if run.launch.shard.whole else str(run.launch.shard),
+        "open_shards": report.open_shards,
         "images": report.total,
         "found": report.found,
         "computed": stats.computed,

@@ -41,7 +41,7 @@ def sam_masks(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="NAME.h5 for one file, or a folder for shards.", rich_help_panel=shared.OUTPUT)
+        Path, typer.Option(help="NAME.h5 for one file, or a folder for units.", rich_help_panel=shared.OUTPUT)
     ] = Path("masks.h5"),
     root: Annotated[
         Optional[Path],
@@ -192,7 +192,7 @@ def sam_masks(
         factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
         existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
         batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
+        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
         cluster=run.cluster,
     )  # fmt: skip
     try:

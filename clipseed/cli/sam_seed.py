@@ -125,7 +125,7 @@ def sam_seed(
     )
     options = SamSeedOptions(
         source=source, masks=masks, masks_kind=cast("Any", masks_kind), out=out, rules=rules, empty=cast("Any", empty),
-        workers=shared.workers_of(workers), overwrite=overwrite, share=run.launch.share,
+        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
         cluster=run.cluster,
     )  # fmt: skip
     try:

@@ -45,7 +45,7 @@ from clipseed.store.empty import EmptyLabels, stage_of
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.writer import recorded_manifest
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class CamOptions:
     box_threshold: float | None = None
     tag_threshold: float = DEFAULT_TAG_THRESHOLD
     tag_top_k: int | None = None
-    share: Share = WHOLE
+    shard: Shard = WHOLE
     cluster: ClusterOptions | None = None
 
     @property
@@ -111,7 +111,7 @@ class CamReport:
     device: str
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
-    open_shares: int = 0
+    open_shards: int = 0
     empty: EmptyLabels | None = None
     tags: TagReport | None = None
 
@@ -158,9 +158,9 @@ def _run(
         manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
     began = time.perf_counter()
-    unit = dealt_unit(about["unit"], len(image_set.samples), options.share.count * engine.hands)
+    unit = dealt_unit(about["unit"], len(image_set.samples), options.shard.count * engine.hands)
     with SeedWriter(
-        options.out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share, stage=stage
+        options.out, manifest, dtype, unit, overwrite=options.overwrite, shard=options.shard, stage=stage
     ) as writer:
         samples = {sample.id: sample for sample in image_set.samples}
         reader = image_set.reader
@@ -178,7 +178,7 @@ def _run(
             samples = {sample.id: sample for sample in image_set.samples}
         writer.forget_unlike({key: sample.labels for key, sample in samples.items()})
         ids = list(samples)
-        mine = writer.share_of(ids)
+        mine = writer.own(ids)
         found = len(writer.done.intersection(mine))
         tasks, unlabelled = _tasks(writer, samples)
         todo = sum(len(task.samples) for task in tasks)
@@ -188,7 +188,7 @@ def _run(
         stats.skipped.extend((sample.id, "no labels are given for it") for sample in unlabelled)
         if tags is not None:
             stats.skipped = [(key, tags.skipped.get(key, reason)) for key, reason in stats.skipped]
-        refuse_if_nothing(stats, writer.done, options.share)
+        refuse_if_nothing(stats, writer.done, options.shard)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             finished = writer.finish(ids, stats.skipped)
     return CamReport(
@@ -201,7 +201,7 @@ def _run(
         device=about["device"],
         notes=writer.notes,
         skipped_file=finished.skipped_file,
-        open_shares=finished.open_shares,
+        open_shards=finished.open_shards,
         empty=finished.empty,
         tags=tags,
     )
@@ -333,7 +333,7 @@ class CamWork(Work[LoadedViews, SeedMap]):
         self.queue, self.lanes = batches_in_flight(device), 2
 
     def about(self) -> dict[str, Any]:
-        """Model, where its weights are, device, and images per shard."""
+        """Model, where its weights are, device, and images per unit."""
         device = self.clip.tower.device
         return {
             "model": self.clip.manifest(),

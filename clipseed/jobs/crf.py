@@ -47,7 +47,7 @@ from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.writer import Finished
 from clipseed.types import IGNORE, LabelMask
 
@@ -90,7 +90,7 @@ class CrfOptions:
     device: str = "auto"
     workers: int | None = None
     overwrite: bool = False
-    share: Share = WHOLE
+    shard: Shard = WHOLE
     cluster: ClusterOptions | None = None
 
 
@@ -107,7 +107,7 @@ class CrfReport:
     engine: str
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
-    open_shares: int = 0
+    open_shards: int = 0
     empty: EmptyLabels | None = None
 
     @property
@@ -134,27 +134,27 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
             _Sinks(options, manifest, earlier_in_seeds(seeds)) as sinks,
         ):
             sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
-            tasks, mine = _tasks(seeds, sinks, options.share)
+            tasks, mine = _tasks(seeds, sinks, options.shard)
             found = len(sinks.done.intersection(mine))
             hint = f"interrupted; run the same command again to go on ({options.out} has what is done)"
             with interruptible(lambda: hint):
                 advance = start(sum(len(task.samples) for task in tasks), found) if start else None
                 stats = engine.run(tasks, lambda task, masks: sinks.write(task.index, masks), advance)
             count_empty(stats, sinks.masks)
-            refuse_if_nothing(stats, sinks.done, options.share)
+            refuse_if_nothing(stats, sinks.done, options.shard)
             with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
                 finished = sinks.finish(list(seeds), stats.skipped, mine)
         return CrfReport(
             options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.engine,
-            sinks.notes, finished.skipped_file, finished.open_shares, finished.empty,
+            sinks.notes, finished.skipped_file, finished.open_shards, finished.empty,
         )  # fmt: skip
 
 
-def _tasks(seeds: Seeds, sinks: _Sinks, share: Share) -> tuple[list[Task], list[str]]:
-    """Units of the share with what is missing of them, and all ids of the share."""
+def _tasks(seeds: Seeds, sinks: _Sinks, shard: Shard) -> tuple[list[Task], list[str]]:
+    """Units of the shard with what is missing of them, and all ids of the shard."""
     ids = list(seeds)
     units = [(k, ids[start : start + _UNIT_SIZE]) for k, start in enumerate(range(0, len(ids), _UNIT_SIZE))]
-    mine = [(k, keys) for k, keys in units if share.takes(k)]
+    mine = [(k, keys) for k, keys in units if shard.takes(k)]
     missing = ((k, [key for key in keys if key not in sinks.done]) for k, keys in mine)
     tasks = [Task(k, tuple(seed_sample(seeds, key) for key in keys)) for k, keys in missing if keys]
     return tasks, [key for _, keys in mine for key in keys]
@@ -224,7 +224,7 @@ class _Sinks:
 
     def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
         self.masks = MaskWriter(
-            options.out, manifest, overwrite=options.overwrite, share=options.share, empty=options.empty,
+            options.out, manifest, overwrite=options.overwrite, shard=options.shard, empty=options.empty,
             earlier=earlier,
         )  # fmt: skip
         self._soft = (
@@ -234,7 +234,7 @@ class _Sinks:
                 "float16",
                 _UNIT_SIZE,
                 overwrite=options.overwrite,
-                share=options.share,
+                shard=options.shard,
                 earlier=earlier,
             )
             if options.soft

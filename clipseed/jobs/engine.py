@@ -26,7 +26,7 @@ from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,9 +125,9 @@ def open_engine(
     return Deferred(start, about)
 
 
-def refuse_if_nothing(stats: StreamStats, done: Collection[str], share: Share = WHOLE) -> None:
+def refuse_if_nothing(stats: StreamStats, done: Collection[str], shard: Shard = WHOLE) -> None:
     """Raise :class:`~clipseed.errors.InputError` when a run of the whole had to skip everything."""
-    if stats.skipped and not done and share.whole:
+    if stats.skipped and not done and shard.whole:
         key, reason = stats.skipped[0]
         raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
 

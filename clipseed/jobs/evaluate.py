@@ -24,7 +24,7 @@ from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import Seeds
-from clipseed.store.record_set import SHARD_PATTERN
+from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.records import SeedMap
 from clipseed.types import IGNORE, LabelMask
 
@@ -38,7 +38,7 @@ Each = Callable[[str, Counts, LabelMask, LabelMask], None]
 
 def holds_masks(path: Path) -> bool:
     """Whether a prediction is a folder of masks, not seeds."""
-    return is_folder(path) and not any(path.glob(SHARD_PATTERN))
+    return is_folder(path) and not any(path.glob(UNIT_PATTERN))
 
 
 def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | None = None) -> EvaluateReport:

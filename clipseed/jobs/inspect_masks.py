@@ -19,7 +19,7 @@ from clipseed.store.manifest import Manifest
 from clipseed.store.mask_cache import MaskCache
 from clipseed.store.mask_records import mask_format, unpack_proposals
 from clipseed.store.reader import class_names
-from clipseed.store.record_set import SHARD_PATTERN
+from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.types import NO_CLASS
 
 _LEVELS = ("sub-part", "part", "whole")
@@ -60,8 +60,8 @@ class MaskInspection:
 
 
 def is_mask_cache(path: Path) -> bool:
-    """Whether a file or folder of shards holds masks rather than seeds; false where nothing can be read."""
-    files = sorted(path.glob(SHARD_PATTERN)) if is_folder(path) else [path]
+    """Whether a file or folder of units holds masks rather than seeds; false where nothing can be read."""
+    files = sorted(path.glob(UNIT_PATTERN)) if is_folder(path) else [path]
     if never_ends(files[0] if files else path):
         return False
     try:
@@ -74,7 +74,7 @@ def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
     """Summarise a mask cache.
 
     Args:
-        path: A file, or a folder of shards.
+        path: A file, or a folder of units.
         verify: Check all checksums, whatever the size.
 
     Raises:

@@ -20,10 +20,10 @@ from clipseed.store.manifest import Manifest, dumps
 from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
 from clipseed.store.masks import mask_note
 from clipseed.store.places import located, noted
-from clipseed.store.record_set import SHARD_PATTERN
+from clipseed.store.record_file import RecordFile, write_portable
+from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.records import classes_of, seed_format
-from clipseed.store.shard import RecordFile, write_portable
-from clipseed.store.share import WHOLE, left_without_mask, lock_output
+from clipseed.store.shards import WHOLE, left_without_mask, lock_output
 from clipseed.store.writer import without_input
 
 
@@ -43,7 +43,7 @@ def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
     """Put outputs together.
 
     Args:
-        sources: Files, folders of shards, or folders of masks; ``NAME.h5`` may also be one that is not finished.
+        sources: Files, folder of units, or folders of masks; ``NAME.h5`` may also be one that is not finished.
         out: The file, or for masks the folder; ``None``: finish the one source, which several runs have worked on.
 
     Raises:
@@ -56,7 +56,7 @@ def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
         )
     if out is None:
         return _finish(sources)
-    folders = [path for path in sources if path.is_dir() and not any(path.glob(SHARD_PATTERN))]
+    folders = [path for path in sources if path.is_dir() and not any(path.glob(UNIT_PATTERN))]
     if folders:
         if len(folders) < len(sources):
             raise UsageError("masks and seeds cannot be merged with each other")
@@ -69,7 +69,7 @@ def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
 
 
 def _finish(sources: Sequence[Path]) -> MergeReport:
-    """Make the portable file of a run in several shares that was not finished by its last one."""
+    """Make the portable file of a run in several shards that was not finished by its last one."""
     if len(sources) > 1:
         raise UsageError("--out NAME.h5: say where several outputs are to be merged into")
     out = sources[0]
@@ -87,14 +87,14 @@ def _finish(sources: Sequence[Path]) -> MergeReport:
 
 
 def _record_files(source: Path) -> list[Path]:
-    """Files that make up an output: newer shards before the finished file that they add to."""
+    """Files that make up an output: newer units before the finished file that they add to."""
     parts = source.with_name(source.name + ".parts")
-    shards = sorted((source if source.is_dir() else parts).glob(SHARD_PATTERN))
+    unit_files = sorted((source if source.is_dir() else parts).glob(UNIT_PATTERN))
     if source.is_file():
-        return [*shards, source]
-    if not shards:
-        raise StoreError(f"{source}: no such output (no file, and no shards in {parts})")
-    return shards
+        return [*unit_files, source]
+    if not unit_files:
+        raise StoreError(f"{source}: no such output (no file, and no units in {parts})")
+    return unit_files
 
 
 def _merge_records(paths: Sequence[Path], out: Path, listed: Sequence[EmptyLabel]) -> MergeReport:
@@ -126,7 +126,7 @@ def _merge_records(paths: Sequence[Path], out: Path, listed: Sequence[EmptyLabel
 
 
 def _located(manifest: Manifest, path: Path) -> Manifest:
-    """Shards of an unfinished file say where things are from that file."""
+    """Unit files of an unfinished file say where things are from that file."""
     inside = path.parent.name.endswith(".parts")
     folder = path.parent.parent if inside else path.parent
     return located(manifest, folder)
@@ -145,7 +145,7 @@ def _list_empty(
 
 
 def _agreed(first: Manifest | None, other: Manifest, where: Path, report: MergeReport) -> Manifest:
-    """The manifest of both. Data sets may differ: shares have their own folders, splits add up."""
+    """The manifest of both. Data sets may differ: shards have their own folders, splits add up."""
     if first is None:
         return other
     changed = differences(first, other, dataset=False)
@@ -185,7 +185,7 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
     for folder in folders:
         there = read_mask_manifest(folder)
         if there is None or "vocabulary" not in there:
-            raise StoreError(f"{folder}: neither shards nor masks that clipseed made")
+            raise StoreError(f"{folder}: neither units nor masks that clipseed made")
         manifest = _agreed(manifest, there, folder, report)
         for path in sorted(folder.rglob("*.png")):
             name = path.relative_to(folder)
@@ -208,7 +208,7 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
         write_text(out / MANIFEST, dumps(noted(manifest or {}, out)) + "\n")
         notes = {name.with_suffix("").as_posix(): mask_note(path) for name, path in found.items()}
         labels = {key: (note.classes, note.empty) for key, note in notes.items() if note.classes is not None}
-        for folder in folders:  # images that shares left out have no mask
+        for folder in folders:  # images that shards left out have no mask
             labels = {**left_without_mask(folder), **labels}
         listed = [item for folder in folders for item in read_empty(folder)]
         report.empty = _list_empty(out, manifest or {}, labels, listed)

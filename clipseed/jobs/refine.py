@@ -93,14 +93,14 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
             options.method, about["constants"], source, about["model"], about["weights"], options.source
         )
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
-        unit = dealt_unit(about["unit"], len(seeds), options.share.count * engine.hands)
+        unit = dealt_unit(about["unit"], len(seeds), options.shard.count * engine.hands)
         with SeedWriter(
-            out, manifest, dtype, unit, overwrite=options.overwrite, share=options.share,
+            out, manifest, dtype, unit, overwrite=options.overwrite, shard=options.shard,
             earlier=earlier_in_seeds(seeds),
         ) as writer:  # fmt: skip
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             writer.follow(seeds.keys(), seeds.stamp)
-            mine = writer.share_of(list(seeds))
+            mine = writer.own(list(seeds))
             found = len(writer.done.intersection(mine))
             tasks = [
                 Task(unit.index, tuple(seed_sample(seeds, key) for key in unit.ids))
@@ -111,7 +111,7 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
             with interruptible(lambda: hint):
                 advance = start(todo, found) if start else None
                 stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done, options.share)
+            refuse_if_nothing(stats, writer.done, options.shard)
             with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
                 finished = writer.finish(list(seeds), stats.skipped)
         freshen(out, options.source)
@@ -125,7 +125,7 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
             device=about["device"],
             notes=writer.notes,
             skipped_file=finished.skipped_file,
-            open_shares=finished.open_shares,
+            open_shards=finished.open_shards,
             empty=finished.empty,
         )
 
@@ -229,7 +229,7 @@ class _Spreading(_Refinement):
             self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
 
     def about(self) -> dict[str, Any]:
-        """Constants, model and where its weights are, device, and images per shard."""
+        """Constants, model and where its weights are, device, and images per unit."""
         return {
             "constants": self._constants,
             "model": self.clip.manifest(),
@@ -280,7 +280,7 @@ class _Par(_Refinement):
         self.one_by_one = None if options.batch_size else one_by_one(self.device, LARGE_IMAGE)
 
     def about(self) -> dict[str, Any]:
-        """Constants, the model that the maps come from, device, and images per shard."""
+        """Constants, the model that the maps come from, device, and images per unit."""
         source, par = self.seeds.manifest, self.options.par
         return {
             "constants": {**asdict(par), "dilations": list(par.dilations)},

@@ -15,7 +15,7 @@ from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNES
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.store.empty import EmptyLabels
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
@@ -61,7 +61,7 @@ class RefineOptions:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
-    share: Share = WHOLE
+    shard: Shard = WHOLE
     cluster: ClusterOptions | None = None
 
 
@@ -78,7 +78,7 @@ class RefineReport:
     device: str
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
-    open_shares: int = 0
+    open_shards: int = 0
     empty: EmptyLabels | None = None
 
     @property

@@ -49,7 +49,7 @@ from clipseed.store.writer import RecordWriter, recorded_manifest
 
 _UNIT_SIZE = {"cpu": 8}
 _GPU_UNIT_SIZE = 32
-"""Images per shard: what a kill can cost. SAM takes seconds for one on a GPU, minutes on a CPU."""
+"""Images per unit: what a kill can cost. SAM takes seconds for one on a GPU, minutes on a CPU."""
 _IMPORT_UNIT = 64
 _AHEAD = 4
 
@@ -77,7 +77,7 @@ def run_sam_masks(
         manifest = masks_manifest(options, images, seeds, about)
         began = time.perf_counter()
         with RecordWriter(
-            options.out, manifest, mask_format(), about["unit"], overwrite=options.overwrite, share=options.share
+            options.out, manifest, mask_format(), about["unit"], overwrite=options.overwrite, shard=options.shard
         ) as writer:
             samples = {sample.id: sample for sample in images.samples}
             ids = list(samples)
@@ -85,14 +85,14 @@ def run_sam_masks(
             if seeds is not None and options.seeds is not None:
                 with Seeds(options.seeds, verify=False) as source:
                     writer.follow(source.keys(), source.stamp)
-            mine = writer.share_of(ids)
+            mine = writer.own(ids)
             found = len(writer.done.intersection(mine))
             tasks = [Task(unit.index, tuple(samples[key] for key in unit.ids)) for unit in writer.units(ids)]
             advance = start(sum(len(task.samples) for task in tasks), found) if start else None
             hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
             with interruptible(lambda: hint):
                 stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done, options.share)
+            refuse_if_nothing(stats, writer.done, options.shard)
             with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
                 finished = writer.finish(ids, stats.skipped)
     report = SamMasksReport(
@@ -105,7 +105,7 @@ def run_sam_masks(
         device=about["device"],
         notes=writer.notes,
         skipped_file=finished.skipped_file,
-        open_shares=finished.open_shares,
+        open_shards=finished.open_shards,
     )
     if stats.counters["cramped"]:
         report.notes.append("out of memory; went on with fewer points at once (--points-per-batch)")
@@ -140,7 +140,7 @@ class MasksRecipe:
 
 
 def _about_model(model: dict[str, Any], checkpoint: Path | None, device: torch.device) -> dict[str, Any]:
-    """Model, where its weights are, device, and images per shard."""
+    """Model, where its weights are, device, and images per unit."""
     return {
         "model": model,
         "weights": None if checkpoint is None else str(checkpoint.resolve()),
@@ -207,7 +207,7 @@ class _Segmenting(_Masks):
             self.one_by_one = one_by_one(self.device, 1)
 
     def about(self) -> dict[str, Any]:
-        """Model, where its weights are, device, and images per shard."""
+        """Model, where its weights are, device, and images per unit."""
         return _about_model(self.backend.manifest(), self._checkpoint, self.device)
 
     @property

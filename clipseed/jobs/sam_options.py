@@ -19,7 +19,7 @@ from clipseed.sam.options import FMA, STOCK, ProposalOptions
 from clipseed.sam.prompted import PROMPTS, Prompting
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.reader import Seeds
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
@@ -74,7 +74,7 @@ class SamMasksOptions:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
-    share: Share = WHOLE
+    shard: Shard = WHOLE
     cluster: ClusterOptions | None = None
 
     @property
@@ -101,7 +101,7 @@ class SamMasksReport:
     device: str
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
-    open_shares: int = 0
+    open_shards: int = 0
 
     @property
     def masks(self) -> int:

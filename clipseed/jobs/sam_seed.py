@@ -40,8 +40,8 @@ from clipseed.store.mask_cache import MaskCache, holds_cache
 from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
 from clipseed.store.masks import mask_note
 from clipseed.store.reader import Seeds, class_names
-from clipseed.store.record_set import SHARD_PATTERN
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.store.shards import WHOLE, Shard
 from clipseed.types import IGNORE
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class SamSeedOptions:
     empty: EmptyPolicy = "background"
     workers: int | None = None
     overwrite: bool = False
-    share: Share = WHOLE
+    shard: Shard = WHOLE
     cluster: ClusterOptions | None = None
 
 
@@ -99,7 +99,7 @@ class SamSeedReport:
     missing_file: Path | None = None
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
-    open_shares: int = 0
+    open_shards: int = 0
     empty: EmptyLabels | None = None
 
     @property
@@ -143,12 +143,12 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     with (
         contextlib.closing(open_engine(recipe, options.cluster)) as engine,
         MaskWriter(
-            options.out, manifest, overwrite=options.overwrite, share=options.share, empty=options.empty,
+            options.out, manifest, overwrite=options.overwrite, shard=options.shard, empty=options.empty,
             earlier=_earlier(options.source, source),
         ) as writer,
     ):  # fmt: skip
         writer.follow(source.classes, lambda key: source.stamps[key])
-        tasks, mine = _tasks(source.classes, writer.done, options.share)
+        tasks, mine = _tasks(source.classes, writer.done, options.shard)
         found = len(writer.done.intersection(mine))
         with interruptible(
             lambda: f"interrupted; run the same command again to go on ({options.out} has what is done)"
@@ -156,13 +156,13 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
             advance = start(sum(len(task.samples) for task in tasks), found) if start else None
             stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
         count_empty(stats, writer)
-        refuse_if_nothing(stats, writer.done, options.share)
+        refuse_if_nothing(stats, writer.done, options.shard)
         with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
             listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
             finished = writer.finish(stats.skipped, mine)
     return SamSeedReport(
         options.source, options.out, len(mine), found, stats, time.perf_counter() - began, rules.method,
-        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shares, finished.empty,
+        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shards, finished.empty,
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ class _Source:
 
 
 def _look_at_source(path: Path) -> _Source:
-    if not is_folder(path) or any(path.glob(SHARD_PATTERN)):
+    if not is_folder(path) or any(path.glob(UNIT_PATTERN)):
         with Seeds(path) as seeds:
             classes = {key: tuple(seeds.classes(key).tolist()) for key in seeds}
             return _Source(seeds.manifest, classes, {key: seeds.stamp(key) for key in seeds}, False)
@@ -272,11 +272,11 @@ def _manifest(
     }
 
 
-def _tasks(classes: Mapping[str, tuple[int, ...] | None], done: set[str], share: Share) -> tuple[list[Task], list[str]]:
-    """Units of the share with what is missing of them, and all ids of the share."""
+def _tasks(classes: Mapping[str, tuple[int, ...] | None], done: set[str], shard: Shard) -> tuple[list[Task], list[str]]:
+    """Units of the shard with what is missing of them, and all ids of the shard."""
     ids = list(classes)
     units = [(k, ids[first : first + _UNIT_SIZE]) for k, first in enumerate(range(0, len(ids), _UNIT_SIZE))]
-    mine = [(k, keys) for k, keys in units if share.takes(k)]
+    mine = [(k, keys) for k, keys in units if shard.takes(k)]
     missing = ((k, [key for key in keys if key not in done]) for k, keys in mine)
     tasks = [Task(k, tuple(Sample(key, Path(key), classes[key]) for key in keys)) for k, keys in missing if keys]
     return tasks, [key for _, keys in mine for key in keys]

@@ -1,4 +1,4 @@
-"""Several processes on one command: which share is this one's, and which device.
+"""Several processes on one command: which shard is this one's, and which device.
 
 ``--shard i/n`` says it; otherwise torchrun and Slurm do, through the environment of the processes they start.
 """
@@ -11,21 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clipseed.errors import UsageError
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A share and who gave it: ``--shard``, ``torchrun``, ``Slurm`` or nobody."""
+    """A shard and who gave it: ``--shard``, ``torchrun``, ``Slurm`` or nobody."""
 
-    share: Share = WHOLE
+    shard: Shard = WHOLE
     source: str = ""
 
 
-def find_share(text: str | None, environment: Mapping[str, str] | None = None) -> Launch:
-    """The share that ``--shard`` asks for, or that a launcher means.
+def find_shard(text: str | None, environment: Mapping[str, str] | None = None) -> Launch:
+    """The shard that ``--shard`` asks for, or that a launcher means.
 
-    Shares of a Slurm array whose tasks start several processes each are numbered array task by array task.
+    Shards of a Slurm array whose tasks start several processes each are numbered array task by array task.
 
     Args:
         text: ``i/n``, counted from 1; ``1/1`` is everything, whatever the launcher says.
@@ -68,7 +68,7 @@ def _slurm(variables: Mapping[str, str]) -> Launch:
 def _launch(index: int, count: int, source: str) -> Launch:
     if not 0 <= index < count:
         raise UsageError(f"{source}: process {index} of {count} makes no sense; say which part it is with --shard i/n")
-    return Launch(Share(index, count), source) if count > 1 else Launch()
+    return Launch(Shard(index, count), source) if count > 1 else Launch()
 
 
 def _number(variables: Mapping[str, str], name: str, default: int | None = None) -> int:

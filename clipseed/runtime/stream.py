@@ -1,4 +1,4 @@
-"""The streaming engine that every command uses: units of samples in, shards out, nothing kept in between.
+"""The streaming engine that every command uses: units of samples in, units of results out, nothing kept in between.
 
 Samples are decoded ahead (:mod:`clipseed.runtime.decode`), grouped into batches that the device can take in one piece,
 computed, and written by a thread of their own while the next batch runs. A unit's grouping depends only on the data

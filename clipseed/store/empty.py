@@ -25,8 +25,8 @@ from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
 
 if TYPE_CHECKING:
+    from clipseed.store.record_file import RecordFile
     from clipseed.store.records import SeedMap
-    from clipseed.store.shard import RecordFile
 
 EmptyPolicy = Literal["background", "ignore", "skip"]
 EMPTY_POLICIES: tuple[EmptyPolicy, ...] = get_args(EmptyPolicy)

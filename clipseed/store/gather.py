@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from clipseed.store.layout import R, RecordFormat
-from clipseed.store.shard import RecordFile
+from clipseed.store.record_file import RecordFile
 
 _MOST_OPEN = 8
 

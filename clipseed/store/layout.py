@@ -53,7 +53,7 @@ class RecordFormat(Generic[R]):
         ragged: Offsets dataset to the datasets that it cuts.
         heavy: Datasets that are read record by record instead of on opening.
         pack: Flattens records into arrays by dataset name, offsets beginning at 0.
-        unpack: The record in a row of an opened :class:`~clipseed.store.shard.RecordFile`.
+        unpack: The record in a row of an opened :class:`~clipseed.store.record_file.RecordFile`.
         fits: Whether the index agrees with itself; gets the datasets read on opening.
     """
 

@@ -8,8 +8,8 @@ from clipseed.data.paths import is_folder
 from clipseed.errors import ImageError, StoreError
 from clipseed.segments import Proposals
 from clipseed.store.mask_records import MaskRecord, mask_format, unpack_proposals
-from clipseed.store.record_set import SHARD_PATTERN, RecordSet
-from clipseed.store.shard import RecordFile
+from clipseed.store.record_file import RecordFile
+from clipseed.store.record_set import UNIT_PATTERN, RecordSet
 
 _PARTS = ("options", "model", "dataset", "vocabulary", "source")
 
@@ -65,5 +65,5 @@ class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
 def holds_cache(path: Path) -> bool:
     """Whether a path is, or is going to be, a mask cache rather than masks in a foreign format."""
     if is_folder(path):
-        return any(path.glob(SHARD_PATTERN))
+        return any(path.glob(UNIT_PATTERN))
     return path.suffix.lower() in {".h5", ".hdf5"}

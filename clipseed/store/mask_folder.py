@@ -25,7 +25,7 @@ from clipseed.store.files import remove_leftovers, storage_errors, write_skipped
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
 from clipseed.store.masks import MaskNote, mask_note, write_mask
 from clipseed.store.places import located, noted
-from clipseed.store.share import WHOLE, Empty, RollCall, Share, lock_output
+from clipseed.store.shards import WHOLE, Empty, Shard, ShardReports, lock_output
 from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
 from clipseed.types import LabelMask
 
@@ -41,7 +41,7 @@ class MaskWriter:
         folder: Made when missing.
         manifest: What decides the content, kept as ``manifest.json``.
         overwrite: Delete the masks of an earlier run first.
-        share: Which images are this run's to do; the folder is shared with the others.
+        shard: Which images are this run's to do; the folder is shared with the others.
         empty: What becomes of the mask of an image in which some label got no pixel: ``background``: nothing;
             ``ignore``: its 0 becomes 255; ``skip``: it is not written. All are listed in ``empty.csv``
             (:mod:`clipseed.store.empty`).
@@ -53,15 +53,15 @@ class MaskWriter:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, overwrite: bool = False, share: Share = WHOLE,
+        self, folder: Path, manifest: Manifest, *, overwrite: bool = False, shard: Shard = WHOLE,
         empty: EmptyPolicy = "background", earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
         self.folder = folder
         self._policy, self._empty = empty, EmptyList(folder, manifest, earlier=earlier)
         self._without_mask: Empty = {}
         self.ignored = 0
-        self._manifest, self._overwrite, self._share = noted(manifest, folder), overwrite, share
-        self._roll = RollCall(folder, share)
+        self._manifest, self._overwrite, self._shard = noted(manifest, folder), overwrite, shard
+        self._reports = ShardReports(folder, shard)
         self._lock: FileLock | None = None
         self._same_input = False
         self.done: set[str] = set()
@@ -70,13 +70,13 @@ class MaskWriter:
     def __enter__(self) -> MaskWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder}: is a file; masks go to a folder")
-        if self._overwrite and not self._share.whole:
+        if self._overwrite and not self._shard.whole:
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {self.folder} first")
         with storage_errors(self.folder):
             if not self.folder.parent.is_dir():
                 raise StoreError(f"{self.folder}: the folder {self.folder.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
-            self._lock = lock_output(self.folder, self.folder, self._share)
+            self._lock = lock_output(self.folder, self.folder, self._shard)
         try:
             self._prepare()
         except BaseException:
@@ -85,8 +85,8 @@ class MaskWriter:
         return self
 
     def _prepare(self) -> None:
-        remove_leftovers(self.folder, lambda _: self._share.whole)
-        self._roll.withdraw()
+        remove_leftovers(self.folder, lambda _: self._shard.whole)
+        self._reports.take_back()
         plan = self.folder / MANIFEST
         there = read_mask_manifest(self.folder)
         found = self._masks()
@@ -188,21 +188,21 @@ class MaskWriter:
             ids: Those that were this run's to do, for what it says about empty labels while others are at work.
         """
         listed: Sequence[tuple[str, str]] = skipped
-        if not self._share.whole:
-            report = self._roll.report(skipped, self._without_mask)
-            reported = self._roll.reported()
+        if not self._shard.whole:
+            report = self._reports.report(skipped, self._without_mask)
+            reported = self._reports.reported()
             if not reported:  # two were last at once, and the other one is through with it
                 return Finished(None, empty=self._empty_of(ids))
-            missing = self._share.count - reported
+            missing = self._shard.count - reported
             if missing:
                 return Finished(report if skipped else None, missing, self._empty_of(ids))
-            listed = self._roll.skipped()
-            for key, (classes, gone) in self._roll.empty().items():
+            listed = self._reports.skipped()
+            for key, (classes, gone) in self._reports.empty().items():
                 self._empty.add(key, classes, gone)
         path = write_skipped(self.folder / "skipped.csv", listed)
         self._look(self._masks())
         empty = self._empty.write()
-        self._roll.dismiss()
+        self._reports.remove()
         return Finished(path, empty=empty)
 
     def _empty_of(self, ids: Collection[str]) -> EmptyLabels:

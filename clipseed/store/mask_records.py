@@ -36,7 +36,7 @@ from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_in
 from clipseed.types import NO_CLASS
 
 if TYPE_CHECKING:
-    from clipseed.store.shard import RecordFile
+    from clipseed.store.record_file import RecordFile
 
 _MOST_CLASSES = 254
 _PER_MASK = {

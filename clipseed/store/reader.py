@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from clipseed.errors import StoreError
 from clipseed.store.manifest import Manifest
+from clipseed.store.record_file import SeedFile
 from clipseed.store.record_set import RecordSet
 from clipseed.store.records import SeedMap
-from clipseed.store.shard import SeedFile
 
 _PARTS = ("options", "vocabulary", "dataset")
 
@@ -64,7 +64,7 @@ def open_seeds(path: str | Path, *, verify: bool | None = None) -> Seeds:
     """Open seeds for reading.
 
     Args:
-        path: A seeds file, or a folder of shards.
+        path: A seeds file, or a folder of units.
         verify: Read everything and check the checksum first; by default for outputs below 256 MB. Without it, damage is
             found when the damaged record is read.
 

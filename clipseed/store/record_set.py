@@ -1,4 +1,4 @@
-"""Reading records: one mapping over a portable file or a folder of shards."""
+"""Reading records: one mapping over a portable file or a folder of units."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from clipseed.errors import StoreError
 from clipseed.store.layout import R
 from clipseed.store.manifest import Manifest
 from clipseed.store.places import located
-from clipseed.store.shard import RecordFile
+from clipseed.store.record_file import RecordFile
 
-SHARD_PATTERN = "unit-*.h5"
+UNIT_PATTERN = "unit-*.h5"
 _VERIFY_BELOW = 256 << 20
 F = TypeVar("F", bound=RecordFile[Any])
 S = TypeVar("S", bound="RecordSet[Any, Any]")
@@ -29,7 +29,7 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
     Safe to use after a fork: each process opens the files for itself. Use as a context manager, or :meth:`close` it.
 
     Args:
-        path: A file, or a folder of shards.
+        path: A file, or a folder of units.
         verify: Read everything and check the checksum first; by default for outputs below 256 MB. Without it, damage is
             found when the damaged record is read.
 
@@ -79,9 +79,9 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
         if is_file(path):
             return [path]
         if is_folder(path):
-            if shards := sorted(path.glob(SHARD_PATTERN)):
-                return shards
-            raise StoreError(f"{path}: no {self.content} in this folder (looked for {SHARD_PATTERN})")
+            if unit_files := sorted(path.glob(UNIT_PATTERN)):
+                return unit_files
+            raise StoreError(f"{path}: no {self.content} in this folder (looked for {UNIT_PATTERN})")
         if is_folder(path.with_name(path.name + ".parts")):
             raise StoreError(f"{path}: not finished yet; run the {self.maker} that writes it again, it resumes")
         raise StoreError(f"{path}: {self.missing}")

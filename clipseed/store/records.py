@@ -26,7 +26,7 @@ from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
 
 if TYPE_CHECKING:
-    from clipseed.store.shard import RecordFile
+    from clipseed.store.record_file import RecordFile
 
 _MOST_CLASSES = 254
 

@@ -16,9 +16,9 @@ from clipseed.store.empty import (
     stored_empty_maps,
 )
 from clipseed.store.manifest import Manifest
+from clipseed.store.record_file import RecordFile
 from clipseed.store.records import SeedMap, classes_of, seed_format
-from clipseed.store.shard import RecordFile
-from clipseed.store.share import WHOLE, Share
+from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.writer import RecordWriter, some
 
 
@@ -31,9 +31,9 @@ class SeedWriter(RecordWriter[SeedMap]):
 
     def __init__(
         self, out: Path, manifest: Manifest, cam_dtype: str, unit_size: int, *, overwrite: bool = False,
-        share: Share = WHOLE, stage: Stage | None = None, earlier: Earlier = nothing_earlier,
+        shard: Shard = WHOLE, stage: Stage | None = None, earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
-        super().__init__(out, manifest, seed_format(cam_dtype), unit_size, overwrite=overwrite, share=share)
+        super().__init__(out, manifest, seed_format(cam_dtype), unit_size, overwrite=overwrite, shard=shard)
         self._empty = EmptyList(out, manifest, stage, earlier)
 
     def _note(self, file: RecordFile[SeedMap], path: Path) -> None:

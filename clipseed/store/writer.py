@@ -1,6 +1,6 @@
-"""Writing records so that nothing is lost: small immutable shards first, one portable file at the end.
+"""Writing records so that nothing is lost: small immutable units first, one portable file at the end.
 
-``--out cams.h5`` collects shards in ``cams.h5.parts/`` and ends as one file; ``--out DIR`` keeps the shards. A shard
+``--out cams.h5`` collects units in ``cams.h5.parts/`` and ends as one file; ``--out DIR`` keeps the units. A unit
 holds one *unit*, a fixed run of the data set's order, and appears under its name only when it is complete and on the
 disk. What is there is never computed again; what is missing is, and what was made from an image that has been replaced
 since. Output made with other settings is refused.
@@ -28,16 +28,16 @@ from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
 from clipseed.store.places import located, noted, same_places
-from clipseed.store.record_set import SHARD_PATTERN
-from clipseed.store.shard import RecordFile, write_portable, write_shard
-from clipseed.store.share import WHOLE, RollCall, Share, Skipped, lock_output, unit_number
+from clipseed.store.record_file import RecordFile, write_portable, write_unit
+from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.store.shards import WHOLE, Shard, ShardReports, Skipped, lock_output, unit_number
 
 _H5_SUFFIXES = {".h5", ".hdf5"}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of consecutive samples that is written as one shard. ``ids`` are those still to be done."""
+    """A run of consecutive samples that is written as one file. ``ids`` are those still to be done."""
 
     index: int
     ids: tuple[str, ...]
@@ -49,12 +49,12 @@ class Finished:
 
     Attributes:
         skipped_file: List of what was left out; ``None`` when nothing was.
-        open_shares: How many other runs' shares are still missing; the last of them finishes the output.
-        empty: Labels that came to nothing, of the whole output or of the share; ``None`` where records have no labels.
+        open_shards: How many other runs' shards are still missing; the last of them finishes the output.
+        empty: Labels that came to nothing, of the whole output or of the shard; ``None`` where records have no labels.
     """
 
     skipped_file: Path | None
-    open_shares: int = 0
+    open_shards: int = 0
     empty: EmptyLabels | None = None
 
 
@@ -65,12 +65,12 @@ class RecordWriter(Generic[R]):
     """The output of one command. Use as a context manager: it holds the output's lock.
 
     Args:
-        out: ``NAME.h5`` for one portable file, anything else for a folder of shards.
+        out: ``NAME.h5`` for one portable file, anything else for a folder of units.
         manifest: What decides the content.
         form: What the records are.
-        unit_size: Samples per shard; what an interrupted output began with is kept.
+        unit_size: Samples per unit; what an interrupted output began with is kept.
         overwrite: Delete what is there first.
-        share: Which units are this run's.
+        shard: Which units are this run's.
 
     Raises:
         StoreError: made with other settings, in use by another process, or not writable.
@@ -79,17 +79,17 @@ class RecordWriter(Generic[R]):
 
     def __init__(
         self, out: Path, manifest: Manifest, form: RecordFormat[R], unit_size: int, *, overwrite: bool = False,
-        share: Share = WHOLE,
+        shard: Shard = WHOLE,
     ) -> None:  # fmt: skip
         self.out = out
         self.portable = out.suffix.lower() in _H5_SUFFIXES
         self.folder = out.with_name(out.name + ".parts") if self.portable else out
         self.manifest = noted(manifest, out)
         self._text = dumps(self.manifest)
-        self._form, self._unit_size, self._share = form, unit_size, share
+        self._form, self._unit_size, self._shard = form, unit_size, shard
         self._overwrite = overwrite
         self._lock: FileLock | None = None
-        self._roll = RollCall(self.folder, share)
+        self._reports = ShardReports(self.folder, shard)
         self.notes: list[str] = []
         self._done: dict[str, Path] = {}
         self._stamps: dict[str, bytes] = {}
@@ -97,12 +97,12 @@ class RecordWriter(Generic[R]):
         """Whether the finished file says something that is true no more, though nothing may be missing in it."""
         self._other_input = False
         if not self.portable and out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for shards")
+            raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for units")
         if self.portable and out.is_dir():
             raise UsageError(f"--out {out}: is a folder; give the name of a file in it")
         if not self.portable and _foreign(out):
             raise UsageError(f"--out {out}: a folder that holds other things; choose a new one")
-        if overwrite and not share.whole:
+        if overwrite and not shard.whole:
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {out} first")
 
     def __enter__(self: W) -> W:
@@ -110,7 +110,7 @@ class RecordWriter(Generic[R]):
             if not self.out.parent.is_dir():
                 raise StoreError(f"{self.out}: the folder {self.out.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
-            self._lock = lock_output(self.folder, self.out, self._share)
+            self._lock = lock_output(self.folder, self.out, self._shard)
         try:
             self._prepare()
         except BaseException:
@@ -122,21 +122,21 @@ class RecordWriter(Generic[R]):
 
     def _prepare(self) -> None:
         remove_leftovers(self.folder, self._is_ours)
-        if self.portable and self._share.whole:
+        if self.portable and self._shard.whole:
             remove_leftovers_of(self.out)
-        self._roll.withdraw()
+        self._reports.take_back()
         if self._overwrite:
-            for path in (*self.folder.glob(SHARD_PATTERN), self.folder / "manifest.json"):
+            for path in (*self.folder.glob(UNIT_PATTERN), self.folder / "manifest.json"):
                 path.unlink(missing_ok=True)
             if self.portable:
                 self.out.unlink(missing_ok=True)
         plan = self.folder / "manifest.json"
         if plan.is_file():
             self._read_plan(plan)
-        # Shards first: they are newer than a finished file that corrected labels or new images are added to.
-        for shard in self._shards():
-            if self._share.takes(unit_number(shard)):
-                self._take_stock(shard)
+        # Units first: they are newer than a finished file that corrected labels or new images are added to.
+        for path in self._unit_files():
+            if self._shard.takes(unit_number(path)):
+                self._take_stock(path)
         if self.portable and self.out.is_file():
             self._take_stock(self.out)
         if self._other_input:
@@ -147,9 +147,9 @@ class RecordWriter(Generic[R]):
         self._read_plan(plan)
 
     def _is_ours(self, leftover: Path) -> bool:
-        """Whether no other run can be writing this temporary file: with shares, those of other units may be alive."""
+        """Whether no other run can be writing this temporary file: with shards, those of other units may be alive."""
         number = unit_number(leftover)
-        return self._share.whole or (number >= 0 and self._share.takes(number))
+        return self._shard.whole or (number >= 0 and self._shard.takes(number))
 
     def _read_plan(self, plan: Path) -> None:
         try:
@@ -159,11 +159,11 @@ class RecordWriter(Generic[R]):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
 
-    def _shards(self) -> list[Path]:
-        return sorted(self.folder.glob(SHARD_PATTERN))
+    def _unit_files(self) -> list[Path]:
+        return sorted(self.folder.glob(UNIT_PATTERN))
 
     def _take_stock(self, path: Path) -> None:
-        """Note which ids a finished file holds; a damaged shard is dropped and computed again."""
+        """Note which ids a finished file holds; a damaged unit is dropped and computed again."""
         try:
             with RecordFile(path, self._form, verify=True) as file:
                 refuse_differences(file.manifest, self.manifest, str(path))
@@ -184,7 +184,7 @@ class RecordWriter(Generic[R]):
             self._stamps.setdefault(identifier, file.stamp(row).packed())
 
     def forget(self, keys: Collection[str]) -> None:
-        """Take records for not done. A shard that holds one of them goes, and its other records are made again too."""
+        """Take records for not done. A unit that holds one of them goes, and its other records are made again too."""
         paths = {self._done[key] for key in keys}
         self._outdated |= self.out in paths
         for path in paths - {self.out}:
@@ -220,7 +220,7 @@ class RecordWriter(Generic[R]):
         self.forget(stale | gone)
 
     def _adopt(self, file: RecordFile[R], path: Path) -> None:
-        """Take over what another run's share made, which is newer than what a finished file holds."""
+        """Take over what another run's shard made, which is newer than what a finished file holds."""
         self._done |= dict.fromkeys(file.ids, path)
 
     @property
@@ -228,9 +228,9 @@ class RecordWriter(Generic[R]):
         """Ids that are stored already."""
         return frozenset(self._done)
 
-    def share_of(self, ids: Sequence[str]) -> list[str]:
+    def own(self, ids: Sequence[str]) -> list[str]:
         """Those of the data set's ids that are this run's to do."""
-        size, takes = self._unit_size, self._share.takes
+        size, takes = self._unit_size, self._shard.takes
         return [
             key for k, start in enumerate(range(0, len(ids), size)) if takes(k) for key in ids[start : start + size]
         ]
@@ -239,7 +239,7 @@ class RecordWriter(Generic[R]):
         """Cut the data set's ids into units and drop what is done; the cut never depends on what is done."""
         found = []
         for index, start in enumerate(range(0, len(ids), self._unit_size)):
-            if not self._share.takes(index):
+            if not self._shard.takes(index):
                 continue
             missing = tuple(key for key in ids[start : start + self._unit_size] if key not in self._done)
             if missing:
@@ -247,16 +247,16 @@ class RecordWriter(Generic[R]):
         return found
 
     def write(self, index: int, records: Sequence[R]) -> None:
-        """Store the records of unit ``index`` as one shard; images that were skipped are simply not among them."""
+        """Store the records of unit ``index`` as one file; images that were skipped are simply not among them."""
         if not records:
             return
-        path = self._shard_path(index)
-        write_shard(path, self._text, records, self._form)
+        path = self._unit_path(index)
+        write_unit(path, self._text, records, self._form)
         for record in records:
             self._done[record.id] = path
 
-    def _shard_path(self, index: int) -> Path:
-        """``unit-000012.h5``, or ``unit-000012-1.h5`` where samples skipped earlier come in a second shard."""
+    def _unit_path(self, index: int) -> Path:
+        """``unit-000012.h5``, or ``unit-000012-1.h5`` where samples skipped earlier come in a second file."""
         path = self.folder / f"unit-{index:06d}.h5"
         number = 0
         while path.exists():
@@ -267,29 +267,29 @@ class RecordWriter(Generic[R]):
     def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
         """End the run: make the portable file, in the order of ``ids``, and list what was skipped.
 
-        One of several runs reports its share; the last to do so ends the whole output.
+        One of several runs reports its shard; the last to do so ends the whole output.
         """
-        if self._share.whole:
+        if self._shard.whole:
             return self._end(ids, skipped)
-        report = self._roll.report(skipped)
+        report = self._reports.report(skipped)
         self._release()
-        missing = self._share.count - self._roll.reported()
+        missing = self._shard.count - self._reports.reported()
         if missing:
             return Finished(report if skipped else None, missing, self._empty_labels())
         try:
             self._lock = lock_output(self.folder, self.out, WHOLE)
         except StoreError:  # two were last at once, and the other one is at it
             return Finished(report if skipped else None, empty=self._empty_labels())
-        if not self._roll.reported():  # ... and through with it
+        if not self._reports.reported():  # ... and through with it
             self._release()
-            if self.portable and not self._shards():
+            if self.portable and not self._unit_files():
                 shutil.rmtree(self.folder, ignore_errors=True)  # locking made it again
             return Finished(None, empty=self._empty_labels())
-        everything: Skipped = self._roll.skipped()
-        for shard in self._shards():
-            if not self._share.takes(unit_number(shard)):
-                with RecordFile(shard, self._form, verify=False) as file:
-                    self._adopt(file, shard)
+        everything: Skipped = self._reports.skipped()
+        for path in self._unit_files():
+            if not self._shard.takes(unit_number(path)):
+                with RecordFile(path, self._form, verify=False) as file:
+                    self._adopt(file, path)
         return self._end(ids, everything)
 
     def _end(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
@@ -308,7 +308,7 @@ class RecordWriter(Generic[R]):
         if self.portable:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            self._roll.dismiss()
+            self._reports.remove()
         self._release()
         return Finished(listed, empty=empty)
 
@@ -368,7 +368,7 @@ def some(keys: Collection[str]) -> str:
 
 def _foreign(folder: Path) -> bool:
     """Whether something is in a folder, and it is no output of records."""
-    if not folder.is_dir() or not any(folder.iterdir()) or any(folder.glob(SHARD_PATTERN)):
+    if not folder.is_dir() or not any(folder.iterdir()) or any(folder.glob(UNIT_PATTERN)):
         return False
     try:
         return "unit_size" not in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clipseed.errors import ClipseedError, UsageError
 from clipseed.runtime.interrupt import interruptible
 from clipseed.store.files import remove_leftovers, storage_errors
-from clipseed.store.share import WHOLE, lock_output
+from clipseed.store.shards import WHOLE, lock_output
 from clipseed.train.checkpoint import (
     Settings,
     read_checkpoint,

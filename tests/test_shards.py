@@ -17,10 +17,10 @@ from clipseed.cli.main import main
 from clipseed.device import local_device
 from clipseed.errors import StoreError, UsageError
 from clipseed.jobs import crf, engine
-from clipseed.runtime.launch import Launch, find_share
+from clipseed.runtime.launch import Launch, find_shard
 from clipseed.store.reader import open_seeds
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.share import RollCall, Share, lock_output
+from clipseed.store.shards import Shard, ShardReports, lock_output
 
 from conftest import Runner
 
@@ -35,26 +35,26 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY
     [
         (None, {}, Launch()),
         ("1/1", TORCHRUN, Launch()),
-        ("3/8", TORCHRUN, Launch(Share(2, 8), "--shard")),
-        (" 8 / 8 ", {}, Launch(Share(7, 8), "--shard")),
-        (None, TORCHRUN, Launch(Share(2, 4), "torchrun")),
-        (None, {**SLURM, **TORCHRUN}, Launch(Share(2, 4), "torchrun")),
-        (None, SLURM, Launch(Share(3, 8), "Slurm")),
+        ("3/8", TORCHRUN, Launch(Shard(2, 8), "--shard")),
+        (" 8 / 8 ", {}, Launch(Shard(7, 8), "--shard")),
+        (None, TORCHRUN, Launch(Shard(2, 4), "torchrun")),
+        (None, {**SLURM, **TORCHRUN}, Launch(Shard(2, 4), "torchrun")),
+        (None, SLURM, Launch(Shard(3, 8), "Slurm")),
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, Launch()),
         (None, {"RANK": "0", "WORLD_SIZE": "1"}, Launch()),
         (None, {"RANK": "0"}, Launch()),
-        (None, ARRAY, Launch(Share(2, 3), "Slurm")),
-        (None, {**ARRAY, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Launch(Share(5, 6), "Slurm")),
+        (None, ARRAY, Launch(Shard(2, 3), "Slurm")),
+        (None, {**ARRAY, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Launch(Shard(5, 6), "Slurm")),
     ],
 )
-def test_which_share(text: str | None, environment: dict[str, str], expected: Launch) -> None:
-    assert find_share(text, environment) == expected
+def test_which_shard(text: str | None, environment: dict[str, str], expected: Launch) -> None:
+    assert find_shard(text, environment) == expected
 
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "1", "1/0", "a/b", "-1/4", "1/2/3", ""])
-def test_shares_that_are_none(text: str) -> None:
+def test_shards_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=r"--shard .*give i/n"):
-        find_share(text, {})
+        find_shard(text, {})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_shares_that_are_none(text: str) -> None:
 )
 def test_launchers_that_make_no_sense(environment: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="--shard i/n"):
-        find_share(None, environment)
+        find_shard(None, environment)
 
 
 def test_devices_by_local_rank() -> None:
@@ -79,59 +79,59 @@ def test_devices_by_local_rank() -> None:
 
 
 def test_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of one cut go together; the whole, and other cuts, do not go with them."""
-    monkeypatch.setattr("clipseed.store.share._PATIENCE", 0.2)
-    first = lock_output(tmp_path, tmp_path, Share(0, 2))
-    second = lock_output(tmp_path, tmp_path, Share(1, 2))
-    for other in (Share(0, 2), Share(0, 3), Share()):
+    """Shards of one cut go together; the whole, and other cuts, do not go with them."""
+    monkeypatch.setattr("clipseed.store.record_file._PATIENCE", 0.2)
+    first = lock_output(tmp_path, tmp_path, Shard(0, 2))
+    second = lock_output(tmp_path, tmp_path, Shard(1, 2))
+    for other in (Shard(0, 2), Shard(0, 3), Shard()):
         with pytest.raises(StoreError, match="another run is writing it"):
             lock_output(tmp_path, tmp_path, other)
     first.release()
     with pytest.raises(StoreError, match="lock-2-of-2 is locked"):
-        lock_output(tmp_path, tmp_path, Share())
+        lock_output(tmp_path, tmp_path, Shard())
     second.release()
-    whole = lock_output(tmp_path, tmp_path, Share())
+    whole = lock_output(tmp_path, tmp_path, Shard())
     with pytest.raises(StoreError, match="another run is writing it"):
-        lock_output(tmp_path, tmp_path, Share(0, 2))
+        lock_output(tmp_path, tmp_path, Shard(0, 2))
     whole.release()
 
 
 def test_roll_call(tmp_path: Path) -> None:
-    calls = [RollCall(tmp_path, Share(k, 3)) for k in range(3)]
+    calls = [ShardReports(tmp_path, Shard(k, 3)) for k in range(3)]
     calls[2].report([("b", 'broken, "quoted"')])
     calls[0].report([])
     assert calls[1].reported() == 2
-    calls[0].withdraw()
+    calls[0].take_back()
     assert calls[1].reported() == 1
     calls[0].report([("a", "é")])
     calls[1].report([])
     assert calls[0].skipped() == [("a", "é"), ("b", 'broken, "quoted"')]
-    calls[0].dismiss()
+    calls[0].remove()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shares_cover_everything_once(tmp_path: Path) -> None:
+def test_shards_cover_everything_once(tmp_path: Path) -> None:
     ids = [f"{k:03d}" for k in range(53)]
     manifest = {"kind": "cam", "vocabulary": {}}
     seen: list[str] = []
     for k in range(4):
-        with SeedWriter(tmp_path / "out", manifest, "float16", 5, share=Share(k, 4)) as writer:
+        with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(k, 4)) as writer:
             mine = [key for unit in writer.units(ids) for key in unit.ids]
-            assert mine == writer.share_of(ids)
+            assert mine == writer.own(ids)
             seen += mine
     assert sorted(seen) == ids
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_the_temporary_files_of_other_shares_stay(index: int, tmp_path: Path) -> None:
-    """They may be in work; those of the share's own units are left over."""
+def test_the_temporary_files_of_other_shards_stay(index: int, tmp_path: Path) -> None:
+    """They may be in work; those of the shard's own units are left over."""
     manifest = {"kind": "cam", "vocabulary": {}}
-    with SeedWriter(tmp_path / "out", manifest, "float16", 5, share=Share((index + 1) % 3, 3)):
+    with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard((index + 1) % 3, 3)):
         pass
-    names = [".tmp-9-once-manifest.json", ".tmp-9-share-1-of-3.json", *(f".tmp-9-unit-{k:06d}.h5" for k in range(6))]
+    names = [".tmp-9-once-manifest.json", ".tmp-9-shard-1-of-3.json", *(f".tmp-9-unit-{k:06d}.h5" for k in range(6))]
     for name in names:
         (tmp_path / "out" / name).touch()
-    with SeedWriter(tmp_path / "out", manifest, "float16", 5, share=Share(index, 3)):
+    with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(index, 3)):
         left = {path.name for path in (tmp_path / "out").glob(".tmp-*")}
     assert left == {name for k, name in enumerate(names) if k < 2 or (k - 2) % 3 != index}
 
@@ -170,7 +170,7 @@ CAM = ("cam", "--dataset", "toy", "--limit", "20", "--device", "cpu", "--max-sid
 
 @pytest.mark.slow
 def test_any_cut_gives_the_bytes_of_one_run(run: Run, tmp_path: Path) -> None:
-    """cam, refine and crf in shares, in any order; the last one finishes."""
+    """cam, refine and crf in shards, in any order; the last one finishes."""
     for name, count in (("one", 1), ("two", 2), ("three", 3)):
         folder = tmp_path / name
         folder.mkdir()
@@ -204,16 +204,16 @@ def test_torchrun(run: Run, tmp_path: Path) -> None:
         [*command, *CAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "share 2/3 (torchrun)" in done.stderr
+    assert "shard 2/3 (torchrun)" in done.stderr
     assert (tmp_path / "cams.h5").read_bytes() == (tmp_path / "whole" / "cams.h5").read_bytes()
     assert not (tmp_path / "cams.h5.parts").exists()
 
 
 @pytest.mark.slow
 def test_slurm_and_resuming(run: Run, tmp_path: Path) -> None:
-    """A share that runs again, alone or after the end, loses and repeats nothing."""
+    """A shard that runs again, alone or after the end, loses and repeats nothing."""
     first = run(*CAM, cwd=tmp_path, SLURM_PROCID="0", SLURM_NTASKS="2")
-    assert "share 1/2 (Slurm): 20 images, 11 to do" in first.stderr
+    assert "shard 1/2 (Slurm): 20 images, 11 to do" in first.stderr
     again = run(*CAM, cwd=tmp_path, SLURM_PROCID="0", SLURM_NTASKS="2")
     assert "0 to do, 11 done already" in again.stderr
     assert "1 of 2 are not yet" in again.stderr
@@ -235,7 +235,7 @@ def test_slurm_and_resuming(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_merge(run: Run, tmp_path: Path) -> None:
-    """A run whose last share never came, and outputs of machines that share no disk."""
+    """A run whose last shard never came, and outputs of machines that share no disk."""
     for name in ("whole", "a", "b"):
         (tmp_path / name).mkdir()
     run(*CAM, cwd=tmp_path / "whole")

@@ -29,7 +29,7 @@ _LIBVER = ("v110", "v110")
 """HDF5 1.10 (2016) and later put checksums on their own structures: damage is an error instead of a crash."""
 
 
-def write_shard(path: Path, manifest: str, records: Sequence[R], form: RecordFormat[R]) -> None:
+def write_unit(path: Path, manifest: str, records: Sequence[R], form: RecordFormat[R]) -> None:
     """Write a few records as one file, atomically. The same arguments give the same bytes.
 
     The file is put together in memory: HDF5 does not fail cleanly on a full disk, plain writing does.

@@ -1,8 +1,8 @@
-"""Several runs on one output: each does its share of the units, the last to finish puts everything together.
+"""Several runs on one output: each does its shard of the units, the last to finish puts everything together.
 
-A share is every n-th unit, so shares of ordered data (long videos, sorted sizes) take about equally long. Each run
-locks its share; a run of the whole, or one that counts other shares, is refused meanwhile. A run that is through leaves
-a *report* (``share-3-of-8.json``) in the output's folder; whoever finds the reports of all ends the work.
+A shard is every n-th unit, so shards of ordered data (long videos, sorted sizes) take about equally long. Each run
+locks its shard; a run of the whole, or one that counts other shards, is refused meanwhile. A run that is through leaves
+a *report* (``shard-3-of-8.json``) in the output's folder; whoever finds the reports of all ends the work.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PATIENCE = 3.0
 
 
 @dataclass(frozen=True)
-class Share:
-    """Share ``index`` of ``count``, counted from 0."""
+class Shard:
+    """Shard ``index`` of ``count``, counted from 0."""
 
     index: int = 0
     count: int = 1
@@ -48,29 +48,29 @@ class Share:
         return f"{self.index + 1}-of-{self.count}"
 
     def takes(self, unit: int) -> bool:
-        """Whether the unit with this number belongs to the share."""
+        """Whether the unit with this number belongs to the shard."""
         return unit % self.count == self.index
 
 
-WHOLE = Share()
+WHOLE = Shard()
 
 
-def lock_output(folder: Path, out: Path, share: Share) -> FileLock:
-    """Lock an output, or a share of it; the system releases the lock when the process ends, however it ends.
+def lock_output(folder: Path, out: Path, shard: Shard) -> FileLock:
+    """Lock an output, or a shard of it; the system releases the lock when the process ends, however it ends.
 
     Raises:
         StoreError: another run holds it, or a part of it that this run would touch too.
     """
-    own = folder / ("lock" if share.whole else f"lock-{share.tag}")
+    own = folder / ("lock" if shard.whole else f"lock-{shard.tag}")
     lock = FileLock(own)
-    what = str(out) if share.whole else f"{out}, share {share}"
+    what = str(out) if shard.whole else f"{out}, shard {shard}"
     try:
         # Another run of the same start may be looking whether this lock is held; it lets go at once.
-        lock.acquire(timeout=0 if share.whole else _PATIENCE)
+        lock.acquire(timeout=0 if shard.whole else _PATIENCE)
     except Timeout as error:
         raise StoreError(f"{what}: another run is writing it ({own} is locked); wait for it or stop it") from error
     for other in sorted(folder.glob("lock*")):
-        same_start = not share.whole and other.name.endswith(f"-of-{share.count}")
+        same_start = not shard.whole and other.name.endswith(f"-of-{shard.count}")
         if other == own or same_start:
             continue
         try:
@@ -84,53 +84,53 @@ def lock_output(folder: Path, out: Path, share: Share) -> FileLock:
     return lock
 
 
-class RollCall:
-    """Which runs are through with their shares of an output."""
+class ShardReports:
+    """Which runs are through with their shards of an output."""
 
-    def __init__(self, folder: Path, share: Share) -> None:
-        self._folder, self._share = folder, share
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._folder, self._shard = folder, shard
 
-    def withdraw(self) -> None:
-        """Take back what an earlier run of this share reported: it is being worked on again."""
-        self._path(self._share.index).unlink(missing_ok=True)
+    def take_back(self) -> None:
+        """Take back what an earlier run of this shard reported: it is being worked on again."""
+        self._path(self._shard.index).unlink(missing_ok=True)
 
     def report(self, skipped: Sequence[tuple[str, str]], empty: Empty | None = None) -> Path:
-        """Say that this share is done, what it left out, and the labels of images that have no mask for being empty."""
-        path = self._path(self._share.index)
+        """Say that this shard is done, what it left out, and the labels of images that have no mask for being empty."""
+        path = self._path(self._shard.index)
         rows = [[key, list(classes), list(gone)] for key, (classes, gone) in (empty or {}).items()]
         write_text(path, json.dumps({"skipped": list(skipped), "empty": rows}, indent=1))
         return path
 
     def reported(self) -> int:
-        """How many shares are done."""
-        return sum(self._path(index).is_file() for index in range(self._share.count))
+        """How many shards are done."""
+        return sum(self._path(index).is_file() for index in range(self._shard.count))
 
     def skipped(self) -> Skipped:
-        """What all shares left out."""
+        """What all shards left out."""
         found: Skipped = []
-        for index in range(self._share.count):
+        for index in range(self._shard.count):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 rows = json.loads(self._path(index).read_text(encoding="utf-8"))["skipped"]
                 found += [(str(key), str(reason)) for key, reason in rows]
         return found
 
     def empty(self) -> Empty:
-        """Images of all shares that have no mask because a label got no pixel."""
+        """Images of all shards that have no mask because a label got no pixel."""
         return left_without_mask(self._folder)
 
-    def dismiss(self) -> None:
-        """Delete all reports and locks of shares: the work is put together."""
-        for path in (*self._folder.glob("share-*-of-*.json"), *self._folder.glob("lock-*-of-*")):
+    def remove(self) -> None:
+        """Delete all reports and locks of shards: the work is put together."""
+        for path in (*self._folder.glob("shard-*-of-*.json"), *self._folder.glob("lock-*-of-*")):
             path.unlink(missing_ok=True)
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"share-{Share(index, self._share.count).tag}.json"
+        return self._folder / f"shard-{Shard(index, self._shard.count).tag}.json"
 
 
 def left_without_mask(folder: Path) -> Empty:
-    """Images that the shares at work in a folder left without a mask, because a label got no pixel."""
+    """Images that the shards at work in a folder left without a mask, because a label got no pixel."""
     found: Empty = {}
-    for path in sorted(folder.glob("share-*-of-*.json")):
+    for path in sorted(folder.glob("shard-*-of-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             rows = json.loads(path.read_text(encoding="utf-8"))["empty"]
             found |= {str(key): (tuple(classes), tuple(gone)) for key, classes, gone in rows}
