@@ -52,7 +52,7 @@ def imports(path: Path) -> set[str]:
         ("device.py", {"errors"}),
         ("weights.py", {"errors"}),
         ("clip", {"clip", "data", "device", "errors", "weights"}),
-        ("sam", {"sam", "data", "device", "errors", "refine", "store", "weights"}),
+        ("sam", {"sam", "data", "device", "errors", "segments", "weights"}),
     ],
 )
 def test_models_import_nothing_from_above_or_beside(room: str, allowed: set[str]) -> None:

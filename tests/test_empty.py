@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clipseed.sam.cached import pack_proposals
 from test_sam_masks import small_manifest, write_seeds
 from test_sam_seed import GRID, SIZE, rectangles, seed_map, write_cache
 
@@ -26,6 +25,7 @@ from clipseed.store.empty import (
     stored_empty_maps,
     without_pixel,
 )
+from clipseed.store.mask_records import pack_proposals
 from clipseed.store.masks import mask_note, read_mask
 from clipseed.store.reader import open_seeds
 from clipseed.store.record_file import SeedFile
@@ -208,7 +208,7 @@ def test_crf(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (here / "ignored" / other).read_bytes() == (here / "pseudo" / other).read_bytes()
     assert json.loads((here / "ignored" / "manifest.json").read_text())["options"]["empty"] == "ignore"
     assert main(["crf", "cams.h5", "--iterations", "1", "--out", "ignored"]) == 1
-    assert "options.empty: ignore there, background now" in capsys.readouterr().err
+    assert "--empty ignore then, background now" in capsys.readouterr().err
 
     skip = (*run, "--empty", "skip")
     for _ in range(2):  # resuming finds out again

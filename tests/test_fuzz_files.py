@@ -451,7 +451,8 @@ deep = folder / "deep.json"
 print("json", outcome(read_labels, deep, voc), outcome(coco.read_instances, deep, folder, voc, None))
 print("xml", outcome(object_names, (folder / "laughs.xml").read_bytes(), "laughs.xml"))
 for path in sorted(folder.glob("*.png")):
-    found = outcome(read_mask, path), outcome(mask_note, path), outcome(read_image, path)
+    note = outcome(mask_note, path)
+    found = outcome(read_mask, path), note.classes, outcome(read_image, path)
     print(path.name, *[word if isinstance(word, str | None) else "read" for word in found])
 """
     assert limited(code, tmp_path) == [

@@ -33,9 +33,9 @@ from clipseed.formats.open import open_masks
 from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
 from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
+from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_pixels
-from clipseed.sam.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.generator import generate
 from clipseed.sam.options import FMA, STOCK
 from clipseed.segments import Proposals, from_masks

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipseed.pseudo.cam_prompts import PADDING, box_prompts, peaks, point_prompts
 from clipseed.pseudo.pixels import Background, label_pixels, unit_range
 from clipseed.pseudo.pooling import mask_sums
 from clipseed.pseudo.prompted import label_from_prompted_masks
@@ -18,7 +19,6 @@ from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.refine.affinity import balance
 from clipseed.refine.caa import FMA_WSSS, CaaOptions, caa, caa_of_raw
-from clipseed.sam.cam_prompts import PADDING, box_prompts, peaks, point_prompts
 from clipseed.segments import Proposals, from_masks
 
 from helpers.golden import FMA_WSSS_DATA, names, with_meta

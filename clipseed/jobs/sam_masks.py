@@ -35,6 +35,7 @@ from clipseed.jobs.sam_options import (
     find_images,
     masks_manifest,
 )
+from clipseed.pseudo.prompted_segments import prompted_masks
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import BatchSize, Task
 from clipseed.runtime.work import Work
@@ -42,7 +43,6 @@ from clipseed.sam.backend import Embedding
 from clipseed.sam.generator import Limits, generate
 from clipseed.sam.load import load_sam, same_sam
 from clipseed.sam.model_backend import ModelBackend
-from clipseed.sam.prompted import prompted_masks
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
 from clipseed.store.reader import Seeds
 from clipseed.store.writer import RecordWriter, recorded_manifest

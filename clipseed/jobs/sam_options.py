@@ -14,9 +14,9 @@ from clipseed.data.paths import is_file, is_folder
 from clipseed.errors import UsageError, WeightsError
 from clipseed.formats.open import Kind, imported_masks
 from clipseed.jobs.engine import recorded_reader, seed_sample
+from clipseed.pseudo.prompted_segments import PROMPTS, Prompting
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
-from clipseed.sam.prompted import PROMPTS, Prompting
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.reader import Seeds
 from clipseed.store.shards import WHOLE, Shard

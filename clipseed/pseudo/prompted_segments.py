@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.pseudo.pixels import Scores
 from clipseed.sam.backend import Embedding, SamBackend
-from clipseed.sam.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.candidates import stability_score
 from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.options import LEVELS, ProposalOptions
