@@ -65,13 +65,14 @@ def run_at_once(folder: Path, words: list[list[str]]) -> list[Cost]:
     return [found[number] for number in sorted(found)]
 
 
-def measure(folder: Path, words: list[str], repeats: int) -> tuple[list[Cost], list[Cost]]:
+def measure(folder: Path, name: str, words: list[str], repeats: int) -> tuple[list[Cost], list[Cost]]:
     """Costs of a command alone, and of two at once, in turns."""
     alone: list[Cost] = []
     pair: list[Cost] = []
+    outs = [f"{name.replace(' ', '-')}-{number}" for number in range(2)]  # folders of masks, or of units
     for _ in range(repeats):
-        alone += run_at_once(folder, [[*words, "--out", "out-0.h5"]])
-        pair += run_at_once(folder, [[*words, "--out", f"out-{number}.h5"] for number in range(2)])
+        alone += run_at_once(folder, [[*words, "--out", outs[0]]])
+        pair += run_at_once(folder, [[*words, "--out", out] for out in outs])
     return alone, pair
 
 
@@ -93,7 +94,7 @@ def main() -> None:
         print("| command | alone: s | alone: CPU-s | two at once: s | CPU-s of each | CPU-s ratio | time ratio |")
         print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for key in chosen:
-            alone, pair = measure(folder, words[key], arguments.repeats)
+            alone, pair = measure(folder, key, words[key], arguments.repeats)
             wall, cpu = (statistics.median(getattr(cost, what) for cost in alone) for what in ("wall", "cpu"))
             wall_2, cpu_2 = (statistics.median(getattr(cost, what) for cost in pair) for what in ("wall", "cpu"))
             print(f"| `{key}` | {wall:.1f} | {cpu:.1f} | {wall_2:.1f} | {cpu_2:.1f} | {cpu_2 / cpu:.2f} | "
