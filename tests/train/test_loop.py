@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_training
 import torch
-from tiny_training import IMAGES, TinyData, TinyTrainer, options, quiet, run
 from torch import nn
 
 from clipseed.errors import ImageError, StoreError, UsageError, WeightsError
@@ -26,6 +24,9 @@ from clipseed.train import checkpoint as checkpoints
 from clipseed.train.checkpoint import read_checkpoint, read_weights
 from clipseed.train.loop import BEST, CHECKPOINT, METRICS, Status, TrainingError, train
 from clipseed.train.metrics import read_metrics
+
+from helpers import tiny_training
+from helpers.tiny_training import IMAGES, TinyData, TinyTrainer, options, quiet, run
 
 SCRIPT = Path(tiny_training.__file__)
 
