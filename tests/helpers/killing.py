@@ -1,7 +1,7 @@
 """Kills a command at random moments, again and again; run by test_kills.py in a process of its own.
 
 Everything is imported once, and each run is a fork of that state: 25 kills take seconds instead of minutes, and they
-hit the run instead of its imports. Usage: ``killing.py FOLDER KILLS SEED -- command words...`` where the command writes
+hit the run instead of its imports. Usage: ``-m helpers.killing FOLDER KILLS SEED -- words...``: a command that writes
 its output into FOLDER/out. Prints one line per kill: how far the run had come.
 """
 
@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 
 import cv2  # noqa: F401
-import h5py  # noqa: F401
+import h5py
 import open_clip  # noqa: F401
+import segment_anything  # noqa: F401
 import torch
 
 torch.set_num_threads(1)
 
 from clipseed.cli.main import main  # noqa: E402
-from clipseed.jobs import cam, crf, engine, refine  # noqa: E402
+from clipseed.jobs import cam, crf, engine, refine, sam_masks, sam_seed, sam_seeder  # noqa: E402
+from clipseed.store.mask_cache import MaskCache  # noqa: E402
 from clipseed.store.masks import read_mask  # noqa: E402
 from clipseed.store.reader import open_seeds  # noqa: E402
 
@@ -72,7 +74,9 @@ def check(folder: Path) -> int:
     files = listing(folder)
     for path in files:
         if path.suffix == ".h5":
-            open_seeds(path, verify=True).close()
+            with h5py.File(path) as file:
+                seeds = file.attrs["format"] == "clipseed-seeds"
+            (open_seeds if seeds else MaskCache)(path, verify=True).close()
         else:
             read_mask(path)
     return len(files)
@@ -116,10 +120,12 @@ if __name__ == "__main__":
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     words = sys.argv[5:]
     engine._UNIT_SIZE["cpu"] = refine._PIXEL_UNIT = 3
-    crf._UNIT_SIZE = 3
+    crf._UNIT_SIZE = sam_seed._UNIT_SIZE = sam_masks._UNIT_SIZE["cpu"] = 3
     cam.compute_cams = slowed(cam.compute_cams)
     refine._Spreading.refined = slowed(refine._Spreading.refined)
     crf._CrfWork._solve = slowed(crf._CrfWork._solve)
+    sam_masks.generate = slowed(sam_masks.generate)
+    sam_seeder.Seeder.__call__ = slowed(sam_seeder.Seeder.__call__)
     out = folder / "out"
     out.mkdir()
     duration = whole_run(words)

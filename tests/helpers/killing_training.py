@@ -1,7 +1,7 @@
 """Kills a training run at random moments, again and again; run by test_loop.py in a process of its own.
 
 Everything is imported once and each run is a fork of that state, so that kills hit the run and not its imports. Usage:
-``killing_training.py FOLDER KILLS SEED``. Prints one line per kill: the step of the checkpoint that it left.
+``-m helpers.killing_training FOLDER KILLS SEED``. Prints one line per kill: the step of the checkpoint that it left.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 torch.set_num_threads(1)
 
 import safetensors.torch  # noqa: E402, F401
-from tiny_training import main  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from clipseed.train.checkpoint import read_checkpoint  # noqa: E402
 from clipseed.train.loop import CHECKPOINT, METRICS  # noqa: E402
 from clipseed.train.metrics import read_metrics  # noqa: E402
+
+from helpers.tiny_training import main  # noqa: E402
 
 WORDS = ("steps=60", "keep_every=7", "report_every=3", "pause=0.004")
 

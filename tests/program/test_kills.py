@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,18 @@ import pytest
 
 from clipseed.cli.main import main
 
+from helpers.program import environment
+
 CAM = ["cam", "--dataset", "toy", "--limit", "45", "--device", "cpu", "--max-side", "64"]
+SAM = ["sam-masks", "--dataset", "toy", "--limit", "30", "--device", "cpu"]
+BLOBS = ["--sam-factory", "helpers.sam:blobs", "--preset", "stock", "--points-per-side", "3"]
 COMMANDS = {
     "cam": [*CAM, "--out", "out/cams.h5"],
     "cam to shards": [*CAM, "--out", "out/cams"],
     "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
+    "sam-masks": [*SAM, *BLOBS, "--out", "out/masks.h5"],
+    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/seeds", "--workers", "0"],
 }
 
 
@@ -24,12 +29,13 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_25_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("refine", "crf"):
+    if name in ("refine", "crf", "sam-seed"):
         assert main([*CAM, "--limit", "45" if name == "refine" else "30", "--out", "cams.h5"]) == 0
-    script = Path(__file__).with_name("killing.py")
+    if name == "sam-seed":
+        assert main([*SAM, *BLOBS, "--out", "masks.h5"]) == 0
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "25", "7", "--", *COMMANDS[name]],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "helpers.killing", str(tmp_path), "25", "7", "--", *COMMANDS[name]],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=280,
