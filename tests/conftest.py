@@ -5,45 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+
+from helpers.images import photo
+from helpers.models import save_npz, tiny_config, tiny_model
+from helpers.program import Runner
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-DATA = Path(__file__).parent / "data"
-
-
-def tiny_config(**vision: Any) -> dict[str, Any]:
-    """Configuration of an open_clip model small enough to build in milliseconds."""
-    return {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "patch_size": 16, "head_width": 32, **vision},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
-    }
-
-
-def tiny_model(config: dict[str, Any] | None = None, *, quick_gelu: bool = True, seed: int = 0) -> torch.nn.Module:
-    """A seeded open_clip model whose attention and logits are not uniform."""
-    from open_clip.model import CLIP
-
-    torch.manual_seed(seed)
-    model = CLIP(**(config or tiny_config()), quick_gelu=quick_gelu)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name == "logit_scale":
-                value.fill_(3.0)
-            elif value.ndim >= 2:
-                value.normal_(std=1.2 * value.shape[-1] ** -0.5)
-            else:
-                value.add_(0.1 * torch.randn_like(value))
-    return model.eval()
 
 
 @pytest.fixture
@@ -56,22 +30,10 @@ def openai_state() -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def save_npz(path: Path, state: dict[str, torch.Tensor]) -> Path:
-    np.savez(path, **{key: value.numpy() for key, value in state.items()})
-    return path
-
-
 @pytest.fixture
 def tiny_weights(tmp_path: Path, openai_state: dict[str, torch.Tensor]) -> Path:
     """Weights file of the tiny model."""
     return save_npz(tmp_path / "tiny.npz", openai_state)
-
-
-def photo(seed: int, height: int, width: int) -> Image.Image:
-    """A smooth colourful image."""
-    rng = np.random.default_rng(seed)
-    knots = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return knots.resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
@@ -106,9 +68,6 @@ def devkit(tmp_path: Path) -> Path:
     (root / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(ids) + "\n")
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(ids[:2]) + "\n")
     return root
-
-
-Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture

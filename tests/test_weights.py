@@ -23,7 +23,7 @@ from clipseed.errors import UsageError, WeightsError
 from clipseed.sam.load import load_sam
 from clipseed.weights import file_sha256, read_weights
 
-from conftest import save_npz, tiny_config, tiny_model
+from helpers.models import save_npz, tiny_config, tiny_model
 
 State = dict[str, torch.Tensor]
 

@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_training
 import torch
-from tiny_training import IMAGES, TinyData, TinyTrainer, options, quiet, run
 from torch import nn
 
 from clipseed.errors import ImageError, StoreError, UsageError, WeightsError
@@ -26,6 +24,10 @@ from clipseed.train import checkpoint as checkpoints
 from clipseed.train.checkpoint import read_checkpoint, read_weights
 from clipseed.train.loop import BEST, CHECKPOINT, METRICS, Status, TrainingError, train
 from clipseed.train.metrics import read_metrics
+
+from helpers import tiny_training
+from helpers.program import environment
+from helpers.tiny_training import IMAGES, TinyData, TinyTrainer, options, quiet, run
 
 SCRIPT = Path(tiny_training.__file__)
 
@@ -121,8 +123,8 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at 25 random moments; checkpoint and metrics are those of an undisturbed run, to the byte."""
-    line = [sys.executable, str(SCRIPT.with_name("killing_training.py")), str(tmp_path), "25", "7"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    line = [sys.executable, "-m", "helpers.killing_training", str(tmp_path), "25", "7"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = done.stdout.splitlines()[:-1]
     assert len(kills) == 25

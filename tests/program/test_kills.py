@@ -1,0 +1,48 @@
+"""kill -9 at 25 random moments of every long command: nothing is lost, and the end is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipseed.cli.main import main
+
+from helpers.program import environment
+
+CAM = ["cam", "--dataset", "toy", "--limit", "45", "--device", "cpu", "--max-side", "64"]
+SAM = ["sam-masks", "--dataset", "toy", "--limit", "30", "--device", "cpu"]
+BLOBS = ["--sam-factory", "helpers.sam:blobs", "--preset", "stock", "--points-per-side", "3"]
+COMMANDS = {
+    "cam": [*CAM, "--out", "out/cams.h5"],
+    "cam to shards": [*CAM, "--out", "out/cams"],
+    "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
+    "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
+    "sam-masks": [*SAM, *BLOBS, "--out", "out/masks.h5"],
+    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/seeds", "--workers", "0"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_25_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name in ("refine", "crf", "sam-seed"):
+        assert main([*CAM, "--limit", "45" if name == "refine" else "30", "--out", "cams.h5"]) == 0
+    if name == "sam-seed":
+        assert main([*SAM, *BLOBS, "--out", "masks.h5"]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.killing", str(tmp_path), "25", "7", "--", *COMMANDS[name]],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 26
+    # The kills hit the middle: most of them found some work done, and not always equally much.
+    assert len({line.split(": ")[1] for line in lines[:-1]}) >= 5, done.stdout

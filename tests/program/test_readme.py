@@ -1,0 +1,134 @@
+"""Every command in the README and the examples is run, with seeded random weights in place of the downloaded ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipseed.store.reader import open_seeds
+
+from helpers.images import photo
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a random ViT-B/16 where the pretrained one is looked for."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    state = open_clip.create_model("ViT-B-16").state_dict()
+    save_file({key: value.half() for key, value in state.items()}, folder / "ViT-B-16-openai.safetensors")
+    return folder
+
+
+def run(script: str, folder: Path, weights: Path) -> str:
+    """Run shell lines as typed, with the installed program on the path."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CLIPSEED_WEIGHTS": str(weights),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_setup_commands_are_make_targets() -> None:
+    (setup,) = [block for block in blocks("sh") if "make" in block]
+    words = [line.split() for line in setup.strip().splitlines()]
+    assert [line[0] for line in words] == ["make", "make"]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {line[1] for line in words} <= set(targets)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "lint", "bench", "help"):
+        assert re.search(rf"^{target}\s+\S", shown, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_voc_commands(devkit: Path, weights: Path) -> None:
+    (script,) = [block for block in blocks("sh") if "--dataset voc" in block]
+    assert [line.split()[1] for line in script.strip().splitlines()] == ["cam", "refine", "evaluate"]
+    shown = run(script, devkit, weights)
+    assert "6 of 6 images" in shown
+    assert "mean IoU" in shown
+    assert "cams-caa.h5" in shown
+    (reading,) = blocks("python")
+    (devkit / "read.py").write_text(reading)
+    lines = run("python read.py", devkit, weights).splitlines()
+    assert lines[0].startswith("2007_000001 ['cat'] (1, 48, 64)")
+    assert len(lines) == 6
+
+
+@pytest.mark.slow
+def test_segments(devkit: Path, weights: Path) -> None:
+    """The SAM commands, with seeded random weights of a small model in place of Meta's."""
+    import torch
+
+    from clipseed.sam.architecture import SamConfig, build_sam
+
+    torch.manual_seed(0)
+    small = SamConfig(image_size=64, embed_dim=32, depth=2, heads=2, window_size=0, global_attn_indexes=(0, 1))
+    torch.save(build_sam(small).state_dict(), devkit / "sam_vit_h_4b8939.pth")
+    (script,) = [block for block in blocks("sh") if "sam-masks" in block]
+    assert [line.split()[1] for line in script.strip().splitlines()] == ["sam-masks", "sam-seed", "evaluate"]
+    shown = run(f"clipseed cam --dataset voc --split val --out cams.h5\n{script}", devkit, weights)
+    assert "masks.h5: 2 of 2 images" in shown
+    assert "seeds: 2 of 2 masks" in shown
+    assert re.search(r"seeds.*mean IoU|mean IoU.*seeds", shown, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_own_images(tmp_path: Path, weights: Path) -> None:
+    (script,) = [block for block in blocks("sh") if "--dataset folder" in block]
+    (tmp_path / "photos").mkdir()
+    for number in (1, 2):
+        photo(number, 64, 48).save(tmp_path / "photos" / f"IMG_000{number}.jpg")
+    (tmp_path / "labels.csv").write_text("IMG_0001.jpg,rust\nIMG_0002.jpg,rust\nIMG_0002.jpg,crack\n")
+    (tmp_path / "classes.txt").write_text("rust\ncrack: thin crack, fissure\n")
+    assert "2 of 2 images" in run(script, tmp_path, weights)
+    with open_seeds(tmp_path / "cams.h5") as seeds:
+        assert seeds.manifest["vocabulary"]["background_from"] == "general"
+        for key, seed in seeds.items():
+            assert len(seed.classes) == {"IMG_0001": 1, "IMG_0002": 2}[key]
+            assert (seed.cam.max(axis=(1, 2)) > 0.5).all(), key  # one class alone in its image, too
+    assert not (tmp_path / "cams.empty.csv").exists()
+
+
+@pytest.mark.slow
+def test_example_pipeline(devkit: Path, tmp_path: Path, weights: Path) -> None:
+    """The example Makefile goes from the devkit to a score, and does nothing when it is run again."""
+    words = f"make -f {ROOT}/examples/voc/Makefile ROOT={devkit} SPLIT=val OUT={tmp_path}/run"
+    run(words, tmp_path, weights)
+    for name in ("cams", "cams-caa", "pseudo"):
+        assert '"split": "val"' in (tmp_path / "run" / f"{name}.json").read_text()
+    assert "Nothing to be done" in run(words, tmp_path, weights)
+
+
+def test_every_command_is_in_the_table() -> None:
+    from clipseed.cli.main import _COMMANDS
+
+    table = re.findall(r"^\| `clipseed ([a-z-]+)` \|", README, re.MULTILINE)
+    assert sorted(table) == sorted(_COMMANDS)
+
+
+def test_linked_pages_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
