@@ -1,4 +1,4 @@
-"""The ``clipseed`` program: one module per command, and the way from exceptions to exit codes."""
+"""The ``clipseed`` program: its table of contents, and the way from exceptions to exit codes."""
 
 from __future__ import annotations
 
@@ -7,40 +7,29 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 import typer
 
 from clipseed import __version__
-from clipseed.cli.options import with_values
+from clipseed.cli._options import with_values
+from clipseed.cli.cam import cam
+from clipseed.cli.crf import crf
+from clipseed.cli.demo import demo
+from clipseed.cli.doctor import doctor
+from clipseed.cli.evaluate import evaluate
+from clipseed.cli.inspect import inspect
+from clipseed.cli.merge import merge
+from clipseed.cli.prompts import prompts
+from clipseed.cli.refine import caa, js, par
+from clipseed.cli.report import report
+from clipseed.cli.sam_masks import sam_masks
+from clipseed.cli.sam_seed import sam_seed
 from clipseed.errors import ClipseedError
 from clipseed.runtime.threads import let_waiting_threads_sleep
 
-_COMMANDS = (
-    "cam", "refine", "crf", "sam-masks", "sam-seed", "merge", "evaluate", "report", "inspect", "prompts", "demo",
-    "doctor",
-)  # fmt: skip
-
 EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
 130 and 143 interrupted (the same command goes on)."""
-
-
-def build_app() -> typer.Typer:
-    """Assemble the program."""
-    app = typer.Typer(
-        name="clipseed",
-        help="Segmentation pseudo-labels from image-level labels, with frozen CLIP and optionally SAM.",
-        epilog=EXIT_CODES,
-        no_args_is_help=True,
-        add_completion=True,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_program)
-    for name in _COMMANDS:
-        import_module(f"clipseed.cli.{name.replace('-', '_')}").register(app)
-    return app
 
 
 def _show_version(value: bool) -> None:
@@ -49,6 +38,35 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
+app = typer.Typer(
+    name="clipseed",
+    help="Segmentation pseudo-labels from image-level labels, with frozen CLIP and optionally SAM.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_refine = typer.Typer(help="Refine seeds: spread them along attention, or along colours.", no_args_is_help=True)
+
+app.command("cam")(cam)
+app.add_typer(_refine, name="refine")
+_refine.command("caa")(caa)
+_refine.command("js")(js)
+_refine.command("par")(par)
+app.command("crf")(crf)
+app.command("sam-masks")(sam_masks)
+app.command("sam-seed")(sam_seed)
+app.command("merge")(merge)
+app.command("evaluate")(evaluate)
+app.command("report")(report)
+app.command("inspect")(inspect)
+app.command("prompts")(prompts)
+app.command("demo")(demo)
+app.command("doctor")(doctor)
+
+
+@app.callback()
 def _program(
     version: bool = typer.Option(False, "--version", help="Show the version.", callback=_show_version, is_eager=True),
 ) -> None:
@@ -61,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     _prepare_streams()
     try:
-        result = build_app()(with_values(words), standalone_mode=False)
+        result = app(with_values(words), standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except ClipseedError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.running import Running, RunOptions, prepare, rate
+from clipseed.cli import _options as shared
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import Running, prepare, rate
+from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,20 +21,39 @@ GRID = "Grid (default: the preset's)"
 PROMPT = "Prompts instead of a grid"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("sam-masks")(sam_masks)
+@dataclass(frozen=True, kw_only=True)
+class ImageArguments:
+    """A data set of which the images alone count, or where the images of seeds are."""
 
-
-def sam_masks(
     dataset: Annotated[
-        Optional[str],
+        Optional[DatasetName],
         typer.Option(
-            help="voc, coco, folder or toy; labels are not needed (default: the images of --seeds).",
+            help="Labels are not needed (default: the images of --seeds).",
             rich_help_panel=shared.DATA,
             show_default=False,
         ),
-    ] = None,
+    ] = None
+    root: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now.",
+            rich_help_panel=shared.DATA,
+        ),
+    ] = None
+    images: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder with the images (folder, coco), or where those of --seeds are now.",
+            rich_help_panel=shared.DATA,
+        ),
+    ] = None
+    split: shared.Split = None
+
+
+@grouped
+def sam_masks(
+    *,
+    where: ImageArguments,
     seeds: Annotated[
         Optional[Path],
         typer.Option(
@@ -43,24 +65,7 @@ def sam_masks(
     out: Annotated[
         Path, typer.Option(help="NAME.h5 for one file, or a folder for units.", rich_help_panel=shared.OUTPUT)
     ] = Path("masks.h5"),
-    root: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now.",
-            rich_help_panel=shared.DATA,
-        ),
-    ] = None,
-    images: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Folder with the images (folder, coco), or where those of --seeds are now.",
-            rich_help_panel=shared.DATA,
-        ),
-    ] = None,
-    split: shared.Split = None,
-    limit: shared.Limit = None,
-    exif: shared.Exif = False,
-    max_pixels: shared.MaxPixels = 80_000_000,
+    reading: shared.ReadingArguments,
     checkpoint: Annotated[
         Optional[str],
         typer.Option(
@@ -70,8 +75,8 @@ def sam_masks(
         ),
     ] = None,
     model: Annotated[
-        str,
-        typer.Option(help="auto: as the checkpoint; vit_b, vit_l, vit_h: insist on it.", rich_help_panel=shared.MODEL),
+        SamModel,
+        typer.Option(help="auto: as the checkpoint; else insist on it.", rich_help_panel=shared.MODEL),
     ] = "auto",
     sam_factory: Annotated[
         Optional[str],
@@ -89,22 +94,16 @@ def sam_masks(
             rich_help_panel=shared.MODEL,
             min=0,
         ),
-    ] = 1024,
+    ] = SAM_MAX_SIDE,
     existing: Annotated[
         Optional[Path],
         typer.Option(
             "--import", help="Store masks that exist already: a folder or a JSON file.", rich_help_panel=shared.DATA
         ),
     ] = None,
-    import_kind: Annotated[
-        str,
-        typer.Option(
-            help="auto, coco-panoptic, coco-instances, instance-maps, mask-folders or sa-1b.",
-            rich_help_panel=shared.DATA,
-        ),
-    ] = "auto",
+    import_kind: Annotated[SegmentFormat, typer.Option(help="Their format.", rich_help_panel=shared.DATA)] = "auto",
     preset: Annotated[
-        str,
+        SamPreset,
         typer.Option(
             help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).", rich_help_panel=GRID
         ),
@@ -131,28 +130,18 @@ def sam_masks(
         typer.Option(help="Points decoded at once.", rich_help_panel=GRID, min=1, show_default=False),
     ] = None,
     prompt: Annotated[
-        Optional[str],
+        Optional[SamPrompt],
         typer.Option(
-            help="points or boxes: ask for each class where its map in --seeds peaks.",
+            help="Ask for each class where its map in --seeds peaks.",
             rich_help_panel=PROMPT,
             show_default=False,
         ),
     ] = None,
     batch_size: Annotated[str, typer.Option(help="auto, or images encoded at once.", rich_help_panel=PROMPT)] = "auto",
     device: shared.Device = "auto",
-    precision: shared.Precision = "auto",
-    workers: shared.Workers = "auto",
-    shard: shared.Shard = None,
-    engine: shared.Engine = "local",
-    ray_address: shared.RayAddress = None,
-    ray_workers: shared.RayWorkers = "auto",
-    ray_cpus: shared.RayCpus = "auto",
-    overwrite: shared.Overwrite = False,
-    allow_skipped: shared.AllowSkipped = None,
-    report: shared.RunReport = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    precision: shared.PrecisionOption = "auto",
+    running: shared.RunArguments,
+    output: shared.OutputArguments,
 ) -> int:
     """Find the segments of every image with SAM, once per data set, and keep them in a compact cache.
 
@@ -167,38 +156,30 @@ def sam_masks(
     from clipseed.data.image_listing import ListingOptions
     from clipseed.jobs.sam_masks import run_sam_masks
     from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
-    from clipseed.jobs.stages import newest_output
 
-    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
-    run = prepare("sam-masks", chosen)
+    run = prepare("sam-masks", running, output)
     data = None
-    if dataset is not None:
-        data = ListingOptions(dataset, root, images, split, exif, max_pixels, limit)
+    if where.dataset is not None:
+        data = ListingOptions(**vars(where), **vars(reading))
     else:
-        _refuse_without_dataset(split=split, limit=limit, exif=exif or None)
-    if dataset is None and seeds is None:
+        _refuse_without_dataset(split=where.split, limit=reading.limit, exif=reading.exif or None)
+    if where.dataset is None and seeds is None:
         try:
-            seeds = newest_output(Path(), "sam-seed" if prompt else "sam-masks")
+            seeds = run.source(None, "sam-seed" if prompt else "sam-masks", "images of")
         except UsageError as error:
             raise UsageError(f"{error}, or give --dataset") from error
-        run.talker.note(f"images of {seeds}")
     proposals = proposal_options(
         preset, points_per_side=points_per_side, crop_layers=crop_layers, pred_iou_threshold=iou_threshold,
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
     )  # fmt: skip
     options = SamMasksOptions(
-        out=out, data=data, seeds=seeds, images=None if data else images,
-        root=None if data else root, checkpoint=checkpoint, model=model,
-        factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
-        existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
-        batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
-        cluster=run.cluster,
+        out=out, data=data, seeds=seeds, images=None if data else where.images, root=None if data else where.root,
+        checkpoint=checkpoint, model=model, factory=sam_factory, proposals=proposals, max_side=max_side,
+        existing=existing, existing_kind=import_kind, prompt=prompt, device=device, precision=precision,
+        batch_size=shared.auto_or_number(batch_size, "--batch-size"), **run.parsed(),
     )  # fmt: skip
-    try:
+    with run.console:
         done = run_sam_masks(options, run.start, run.loading)
-    finally:
-        run.talker.close()
     return _finish(run, done)
 
 
