@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from PIL import Image
 
 import clipseed as package
 from clipseed.cli.main import main
+from clipseed.defaults import CamMethod, CrfSolver, SeedPreset, SegmentFormat
 from clipseed.store.reader import open_seeds
 
 from conftest import Runner, photo
@@ -55,12 +56,28 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys; from clipseed.cli.main import main; main(['cam', '--help'])\n"
+        "import sys; from clipseed.cli.main import main; main(['--help']); main(['cam', '--help'])\n"
         "heavy = {'torch', 'open_clip', 'cv2', 'h5py', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_choices_are_listed_whole_and_completed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, choices in (("sam-masks", SegmentFormat), ("sam-seed", SeedPreset), ("cam", CamMethod)):
+        assert main([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert all(choice in text for choice in get_args(choices)), command
+    env = {**os.environ, "_CLIPSEED_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from clipseed.cli.main import app; app(prog_name='clipseed')"],
+        env={**env, "COMP_WORDS": "clipseed crf --solver "}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == list(get_args(CrfSolver)), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -156,7 +173,7 @@ def test_skipped_images_are_code_3_and_listed(
     assert main([*voc_words, "--out", str(out)]) == 3
     captured = capsys.readouterr()
     assert "3 images skipped: 2007_000001" in captured.err
-    assert "cams.h5: 3 of 6 photos" in captured.err
+    assert "cams.h5: 3 of 6 images" in captured.err
     rows = (tmp_path / "cams.skipped.csv").read_text().splitlines()
     assert rows[0] == "id,reason"
     assert sorted(row.split(",")[0] for row in rows[1:]) == ["2007_000001", "2007_000003", "2007_000006"]
@@ -164,7 +181,7 @@ def test_skipped_images_are_code_3_and_listed(
     assert any("no such file" in row for row in rows)
     assert any("no labels are given for it" in row for row in rows)
 
-    (images / "2007_000001.jpg").write_bytes(good)  # the mended photo is picked up by the same command
+    (images / "2007_000001.jpg").write_bytes(good)  # the mended image is picked up by the same command
     assert main([*voc_words, "--out", str(out)]) == 3
     assert "1 computed now" in capsys.readouterr().err
     assert list(open_seeds(out)) == ["2007_000001", "2007_000002", "2007_000004", "2007_000005"]
@@ -233,7 +250,7 @@ def test_inspect(voc_words: list[str], devkit: Path, tmp_path: Path, capsys: pyt
     assert "holds no image 'nothing'" in capsys.readouterr().err
     shutil.rmtree(devkit / "JPEGImages")
     assert main(["inspect", str(out), "--preview", str(preview)]) == 1
-    assert "the photo is not there any more" in capsys.readouterr().err
+    assert "the image is not there any more" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no.h5")]) == 1
     assert "no.h5: no such file" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def main() -> None:
           f"largest difference {gap:.1e}")  # fmt: skip
     from clipseed.refine.crf_native import native_crf
 
-    print("dense CRF, seconds per image (torch engine with all threads, pydensecrf with one)")
+    print("dense CRF, seconds per image (torch solver with all threads, pydensecrf with one)")
     print(f"{'pixels':>10} {'labels':>7} {'torch':>7} {'pydensecrf':>11} {'ratio':>6}")
     for labels, height, width in (
         (3, 188, 250),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
 
 import typer
 
@@ -29,58 +30,41 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 1024
 ANY = "any"
 """What ``--allow-skipped`` alone stands for."""
-DATA = "Data set"
-MODEL = "Model"
-METHOD = "Method"
-SCORE = "Scoring"
-RUN = "Run"
-OUTPUT = "Output"
+data_option = partial(typer.Option, rich_help_panel="Data set")
+model_option = partial(typer.Option, rich_help_panel="Model")
+method_option = partial(typer.Option, rich_help_panel="Method")
+score_option = partial(typer.Option, rich_help_panel="Scoring")
+run_option = partial(typer.Option, rich_help_panel="Run")
+output_option = partial(typer.Option, rich_help_panel="Output")
 
 # Options of a few commands -------------------------------------------------------------------------------------------
 
-MovedImages = Annotated[
-    Optional[Path], typer.Option(help="Where the images are now, if they have moved.", rich_help_panel=DATA)
-]
-MovedRoot = Annotated[
-    Optional[Path],
-    typer.Option(help="Where the data set is now, if it has moved (voc, coco).", rich_help_panel=DATA),
-]
-Split = Annotated[
-    Optional[str], typer.Option(help="train, trainaug, val, or a file with one id per line.", rich_help_panel=DATA)
-]
-Classes = Annotated[
-    Optional[str],
-    typer.Option(help="Class names and words: voc, coco, coco-corrected, toy or a file.", rich_help_panel=DATA),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)]
-PrecisionOption = Annotated[
-    Precision, typer.Option("--precision", help="Numbers that the model computes with.", rich_help_panel=RUN)
-]
-BatchSize = Annotated[str, typer.Option(help="auto, or images per batch.", rich_help_panel=RUN)]
-Workers = Annotated[
-    str, typer.Option(help="auto, or decoding processes (0: a thread of this one).", rich_help_panel=RUN)
-]
+MovedImages = Annotated[Optional[Path], data_option(help="Where the images are now, if they have moved.")]
+MovedRoot = Annotated[Optional[Path], data_option(help="Where the data set is now, if it has moved (voc, coco).")]
+Split = Annotated[Optional[str], data_option(help="train, trainaug, val, or a file with one id per line.")]
+Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
+Device = Annotated[str, run_option(help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionOption = Annotated[Precision, run_option("--precision", help="Numbers that the model computes with.")]
+BatchSize = Annotated[str, run_option(help="auto, or images per batch.")]
+Workers = Annotated[str, run_option(help="auto, or decoding processes (0: a thread of this one).")]
 Empty = Annotated[
     EmptyPolicy,
-    typer.Option(
+    output_option(
         help="Masks of images in which some label got no pixel: background (they stay as they are), ignore (0 becomes "
-        "255) or skip (not written).",
-        rich_help_panel=OUTPUT,
+        "255) or skip (not written)."
     ),
 ]
 AllowSkipped = Annotated[
     Optional[str],
-    typer.Option(
+    output_option(
         "--allow-skipped",
         metavar="[N]",
         help="End with 0, not 3, although up to N images (alone: any number) were left out.",
         autocompletion=lambda: [ANY],
-        rich_help_panel=OUTPUT,
-        show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, output_option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, output_option("--debug", help="Show tracebacks.")]
 
 
 # Groups ---------------------------------------------------------------------------------------------------------------
@@ -90,14 +74,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_he
 class DatasetArguments:
     """Which data set, and where it is."""
 
-    dataset: Annotated[DatasetName, typer.Option(help="toy is built in.", rich_help_panel=DATA, show_default=False)]
+    dataset: Annotated[DatasetName, data_option(help="toy is built in.")]
     root: Annotated[
-        Optional[Path],
-        typer.Option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).", rich_help_panel=DATA),
+        Optional[Path], data_option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).")
     ] = None
-    images: Annotated[
-        Optional[Path], typer.Option(help="Folder with the images (folder, coco).", rich_help_panel=DATA)
-    ] = None
+    images: Annotated[Optional[Path], data_option(help="Folder with the images (folder, coco).")] = None
     split: Split = None
 
 
@@ -105,13 +86,9 @@ class DatasetArguments:
 class ReadingArguments:
     """Which of the images are read, and how."""
 
-    limit: Annotated[Optional[int], typer.Option(help="Only the first N images.", rich_help_panel=DATA, min=1)] = None
-    exif: Annotated[
-        bool, typer.Option("--exif", help="Turn images as their EXIF orientation says.", rich_help_panel=DATA)
-    ] = False
-    max_pixels: Annotated[
-        int, typer.Option(help="Refuse larger images before decoding them.", rich_help_panel=DATA, min=1)
-    ] = MAX_PIXELS
+    limit: Annotated[Optional[int], data_option(help="Only the first N images.", min=1)] = None
+    exif: Annotated[bool, data_option("--exif", help="Turn images as their EXIF orientation says.")] = False
+    max_pixels: Annotated[int, data_option(help="Refuse larger images before decoding them.", min=1)] = MAX_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,21 +96,13 @@ class ModelArguments:
     """Which CLIP, and the size at which it sees images."""
 
     model: Annotated[
-        Optional[str],
-        typer.Option(help=f"open_clip name (default: {MODEL_NAME}, or read off a file).", rich_help_panel=MODEL),
+        Optional[str], model_option(help=f"open_clip name (default: {MODEL_NAME}, or read off a file).")
     ] = None
     weights: Annotated[
-        Optional[str],
-        typer.Option(
-            help=f"Pretrained tag, file, or toy (default: {WEIGHTS}; toy for --dataset toy).", rich_help_panel=MODEL
-        ),
+        Optional[str], model_option(help=f"Pretrained tag, file, or toy (default: {WEIGHTS}; toy for --dataset toy).")
     ] = None
-    max_side: Annotated[
-        int, typer.Option(help="Shrink longer images to this side; 0: never.", rich_help_panel=MODEL, min=0)
-    ] = CAM_MAX_SIDE
-    min_side: Annotated[
-        int, typer.Option(help="Enlarge shorter images to this side; 0: never.", rich_help_panel=MODEL, min=0)
-    ] = 0
+    max_side: Annotated[int, model_option(help="Shrink longer images to this side; 0: never.", min=0)] = CAM_MAX_SIDE
+    min_side: Annotated[int, model_option(help="Enlarge shorter images to this side; 0: never.", min=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,36 +126,16 @@ class RunArguments:
     workers: Workers = "auto"
     shard: Annotated[
         Optional[str],
-        typer.Option(
-            help="i/n: only the i-th of n shards, counted from 1 (default: what torchrun or Slurm say).",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
+        run_option(help="i/n: only the i-th of n shards, counted from 1 (default: what torchrun or Slurm say)."),
     ] = None
-    engine: Annotated[EngineName, typer.Option(help="ray: the workers of a Ray cluster.", rich_help_panel=RUN)] = (
-        "local"
-    )
-    ray_address: Annotated[
-        Optional[str],
-        typer.Option(help="Of the cluster (default: $RAY_ADDRESS, or here).", rich_help_panel=RUN, show_default=False),
-    ] = None
-    ray_workers: Annotated[
-        str, typer.Option(help="auto (one per GPU, or as fit the CPUs), or a number.", rich_help_panel=RUN)
-    ] = "auto"
-    ray_cpus: Annotated[
-        str, typer.Option(help="CPUs of each worker without GPU: auto or a number.", rich_help_panel=RUN)
-    ] = "auto"
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again, deleting what is there.", rich_help_panel=OUTPUT)
-    ] = False
+    engine: Annotated[EngineName, run_option(help="ray: the workers of a Ray cluster.")] = "local"
+    ray_address: Annotated[Optional[str], run_option(help="Of the cluster (default: $RAY_ADDRESS, or here).")] = None
+    ray_workers: Annotated[str, run_option(help="auto (one per GPU, or as fit the CPUs), or a number.")] = "auto"
+    ray_cpus: Annotated[str, run_option(help="CPUs of each worker without GPU: auto or a number.")] = "auto"
+    overwrite: Annotated[bool, output_option("--overwrite", help="Start again, deleting what is there.")] = False
     allow_skipped: AllowSkipped = None
     report: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Write counts, timings and skipped inputs to this JSON file.",
-            rich_help_panel=OUTPUT,
-            show_default=False,
-        ),
+        Optional[Path], output_option(help="Write counts, timings and skipped inputs to this JSON file.")
     ] = None
 
 
@@ -195,9 +144,7 @@ class OutputArguments:
     """How a command talks."""
 
     json: Json = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress, no notes; errors only.", rich_help_panel=OUTPUT)
-    ] = False
+    quiet: Annotated[bool, output_option("--quiet", "-q", help="No progress, no notes; errors only.")] = False
     debug: Debug = False
 
 
@@ -207,31 +154,20 @@ class ScoringArguments:
 
     gt: Annotated[
         Optional[str],
-        typer.Option(
-            help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own).",
-            rich_help_panel=SCORE,
+        score_option(
+            help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own)."
         ),
     ] = None
-    classes: Annotated[
-        Optional[str],
-        typer.Option(help="voc, coco, toy or a file; seeds bring their own.", rich_help_panel=SCORE),
-    ] = None
-    split: Annotated[
-        Optional[str],
-        typer.Option(help="Score only this list: a name in the devkit, or a file.", rich_help_panel=SCORE),
-    ] = None
+    classes: Annotated[Optional[str], score_option(help="voc, coco, toy or a file; seeds bring their own.")] = None
+    split: Annotated[Optional[str], score_option(help="Score only this list: a name in the devkit, or a file.")] = None
     threshold: Annotated[
-        Optional[float],
-        typer.Option(help="One background score for seeds instead of the best of a sweep.", rich_help_panel=SCORE),
+        Optional[float], score_option(help="One background score for seeds instead of the best of a sweep.")
     ] = None
     alpha: Annotated[
-        Optional[str],
-        typer.Option(help="CLIP-ES's background exponents, e.g. 1,2 (the best counts).", rich_help_panel=SCORE),
+        Optional[str], score_option(help="CLIP-ES's background exponents, e.g. 1,2 (the best counts).")
     ] = None
-    pred_ignore: Annotated[PredIgnore, typer.Option(help="What a predicted 255 is.", rich_help_panel=SCORE)] = "error"
-    resize_pred: Annotated[
-        bool, typer.Option("--resize-pred", help="Resize predictions of another size.", rich_help_panel=SCORE)
-    ] = False
+    pred_ignore: Annotated[PredIgnore, score_option(help="What a predicted 255 is.")] = "error"
+    resize_pred: Annotated[bool, score_option("--resize-pred", help="Resize predictions of another size.")] = False
 
     def of(self, prediction: Path) -> EvaluateOptions:
         """What the job is told.
@@ -248,6 +184,11 @@ class ScoringArguments:
 
 
 # Values ---------------------------------------------------------------------------------------------------------------
+
+
+def listed(choices: Any) -> str:
+    """The choices of a ``Literal`` in a sentence, where they are too long for a column of the help."""
+    return ", ".join(get_args(choices))
 
 
 def workers_of(text: str) -> int | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
-import typer
-
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
@@ -28,71 +26,53 @@ def cam(
     where: shared.DatasetArguments,
     out: Annotated[
         Optional[Path],
-        typer.Option(
-            help="NAME.h5 for one file, or a folder for units (default: cams.h5; cams-caa.h5 with --refine caa).",
-            rich_help_panel=shared.OUTPUT,
+        shared.output_option(
+            help="NAME.h5 for one file, or a folder for units (default: cams.h5; cams-caa.h5 with --refine caa)."
         ),
     ] = None,
     labels: Annotated[
         Optional[str],
-        typer.Option(
-            help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags images that have none.",
-            rich_help_panel=shared.DATA,
-            show_default=False,
+        shared.data_option(
+            help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags images that have none."
         ),
     ] = None,
     tag_threshold: Annotated[
         Optional[float],
-        typer.Option(
+        shared.data_option(
             help="--labels auto: a tag scores at least this share of the best word's score "
             f"(default: {TAG_THRESHOLD}).",
-            rich_help_panel=shared.DATA,
             min=0.0,
             max=1.0,
         ),
     ] = None,
     tag_top_k: Annotated[
-        Optional[int],
-        typer.Option(help="--labels auto: at most so many tags an image.", rich_help_panel=shared.DATA, min=1),
+        Optional[int], shared.data_option(help="--labels auto: at most so many tags an image.", min=1)
     ] = None,
     classes: shared.Classes = None,
     background: Annotated[
         Optional[str],
-        typer.Option(
+        shared.data_option(
             help="Words that compete with the classes: none, general, those of voc or coco, or a file with one per "
-            "line (default: the class list's; general where it names none).",
-            rich_help_panel=shared.DATA,
-            show_default=False,
+            "line (default: the class list's; general where it names none)."
         ),
     ] = None,
     template: Annotated[
-        Optional[list[str]],
-        typer.Option(help="Prompt with one {}; several are averaged.", rich_help_panel=shared.DATA),
+        Optional[list[str]], shared.data_option(help="Prompt with one {}; several are averaged.")
     ] = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
     method: Annotated[
-        CamMethod,
-        typer.Option(help="softmax-gradcam is CLIP-ES's.", rich_help_panel=shared.MODEL),
+        CamMethod, shared.model_option(metavar="METHOD", help=f"{shared.listed(CamMethod)}; the first is CLIP-ES's.")
     ] = "softmax-gradcam",
     refine: Annotated[
-        Optional[Literal["caa"]],
-        typer.Option(help="Refine in the same pass; the output is the refined maps.", rich_help_panel=shared.MODEL),
+        Optional[Literal["caa"]], shared.model_option(help="Refine in the same pass; the output is the refined maps.")
     ] = None,
     box_threshold: Annotated[
-        Optional[float],
-        typer.Option(help="With --refine caa; see clipseed refine caa.", rich_help_panel=shared.MODEL),
+        Optional[float], shared.model_option(help="With --refine caa; see clipseed refine caa.")
     ] = None,
-    scales: Annotated[
-        str, typer.Option(help="Image scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
-    ] = "1",
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=shared.MODEL)
-    ] = False,
-    paper: Annotated[
-        bool,
-        typer.Option("--paper", help="CLIP-ES's released code with all its quirks.", rich_help_panel=shared.MODEL),
-    ] = False,
+    scales: Annotated[str, shared.model_option(help="Image scales whose maps are averaged, e.g. 0.75,1,1.5.")] = "1",
+    flip: Annotated[bool, shared.model_option("--flip", help="Average with the mirrored image.")] = False,
+    paper: Annotated[bool, shared.model_option("--paper", help="CLIP-ES's released code with all its quirks.")] = False,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
     output: shared.OutputArguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,46 +13,30 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import prepare, rate
 from clipseed.defaults import CRF_ALPHA, CrfPreset, CrfSolver
 
-KERNELS = "Kernels (default: the preset's)"
+_kernel_option = partial(typer.Option, rich_help_panel="Kernels (default: the preset's)")
 
 
 @grouped
 def crf(
     *,
-    source: Annotated[
-        Optional[Path],
-        typer.Argument(help="Seeds (default: what the stage before left here).", show_default=False),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the masks.", rich_help_panel=shared.OUTPUT)] = Path("pseudo"),
+    source: Annotated[Optional[Path], typer.Argument(help="Seeds (default: what the stage before left here).")] = None,
+    out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("pseudo"),
     solver: Annotated[CrfSolver, typer.Option(help="pydensecrf runs in worker processes, on CPUs.")] = "torch",
     preset: Annotated[CrfPreset, typer.Option(help="Whose published kernels.")] = "clip-es",
     confidence: Annotated[
-        Optional[float], typer.Option(help="Less certain pixels become 255 (0.95 in the paper).", show_default=False)
+        Optional[float], typer.Option(help="Less certain pixels become 255 (0.95 in the paper).")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Background score (1 - max) ** alpha.")] = CRF_ALPHA,
     soft: Annotated[
-        Optional[Path],
-        typer.Option(help="Also keep the posterior as seeds: NAME.h5 or a folder.", rich_help_panel=shared.OUTPUT),
+        Optional[Path], shared.output_option(help="Also keep the posterior as seeds: NAME.h5 or a folder.")
     ] = None,
     empty: shared.Empty = "background",
-    iterations: Annotated[
-        Optional[int], typer.Option(help="Mean-field steps.", rich_help_panel=KERNELS, show_default=False)
-    ] = None,
-    smooth_xy: Annotated[
-        Optional[float], typer.Option(help="Position kernel: pixels.", rich_help_panel=KERNELS, show_default=False)
-    ] = None,
-    smooth_weight: Annotated[
-        Optional[float], typer.Option(help="Its weight.", rich_help_panel=KERNELS, show_default=False)
-    ] = None,
-    colour_xy: Annotated[
-        Optional[float], typer.Option(help="Colour kernel: pixels.", rich_help_panel=KERNELS, show_default=False)
-    ] = None,
-    colour_rgb: Annotated[
-        Optional[float], typer.Option(help="Colour kernel: levels.", rich_help_panel=KERNELS, show_default=False)
-    ] = None,
-    colour_weight: Annotated[
-        Optional[float], typer.Option(help="Its weight.", rich_help_panel=KERNELS, show_default=False)
-    ] = None,
+    iterations: Annotated[Optional[int], _kernel_option(help="Mean-field steps.")] = None,
+    smooth_xy: Annotated[Optional[float], _kernel_option(help="Position kernel: pixels.")] = None,
+    smooth_weight: Annotated[Optional[float], _kernel_option(help="Its weight.")] = None,
+    colour_xy: Annotated[Optional[float], _kernel_option(help="Colour kernel: pixels.")] = None,
+    colour_rgb: Annotated[Optional[float], _kernel_option(help="Colour kernel: levels.")] = None,
+    colour_weight: Annotated[Optional[float], _kernel_option(help="Its weight.")] = None,
     paper: Annotated[
         Optional[bool],
         typer.Option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
-import typer
-
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, TableRows, duration, percent, print_json
 from clipseed.cli._groups import grouped
@@ -23,32 +21,23 @@ _SCENES = 60
 @grouped
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="Folder for the demo's files.", rich_help_panel=shared.OUTPUT)] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, shared.output_option(help="Folder for the demo's files.")] = Path("demo"),
     scenes: Annotated[
         Optional[int],
-        typer.Option(
+        shared.data_option(
             "--scenes",
             "--limit",
             help=f"How many scenes (default: {_SCENES}; with --save-dataset 300, as in the tables of docs/).",
             min=1,
-            rich_help_panel=shared.DATA,
-            show_default=False,
         ),
     ] = None,
     device: shared.Device = "auto",
     save_dataset: Annotated[
-        Optional[Path],
-        typer.Option(help="Only write the toy scenes there, as a VOC devkit.", rich_help_panel=shared.OUTPUT),
+        Optional[Path], shared.output_option(help="Only write the toy scenes there, as a VOC devkit.")
     ] = None,
     save_seed: Annotated[
         int,
-        typer.Option(
-            help="Scenes to save: 0 are the scored ones, other seeds new ones to train on.",
-            min=0,
-            rich_help_panel=shared.OUTPUT,
-        ),
+        shared.output_option(help="Scenes to save: 0 are the scored ones, other seeds new ones to train on.", min=0),
     ] = 0,
     output: shared.OutputArguments,
 ) -> int:

@@ -24,9 +24,7 @@ def evaluate(
         typer.Argument(help="Seeds (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
     ] = None,
     scoring: shared.ScoringArguments,
-    csv: Annotated[
-        Optional[Path], typer.Option(help="Also write the table to this file.", rich_help_panel=shared.OUTPUT)
-    ] = None,
+    csv: Annotated[Optional[Path], shared.output_option(help="Also write the table to this file.")] = None,
     allow_skipped: shared.AllowSkipped = None,
     output: shared.OutputArguments,
 ) -> int:

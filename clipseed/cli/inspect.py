@@ -35,9 +35,7 @@ class Look:
 def inspect(
     *,
     seeds: Annotated[Optional[Path], typer.Argument(help="Seeds or mask cache (default: the newest stage).")] = None,
-    preview: Annotated[
-        Optional[Path], typer.Option(help="Write an overlay of some maps to this PNG.", rich_help_panel=shared.OUTPUT)
-    ] = None,
+    preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
     images: shared.MovedImages = None,

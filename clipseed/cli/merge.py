@@ -17,16 +17,11 @@ from clipseed.cli._run import tell_empty
 def merge(
     *,
     sources: Annotated[
-        list[Path],
-        typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks."),
+        list[Path], typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks.")
     ],
     out: Annotated[
         Optional[Path],
-        typer.Option(
-            help="The file, or for masks the folder; without it one unfinished NAME.h5 is finished.",
-            rich_help_panel=shared.OUTPUT,
-            show_default=False,
-        ),
+        shared.output_option(help="The file, or for masks the folder; without it one unfinished NAME.h5 is finished."),
     ] = None,
     output: shared.OutputArguments,
 ) -> int:

@@ -23,36 +23,26 @@ def prompts(
     where: shared.DatasetArguments,
     templates: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Candidates: a YAML list, or one per line (default: about 30 that come with clipseed).",
-            rich_help_panel=shared.DATA,
+        shared.data_option(
+            help="Candidates: a YAML list, or one per line (default: about 30 that come with clipseed)."
         ),
     ] = None,
     synonyms: Annotated[
-        bool,
-        typer.Option(
-            "--synonyms", help="Also rank the words of classes that have synonyms.", rich_help_panel=shared.DATA
-        ),
+        bool, shared.data_option("--synonyms", help="Also rank the words of classes that have synonyms.")
     ] = False,
     labels: Annotated[
-        Optional[Path],
-        typer.Option(help="Image-level labels: CSV, one-hot CSV, JSON or text.", rich_help_panel=shared.DATA),
+        Optional[Path], shared.data_option(help="Image-level labels: CSV, one-hot CSV, JSON or text.")
     ] = None,
     classes: shared.Classes = None,
     template: Annotated[
         Optional[list[str]],
-        typer.Option(
-            help="Template for --synonyms; several are averaged (default: the class list's).",
-            rich_help_panel=shared.DATA,
-        ),
+        shared.data_option(help="Template for --synonyms; several are averaged (default: the class list's)."),
     ] = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
     compute: shared.ComputeArguments,
     workers: shared.Workers = "auto",
-    csv: Annotated[
-        Optional[Path], typer.Option(help="Write all numbers to this CSV file.", rich_help_panel=shared.OUTPUT)
-    ] = None,
+    csv: Annotated[Optional[Path], shared.output_option(help="Write all numbers to this CSV file.")] = None,
     allow_skipped: shared.AllowSkipped = None,
     output: shared.OutputArguments,
 ) -> int:

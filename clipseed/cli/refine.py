@@ -31,14 +31,10 @@ class SourceArguments:
     """What is refined, into what, and where its images are."""
 
     source: Annotated[
-        Optional[Path],
-        typer.Argument(help="Seeds to refine (default: what the stage before left here).", show_default=False),
+        Optional[Path], typer.Argument(help="Seeds to refine (default: what the stage before left here).")
     ] = None
     out: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).", rich_help_panel=shared.OUTPUT
-        ),
+        Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).")
     ] = None
     images: shared.MovedImages = None
     root: shared.MovedRoot = None
@@ -50,23 +46,16 @@ class AffinityArguments:
 
     box_threshold: Annotated[
         Optional[float],
-        typer.Option(
-            help="Share of the peak that boxes enclose (default: 0.7 for COCO, else 0.4).",
-            rich_help_panel=shared.METHOD,
-        ),
+        shared.method_option(help="Share of the peak that boxes enclose (default: 0.7 for COCO, else 0.4)."),
     ] = None
-    layers: Annotated[
-        int, typer.Option(help="Blocks from the end whose attention is averaged.", rich_help_panel=shared.METHOD)
-    ] = CAA_LAYERS
-    rounds: Annotated[int, typer.Option(help="Sinkhorn rounds.", rich_help_panel=shared.METHOD)] = SINKHORN_ROUNDS
-    power: Annotated[int, typer.Option(help="How often maps are spread.", rich_help_panel=shared.METHOD)] = SPREAD_POWER
-    boxes: Annotated[
-        bool,
-        typer.Option("--boxes/--no-boxes", help="Spread from boxes around peaks only.", rich_help_panel=shared.METHOD),
-    ] = True
+    layers: Annotated[int, shared.method_option(help="Blocks from the end whose attention is averaged.")] = CAA_LAYERS
+    rounds: Annotated[int, shared.method_option(help="Sinkhorn rounds.")] = SINKHORN_ROUNDS
+    power: Annotated[int, shared.method_option(help="How often maps are spread.")] = SPREAD_POWER
+    boxes: Annotated[bool, shared.method_option("--boxes/--no-boxes", help="Spread from boxes around peaks only.")] = (
+        True
+    )
     weights: Annotated[
-        Optional[str],
-        typer.Option(help="Where the same weights are now, if they have moved.", rich_help_panel=shared.MODEL),
+        Optional[str], shared.model_option(help="Where the same weights are now, if they have moved.")
     ] = None
 
     def parsed(self) -> dict[str, Any]:
@@ -84,11 +73,7 @@ def caa(
     affinity: AffinityArguments,
     paper: Annotated[
         Optional[bool],
-        typer.Option(
-            "--paper/--no-paper",
-            help="The released code with its quirks (default: as the seeds).",
-            rich_help_panel=shared.METHOD,
-        ),
+        shared.method_option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
     ] = None,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
@@ -105,9 +90,7 @@ def caa(
 def js(
     *,
     source: SourceArguments,
-    temperature: Annotated[
-        float, typer.Option(help="Of the softmax over patches.", rich_help_panel=shared.METHOD)
-    ] = PATCH_TEMPERATURE,
+    temperature: Annotated[float, shared.method_option(help="Of the softmax over patches.")] = PATCH_TEMPERATURE,
     affinity: AffinityArguments,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
@@ -121,17 +104,13 @@ def js(
 def par(
     *,
     source: SourceArguments,
-    iterations: Annotated[
-        int, typer.Option(help="20 in WeCLIP, 10 in AFA.", rich_help_panel=shared.METHOD)
-    ] = PAR_ITERATIONS,
-    dilations: Annotated[
-        str, typer.Option(help="Distances of the neighbours in pixels.", rich_help_panel=shared.METHOD)
-    ] = ",".join(map(str, PAR_DILATIONS)),
-    sharpness: Annotated[
-        float, typer.Option(help="Smaller follows edges more closely.", rich_help_panel=shared.METHOD)
-    ] = PAR_SHARPNESS,
+    iterations: Annotated[int, shared.method_option(help="20 in WeCLIP, 10 in AFA.")] = PAR_ITERATIONS,
+    dilations: Annotated[str, shared.method_option(help="Distances of the neighbours in pixels.")] = ",".join(
+        map(str, PAR_DILATIONS)
+    ),
+    sharpness: Annotated[float, shared.method_option(help="Smaller follows edges more closely.")] = PAR_SHARPNESS,
     position_weight: Annotated[
-        float, typer.Option(help="Weight of nearness beside likeness.", rich_help_panel=shared.METHOD)
+        float, shared.method_option(help="Weight of nearness beside likeness.")
     ] = PAR_POSITION_WEIGHT,
     device: shared.Device = "auto",
     batch_size: shared.BatchSize = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -16,7 +17,7 @@ from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 if TYPE_CHECKING:
     from clipseed.jobs.report import ReportResult
 
-PAGE = "Page"
+_page_option = partial(typer.Option, rich_help_panel="Page")
 
 
 @grouped
@@ -28,28 +29,19 @@ def report(
             metavar="SEEDS_OR_MASKS...",
             help="Seeds (.h5 or folder of units) or folders of PNG masks; several are compared "
             "(default: the newest stage).",
-            show_default=False,
         ),
     ] = None,
     scoring: shared.ScoringArguments,
     images: Annotated[
-        Optional[Path],
-        typer.Option(help="Folder of the images, where an input does not say it.", rich_help_panel=PAGE),
+        Optional[Path], _page_option(help="Folder of the images, where an input does not say it.")
     ] = None,
     root: Annotated[
-        Optional[Path],
-        typer.Option(help="Where the data set is now, if it has moved (voc, coco).", rich_help_panel=PAGE),
+        Optional[Path], _page_option(help="Where the data set is now, if it has moved (voc, coco).")
     ] = None,
-    worst: Annotated[
-        int, typer.Option(help="How many of the worst images to show.", rich_help_panel=PAGE)
-    ] = REPORT_SHOWN,
-    best: Annotated[
-        int, typer.Option(help="How many of the best images to show.", rich_help_panel=PAGE)
-    ] = REPORT_SHOWN,
-    title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=PAGE)] = REPORT_TITLE,
-    out: Annotated[Path, typer.Option(help="The HTML file to write.", rich_help_panel=shared.OUTPUT)] = Path(
-        "report.html"
-    ),
+    worst: Annotated[int, _page_option(help="How many of the worst images to show.")] = REPORT_SHOWN,
+    best: Annotated[int, _page_option(help="How many of the best images to show.")] = REPORT_SHOWN,
+    title: Annotated[str, _page_option(help="Heading of the page.")] = REPORT_TITLE,
+    out: Annotated[Path, shared.output_option(help="The HTML file to write.")] = Path("report.html"),
     allow_skipped: shared.AllowSkipped = None,
     output: shared.OutputArguments,
 ) -> int:

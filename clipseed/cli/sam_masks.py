@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -17,8 +18,8 @@ from clipseed.errors import UsageError
 if TYPE_CHECKING:
     from clipseed.jobs.sam_options import SamMasksReport
 
-GRID = "Grid (default: the preset's)"
-PROMPT = "Prompts instead of a grid"
+_grid_option = partial(typer.Option, rich_help_panel="Grid (default: the preset's)")
+_prompt_option = partial(typer.Option, rich_help_panel="Prompts instead of a grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +27,17 @@ class ImageArguments:
     """A data set of which the images alone count, or where the images of seeds are."""
 
     dataset: Annotated[
-        Optional[DatasetName],
-        typer.Option(
-            help="Labels are not needed (default: the images of --seeds).",
-            rich_help_panel=shared.DATA,
-            show_default=False,
-        ),
+        Optional[DatasetName], shared.data_option(help="Labels are not needed (default: the images of --seeds).")
     ] = None
     root: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now.",
-            rich_help_panel=shared.DATA,
+        shared.data_option(
+            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now."
         ),
     ] = None
     images: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Folder with the images (folder, coco), or where those of --seeds are now.",
-            rich_help_panel=shared.DATA,
-        ),
+        shared.data_option(help="Folder with the images (folder, coco), or where those of --seeds are now."),
     ] = None
     split: shared.Split = None
 
@@ -56,88 +48,47 @@ def sam_masks(
     where: ImageArguments,
     seeds: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Take the images of these seeds (default: cams.h5), and prompts from their maps.",
-            rich_help_panel=shared.DATA,
-            show_default=False,
-        ),
+        shared.data_option(help="Take the images of these seeds (default: cams.h5), and prompts from their maps."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="NAME.h5 for one file, or a folder for units.", rich_help_panel=shared.OUTPUT)
-    ] = Path("masks.h5"),
+    out: Annotated[Path, shared.output_option(help="NAME.h5 for one file, or a folder for units.")] = Path("masks.h5"),
     reading: shared.ReadingArguments,
     checkpoint: Annotated[
         Optional[str],
-        typer.Option(
-            help="SAM's weights: sam_vit_b_01ec64.pth, …, a small one as .npz, or toy (default for the toy set).",
-            rich_help_panel=shared.MODEL,
-            show_default=False,
+        shared.model_option(
+            help="SAM's weights: sam_vit_b_01ec64.pth, …, a small one as .npz, or toy (default for the toy set)."
         ),
     ] = None,
-    model: Annotated[
-        SamModel,
-        typer.Option(help="auto: as the checkpoint; else insist on it.", rich_help_panel=shared.MODEL),
-    ] = "auto",
+    model: Annotated[SamModel, shared.model_option(help="auto: as the checkpoint; else insist on it.")] = "auto",
     sam_factory: Annotated[
         Optional[str],
-        typer.Option(
+        shared.model_option(
             help="MODULE:FUNCTION that makes another model from the checkpoint's path and the device (MobileSAM, "
-            "HQ-SAM, …).",
-            rich_help_panel=shared.MODEL,
-            show_default=False,
+            "HQ-SAM, …)."
         ),
     ] = None,
     max_side: Annotated[
         int,
-        typer.Option(
-            help="Shrink longer images to this side, which is what SAM sees of them; 0: never.",
-            rich_help_panel=shared.MODEL,
-            min=0,
-        ),
+        shared.model_option(help="Shrink longer images to this side, which is what SAM sees of them; 0: never.", min=0),
     ] = SAM_MAX_SIDE,
     existing: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--import", help="Store masks that exist already: a folder or a JSON file.", rich_help_panel=shared.DATA
-        ),
+        Optional[Path], shared.data_option("--import", help="Store masks that exist already: a folder or a JSON file.")
     ] = None,
-    import_kind: Annotated[SegmentFormat, typer.Option(help="Their format.", rich_help_panel=shared.DATA)] = "auto",
+    import_kind: Annotated[
+        SegmentFormat, shared.data_option(metavar="FORMAT", help=f"Their format: {shared.listed(SegmentFormat)}.")
+    ] = "auto",
     preset: Annotated[
-        SamPreset,
-        typer.Option(
-            help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).", rich_help_panel=GRID
-        ),
+        SamPreset, _grid_option(help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).")
     ] = "fma",
-    points_per_side: Annotated[
-        Optional[int], typer.Option(help="Points along a side.", rich_help_panel=GRID, min=1, show_default=False)
-    ] = None,
-    crop_layers: Annotated[
-        Optional[int],
-        typer.Option(help="Layers of crops; 0: the image only.", rich_help_panel=GRID, min=0, show_default=False),
-    ] = None,
-    iou_threshold: Annotated[
-        Optional[float], typer.Option(help="Predicted IoU to exceed.", rich_help_panel=GRID, show_default=False)
-    ] = None,
-    stability_threshold: Annotated[
-        Optional[float], typer.Option(help="Least stability.", rich_help_panel=GRID, show_default=False)
-    ] = None,
-    min_area: Annotated[
-        Optional[int],
-        typer.Option(help="Remove holes and islands of fewer pixels.", rich_help_panel=GRID, min=0, show_default=False),
-    ] = None,
-    points_per_batch: Annotated[
-        Optional[int],
-        typer.Option(help="Points decoded at once.", rich_help_panel=GRID, min=1, show_default=False),
-    ] = None,
+    points_per_side: Annotated[Optional[int], _grid_option(help="Points along a side.", min=1)] = None,
+    crop_layers: Annotated[Optional[int], _grid_option(help="Layers of crops; 0: the image only.", min=0)] = None,
+    iou_threshold: Annotated[Optional[float], _grid_option(help="Predicted IoU to exceed.")] = None,
+    stability_threshold: Annotated[Optional[float], _grid_option(help="Least stability.")] = None,
+    min_area: Annotated[Optional[int], _grid_option(help="Remove holes and islands of fewer pixels.", min=0)] = None,
+    points_per_batch: Annotated[Optional[int], _grid_option(help="Points decoded at once.", min=1)] = None,
     prompt: Annotated[
-        Optional[SamPrompt],
-        typer.Option(
-            help="Ask for each class where its map in --seeds peaks.",
-            rich_help_panel=PROMPT,
-            show_default=False,
-        ),
+        Optional[SamPrompt], _prompt_option(help="Ask for each class where its map in --seeds peaks.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="auto, or images encoded at once.", rich_help_panel=PROMPT)] = "auto",
+    batch_size: Annotated[str, _prompt_option(help="auto, or images encoded at once.")] = "auto",
     device: shared.Device = "auto",
     precision: shared.PrecisionOption = "auto",
     running: shared.RunArguments,

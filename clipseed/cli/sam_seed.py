@@ -21,62 +21,47 @@ def sam_seed(
         typer.Argument(
             metavar="[SEEDS]",
             help="Seeds (default: what the stage before left here), or for vote a folder of label masks.",
-            show_default=False,
         ),
     ] = None,
     masks: Annotated[
-        Path,
-        typer.Option(
-            help="What clipseed sam-masks made, or masks in another format (folder, JSON).", rich_help_panel=shared.DATA
-        ),
+        Path, shared.data_option(help="What clipseed sam-masks made, or masks in another format (folder, JSON).")
     ] = Path("masks.h5"),
-    masks_kind: Annotated[SegmentFormat, typer.Option(help="That format.", rich_help_panel=shared.DATA)] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the masks.", rich_help_panel=shared.OUTPUT)] = Path("seeds"),
+    masks_kind: Annotated[
+        SegmentFormat, shared.data_option(metavar="FORMAT", help=f"That format: {shared.listed(SegmentFormat)}.")
+    ] = "auto",
+    out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("seeds"),
     method: Annotated[
         Optional[SeedMethod],
-        typer.Option(
+        shared.method_option(
             help="fma (FMA-WSSS), prompted (S2C), vote (SEPL) or pixel (no masks). Default: prompted for masks made "
-            "with --prompt, vote for a folder of label masks, else fma.",
-            rich_help_panel=shared.METHOD,
-            show_default=False,
+            "with --prompt, vote for a folder of label masks, else fma."
         ),
     ] = None,
     preset: Annotated[
         Optional[SeedPreset],
-        typer.Option(
-            help="With fma (default: the vocabulary's coarse one).",
-            rich_help_panel=shared.METHOD,
-            show_default=False,
+        shared.method_option(
+            metavar="PRESET", help=f"With fma: {shared.listed(SeedPreset)} (default: the vocabulary's coarse one)."
         ),
     ] = None,
     alpha: Annotated[
         Optional[float],
-        typer.Option(
-            help="Background score (1 - max) ** alpha of masks (fma: the preset's) or of pixels (else: 2).",
-            rich_help_panel=shared.METHOD,
-            show_default=False,
+        shared.method_option(
+            help="Background score (1 - max) ** alpha of masks (fma: the preset's) or of pixels (else: 2)."
         ),
     ] = None,
     uncovered: Annotated[
         Optional[UncoveredPolicy],
-        typer.Option(
+        shared.method_option(
             help="Pixels under no mask: background, ignore (255) or cam, their own maps (default: background; with "
-            "vote: cam, they stay as they are).",
-            rich_help_panel=shared.METHOD,
-            show_default=False,
+            "vote: cam, they stay as they are)."
         ),
     ] = None,
     without_masks: Annotated[
-        Optional[UncoveredPolicy],
-        typer.Option(help="The same for images without any mask.", rich_help_panel=shared.METHOD, show_default=False),
+        Optional[UncoveredPolicy], shared.method_option(help="The same for images without any mask.")
     ] = None,
-    min_confidence: Annotated[
-        float, typer.Option(help="Less certain labels become 255 (fma, pixel).", rich_help_panel=shared.METHOD)
-    ] = 0.0,
+    min_confidence: Annotated[float, shared.method_option(help="Less certain labels become 255 (fma, pixel).")] = 0.0,
     empty: shared.Empty = "background",
-    paper: Annotated[
-        bool, typer.Option("--paper", help="The released programs with their quirks.", rich_help_panel=shared.METHOD)
-    ] = False,
+    paper: Annotated[bool, shared.method_option("--paper", help="The released programs with their quirks.")] = False,
     running: shared.RunArguments,
     output: shared.OutputArguments,
 ) -> int:
