@@ -32,7 +32,8 @@ from clipseed.data.images import FileReader, patch_grid
 from clipseed.data.listing import list_images
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import load_vocabulary
-from clipseed.jobs.cam import DEFAULT_MAX_SIDE, CamOptions, CamReport, run_cam
+from clipseed.defaults import CAM_MAX_SIDE
+from clipseed.jobs.cam import CamOptions, CamReport, run_cam
 from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget, unit_size_for
 from clipseed.runtime.stream import BatchSize
 
@@ -199,7 +200,7 @@ def batch_fill(sizes: list[tuple[int, int]], patch: int, device: torch.device) -
     real = filled = 0
     unit = unit_size_for(device)
     for start in range(0, len(sizes), unit):
-        grids = [patch_grid(height, width, patch, DEFAULT_MAX_SIDE, 0) for height, width in sizes[start : start + unit]]
+        grids = [patch_grid(height, width, patch, CAM_MAX_SIDE, 0) for height, width in sizes[start : start + unit]]
         for grid, count in Counter(grids).items():
             most = limit(grid[0] * grid[1] + 1)
             fills += [1.0] * (count // most) + ([count % most / most] if count % most else [])

@@ -53,7 +53,8 @@ from clipseed.data.dataset import DatasetOptions  # noqa: E402
 from clipseed.data.images import FileReader, patch_grid  # noqa: E402
 from clipseed.data.types import Sample  # noqa: E402
 from clipseed.data.vocabulary import load_vocabulary  # noqa: E402
-from clipseed.jobs.cam import DEFAULT_MAX_SIDE, CamOptions, CamRecipe, CamWork, run_cam  # noqa: E402
+from clipseed.defaults import CAM_MAX_SIDE, PATCH_TEMPERATURE  # noqa: E402
+from clipseed.jobs.cam import CamOptions, CamRecipe, CamWork, run_cam  # noqa: E402
 from clipseed.jobs.crf import CrfOptions, run_crf  # noqa: E402
 from clipseed.jobs.demo import GRID  # noqa: E402
 from clipseed.jobs.engine import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
@@ -318,7 +319,7 @@ def items_of(count: int, grid: tuple[int, int], patch: int) -> list[LoadedViews]
 
 
 def grid_of(bench: Bench, patch: int) -> tuple[int, int]:
-    return (6, 8) if bench.tiny else patch_grid(*SIZE, patch, DEFAULT_MAX_SIDE, 0)
+    return (6, 8) if bench.tiny else patch_grid(*SIZE, patch, CAM_MAX_SIDE, 0)
 
 
 class BareEncoder:
@@ -411,7 +412,7 @@ def batches_of(sizes: Sequence[tuple[int, int]], unit: int, budget: int, patch: 
     """Images and most images of every batch that ``cam`` makes, unit by unit."""
     found = []
     for start in range(0, len(sizes), unit):
-        grids = Counter(patch_grid(*size, patch, DEFAULT_MAX_SIDE, 0) for size in sizes[start : start + unit])
+        grids = Counter(patch_grid(*size, patch, CAM_MAX_SIDE, 0) for size in sizes[start : start + unit])
         for grid, count in grids.items():
             most = max(1, budget // (grid[0] * grid[1] + 1))
             full, rest = divmod(count, most)
@@ -483,7 +484,7 @@ def refine(bench: Bench) -> dict[str, Any]:
     from clipseed.clip.attention import patch_attention
     from clipseed.refine.affinity import balance
     from clipseed.refine.caa import spread_within_boxes
-    from clipseed.refine.distribution import PATCH_TEMPERATURE, distribution_affinity
+    from clipseed.refine.distribution import distribution_affinity
 
     work = cam_work(bench)
     grid = grid_of(bench, work.clip.tower.patch)
@@ -571,7 +572,7 @@ def files(bench: Bench) -> dict[str, Any]:
     """Decoding alone, then ``clipseed cam`` and ``clipseed cam --refine caa`` from JPEG files to HDF5."""
     count = 8 if bench.tiny else 16_384
     folder = make_files(bench, count)
-    loader = ViewLoader(FileReader(), 16, (1.0,), DEFAULT_MAX_SIDE, 0)
+    loader = ViewLoader(FileReader(), 16, (1.0,), CAM_MAX_SIDE, 0)
     samples = [Sample(path.stem, path, (0,)) for path in sorted(folder.iterdir())]
     most = default_workers(bench.device)
     decoding: dict[str, Any] = {}

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipseed.defaults import PAR_DILATIONS
 from clipseed.refine.crf import CLIP_ES, clip_es_unary, dense_crf
-from clipseed.refine.par import DILATIONS, refine_par
+from clipseed.refine.par import refine_par
 
 _STEPS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
@@ -25,7 +26,7 @@ def neighbours_by_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     """All 48 neighbours at once ``(B, C, 48, H, W)``: dilated 3 x 3 convolutions with one-hot kernels."""
     batch, channels, height, width = x.shape
     parts = []
-    for step in DILATIONS:
+    for step in PAR_DILATIONS:
         padded = F.pad(x, (step,) * 4, mode="replicate").reshape(batch * channels, 1, height + 2 * step, -1)
         parts.append(F.conv2d(padded, kernel, dilation=step).view(batch, channels, 8, height, width))
     return torch.cat(parts, dim=2)
@@ -39,7 +40,7 @@ def par_by_convolution(scores: Tensor, image: Tensor, iterations: int) -> Tensor
     around = neighbours_by_convolution(image, kernel)
     spread = around.std(dim=2, keepdim=True)
     likeness = -(((around - image.unsqueeze(2)).abs() / (spread + 1e-8) / 0.3) ** 2).mean(dim=1, keepdim=True)
-    away = torch.tensor([d * (2**0.5 if r and c else 1.0) for d in DILATIONS for r, c in _STEPS])
+    away = torch.tensor([d * (2**0.5 if r and c else 1.0) for d in PAR_DILATIONS for r, c in _STEPS])
     near = (-((away / (away.std() + 1e-8) / 0.3) ** 2)).softmax(dim=0).view(1, 1, -1, 1, 1)
     weights = likeness.softmax(dim=2) + 0.01 * near
     for _ in range(iterations):
@@ -86,7 +87,7 @@ def main() -> None:
           f"largest difference {gap:.1e}")  # fmt: skip
     from clipseed.refine.crf_native import native_crf
 
-    print("dense CRF, seconds per image (torch engine with all threads, pydensecrf with one)")
+    print("dense CRF, seconds per image (torch solver with all threads, pydensecrf with one)")
     print(f"{'pixels':>10} {'labels':>7} {'torch':>7} {'pydensecrf':>11} {'ratio':>6}")
     for labels, height, width in (
         (3, 188, 250),

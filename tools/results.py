@@ -213,10 +213,10 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     for name, path in made.items():
         report = miou(path)
         rows.append(f"| {name} | {100 * report.scores.miou:.1f} | {report.threshold or 'none'} |")
-    rows += ["", "| kernels | pixels on which the torch engine and pydensecrf give the same label |", "| --- | --- |"]
+    rows += ["", "| kernels | pixels on which the torch solver and pydensecrf give the same label |", "| --- | --- |"]
     for name, parameters in (("+ CRF, CLIP-ES's kernels", CLIP_ES), ("+ CRF, IRN's kernels", IRN)):
         native = folder / f"native-{made[name].name}"
-        run_crf(CrfOptions(maps, native, engine="pydensecrf", parameters=parameters, overwrite=True))
+        run_crf(CrfOptions(maps, native, solver="pydensecrf", parameters=parameters, overwrite=True))
         rows.append(f"| {name.split(', ')[1]} | {100 * agreement(made[name], native):.5f} % |")
     columns = [maps, par, made["+ CRF, CLIP-ES's kernels"]]
     show(devkit / "SegmentationClass", columns, folder / "photographs.png", 5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,9 @@ from clipseed.cam.gradcam import Target, gradcam, minmax, normalize, run_last_bl
 from clipseed.clip.attention import attention_blocks, patch_attention, with_last
 from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
+from clipseed.defaults import CamMethod
 
-Method = Literal["softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"]
+Method = CamMethod
 METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam", *DENSE_METHODS)
 
 

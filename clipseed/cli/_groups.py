@@ -14,16 +14,15 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
 
     The order of the parameters is that of the help text. Typer sees the options, the command gets the group filled in.
     """
-    hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     options: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        kind = hints[parameter.name]
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
         if is_dataclass(kind):
             groups[parameter.name] = kind
             options += _options_of(kind)
         else:
-            options.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def run(**given: Any) -> int:

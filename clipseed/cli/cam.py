@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
-import typer
-
-from clipseed.cli import options as shared
-from clipseed.cli.console import Talker
-from clipseed.cli.running import Running, RunOptions, prepare, rate, warn_of_toy_weights
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import Running, prepare, rate, warn_of_toy_weights
 from clipseed.data.background import GENERAL
+from clipseed.defaults import TAG_THRESHOLD, CamMethod
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,79 +20,62 @@ if TYPE_CHECKING:
     from clipseed.runtime.stream import Advance
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("cam")(cam)
-
-
+@grouped
 def cam(
-    dataset: shared.Dataset,
+    *,
+    where: shared.DatasetArguments,
     out: Annotated[
         Optional[Path],
-        typer.Option(
-            help="NAME.h5 for one file, or a folder for units (default: cams.h5; cams-caa.h5 with --refine caa).",
-            rich_help_panel=shared.OUTPUT,
+        shared.output_option(
+            help="NAME.h5 for one file, or a folder for units (default: cams.h5; cams-caa.h5 with --refine caa)."
         ),
     ] = None,
-    root: shared.Root = None,
-    images: shared.Images = None,
-    split: shared.Split = None,
-    labels: shared.LabelsOrAuto = None,
-    tag_threshold: shared.TagThreshold = None,
-    tag_top_k: shared.TagTopK = None,
+    labels: Annotated[
+        Optional[str],
+        shared.data_option(
+            help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags images that have none."
+        ),
+    ] = None,
+    tag_threshold: Annotated[
+        Optional[float],
+        shared.data_option(
+            help="--labels auto: a tag scores at least this share of the best word's score "
+            f"(default: {TAG_THRESHOLD}).",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
+    tag_top_k: Annotated[
+        Optional[int], shared.data_option(help="--labels auto: at most so many tags an image.", min=1)
+    ] = None,
     classes: shared.Classes = None,
-    background: shared.Background = None,
-    template: shared.Templates = None,
-    limit: shared.Limit = None,
-    exif: shared.Exif = False,
-    max_pixels: shared.MaxPixels = 80_000_000,
-    model: shared.Model = None,
-    weights: shared.Weights = None,
+    background: Annotated[
+        Optional[str],
+        shared.data_option(
+            help="Words that compete with the classes: none, general, those of voc or coco, or a file with one per "
+            "line (default: the class list's; general where it names none)."
+        ),
+    ] = None,
+    template: Annotated[
+        Optional[list[str]], shared.data_option(help="Prompt with one {}; several are averaged.")
+    ] = None,
+    reading: shared.ReadingArguments,
+    model: shared.ModelArguments,
     method: Annotated[
-        str,
-        typer.Option(help="softmax-gradcam (CLIP-ES), gradcam, maskclip, svc or naclip.", rich_help_panel=shared.MODEL),
+        CamMethod, shared.model_option(metavar="METHOD", help=f"{shared.listed(CamMethod)}; the first is CLIP-ES's.")
     ] = "softmax-gradcam",
     refine: Annotated[
-        Optional[str],
-        typer.Option(
-            help="caa: refine in the same pass; the output is the refined maps.", rich_help_panel=shared.MODEL
-        ),
+        Optional[Literal["caa"]], shared.model_option(help="Refine in the same pass; the output is the refined maps.")
     ] = None,
     box_threshold: Annotated[
-        Optional[float],
-        typer.Option(help="With --refine caa; see clipseed refine caa.", rich_help_panel=shared.MODEL),
+        Optional[float], shared.model_option(help="With --refine caa; see clipseed refine caa.")
     ] = None,
-    scales: Annotated[
-        str, typer.Option(help="Image scales whose maps are averaged, e.g. 0.75,1,1.5.", rich_help_panel=shared.MODEL)
-    ] = "1",
-    flip: Annotated[
-        bool, typer.Option("--flip", help="Average with the mirrored image.", rich_help_panel=shared.MODEL)
-    ] = False,
-    max_side: Annotated[
-        int, typer.Option(help="Shrink longer images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
-    ] = 640,
-    min_side: Annotated[
-        int, typer.Option(help="Enlarge shorter images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
-    ] = 0,
-    paper: Annotated[
-        bool,
-        typer.Option("--paper", help="CLIP-ES's released code with all its quirks.", rich_help_panel=shared.MODEL),
-    ] = False,
-    device: shared.Device = "auto",
-    precision: shared.Precision = "auto",
-    batch_size: shared.BatchSize = "auto",
-    workers: shared.Workers = "auto",
-    shard: shared.Shard = None,
-    engine: shared.Engine = "local",
-    ray_address: shared.RayAddress = None,
-    ray_workers: shared.RayWorkers = "auto",
-    ray_cpus: shared.RayCpus = "auto",
-    overwrite: shared.Overwrite = False,
-    allow_skipped: shared.AllowSkipped = None,
-    report: shared.RunReport = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    scales: Annotated[str, shared.model_option(help="Image scales whose maps are averaged, e.g. 0.75,1,1.5.")] = "1",
+    flip: Annotated[bool, shared.model_option("--flip", help="Average with the mirrored image.")] = False,
+    paper: Annotated[bool, shared.model_option("--paper", help="CLIP-ES's released code with all its quirks.")] = False,
+    compute: shared.ComputeArguments,
+    running: shared.RunArguments,
+    output: shared.OutputArguments,
 ) -> int:
     """Turn images with image-level labels into class activation maps.
 
@@ -112,36 +95,29 @@ def cam(
     if tagging and not auto:
         raise UsageError("--tag-threshold and --tag-top-k belong to --labels auto")
     data = DatasetOptions(
-        dataset=dataset, root=root, images=images, split=split, auto_labels=auto, classes=classes,
-        labels=Path(labels) if labels is not None and not auto else None,
-        templates=tuple(template or ()), background=background, exif=exif, max_pixels=max_pixels, limit=limit,
+        **vars(where), **vars(reading), labels=Path(labels) if labels is not None and not auto else None,
+        auto_labels=auto, classes=classes, templates=tuple(template or ()), background=background,
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")
-    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
-    run = prepare("cam", chosen)
+    run = prepare("cam", running, output)
     options = CamOptions(
-        data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), refine=cast("Any", refine),
-        box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
-        method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
-        min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
-        cluster=run.cluster, **tagging,
+        data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), method=method, refine=refine,
+        box_threshold=box_threshold, scales=shared.numbers(scales, "--scales"), flip=flip, paper=paper,
+        **tagging, **vars(model), **compute.parsed(), **run.parsed(),
     )  # fmt: skip
     if auto and not run.launch.shard.whole:
         raise UsageError("--labels auto tags all images at once: run it first without --shard, then use its labels")
-    talker = run.talker
-    try:
+    console = run.console
+    with console:
         done = run_cam(
             options,
-            lambda image_set, todo, found: _start(run, weights, image_set, todo, found),
-            lambda image_set, todo, _: _start_tags(talker, todo),
+            lambda image_set, todo, found: _start(run, model.weights, image_set, todo, found),
+            lambda image_set, todo, _: _start_tags(console, todo),
             run.loading,
         )
-    finally:
-        talker.close()
     if done.tags is not None:
-        _tell_tags(talker, done.tags)
+        _tell_tags(console, done.tags)
     computed, used = done.stats.computed, done.model
     summary = (
         f"{done.out}: {done.found + computed} of {done.total} images, {computed} computed now{rate(done)} "
@@ -150,31 +126,31 @@ def cam(
     code = run.finish(done, summary, _facts(done), done.empty)
     if done.empty is None or not done.empty.most or run.launch.source == "torchrun":
         return code
-    talker.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
+    console.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
     return code or 3
 
 
 def _start(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
-    warn_of_toy_weights(run.talker, weights, image_set)
+    warn_of_toy_weights(run.console, weights, image_set)
     words = image_set.vocabulary
     if words.background_from == GENERAL:
-        run.talker.note(
+        run.console.note(
             f"{words.name}: no background words of its own; {len(words.background)} general ones compete with its "
             "classes (--background)"
         )
     return run.start(todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples))
 
 
-def _start_tags(talker: Talker, todo: int) -> Any:
-    track = talker.track("tags", todo)
+def _start_tags(console: Console, todo: int) -> Any:
+    track = console.track("tags", todo)
     return lambda count, _: track(count)
 
 
-def _tell_tags(talker: Talker, tags: TagReport) -> None:
+def _tell_tags(console: Console, tags: TagReport) -> None:
     if not tags.tagged:
-        talker.note("--labels auto: every image that can be read has labels of its own")
+        console.note("--labels auto: every image that can be read has labels of its own")
         return
-    talker.note(
+    console.note(
         f"{tags.path}: {tags.tagged} images tagged by CLIP ({tags.computed} now), {tags.empty} of them without any "
         "class (all background); correct it and give it with --labels"
     )

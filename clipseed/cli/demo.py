@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
-import typer
-
-from clipseed.cli import options as shared
-from clipseed.cli.console import TableRows, Talker, duration, percent, print_json
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console, TableRows, duration, percent, print_json
+from clipseed.cli._groups import grouped
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,86 +18,70 @@ if TYPE_CHECKING:
 _SCENES = 60
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("demo")(demo)
-
-
+@grouped
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the demo's files.", rich_help_panel=shared.OUTPUT)] = Path(
-        "demo"
-    ),
+    *,
+    out: Annotated[Path, shared.output_option(help="Folder for the demo's files.")] = Path("demo"),
     scenes: Annotated[
         Optional[int],
-        typer.Option(
+        shared.data_option(
             "--scenes",
             "--limit",
             help=f"How many scenes (default: {_SCENES}; with --save-dataset 300, as in the tables of docs/).",
             min=1,
-            rich_help_panel=shared.DATA,
-            show_default=False,
         ),
     ] = None,
     device: shared.Device = "auto",
     save_dataset: Annotated[
-        Optional[Path],
-        typer.Option(help="Only write the toy scenes there, as a VOC devkit.", rich_help_panel=shared.OUTPUT),
+        Optional[Path], shared.output_option(help="Only write the toy scenes there, as a VOC devkit.")
     ] = None,
     save_seed: Annotated[
         int,
-        typer.Option(
-            help="Scenes to save: 0 are the scored ones, other seeds new ones to train on.",
-            min=0,
-            rich_help_panel=shared.OUTPUT,
-        ),
+        shared.output_option(help="Scenes to save: 0 are the scored ones, other seeds new ones to train on.", min=0),
     ] = 0,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    output: shared.OutputArguments,
 ) -> int:
     """Run the whole pipeline on the built-in toy world: no downloads, no network."""
-    talker = Talker(quiet)
+    console = Console(output.quiet)
     if save_dataset is None and save_seed:
         raise UsageError("--save-seed says which scenes --save-dataset writes; the demo itself runs on the scored ones")
     if save_dataset is not None:
-        return _save(talker, save_dataset, save_seed, scenes)
+        return _save(console, save_dataset, save_seed, scenes)
     from clipseed.jobs.demo import STAGES, expected_seconds, run_demo
     from clipseed.toy.dataset import HELD_OUT_COUNT
 
     count = scenes or _SCENES
     if count > HELD_OUT_COUNT:
         raise UsageError(f"--scenes {count}: the demo scores up to {HELD_OUT_COUNT}; --save-dataset writes any number")
-    talker.note(
+    console.note(
         f"{len(STAGES)} stages on {count} scenes of the built-in world, about {duration(expected_seconds(count))} on "
         "two idle cores; Ctrl-C stops it"
     )
     titles = [_title(number, len(STAGES), title) for number, (_, title) in enumerate(STAGES, start=1)]
     columns = (f"toy world, {count} images", "mIoU %", "threshold", "images/s", "file")
     widths = (max(map(len, (columns[0], *titles))), 6, 9, 8, len(str(out / "cams-caa.h5")))
-    table = None if json else TableRows(columns, widths)
+    table = None if output.json else TableRows(columns, widths)
 
     def tell(stage: Stage) -> None:
         if table is None:
-            talker.note(f"{stage.name}: {percent(stage.report.scores.miou)} % mIoU")
+            console.note(f"{stage.name}: {percent(stage.report.scores.miou)} % mIoU")
             return
         threshold = "-" if stage.report.threshold is None else f"{stage.report.threshold:g}"
         score = percent(stage.report.scores.miou)
         table.add((titles[stage.number - 1], score, threshold, f"{stage.images_per_second:.1f}", str(stage.out)))
 
-    try:
+    with console:
         result = run_demo(
             out,
             count,
             device,
-            lambda number, title, total: talker.track(_title(number, len(STAGES), title), total),
+            lambda number, title, total: console.track(_title(number, len(STAGES), title), total),
             tell,
         )
-    finally:
-        talker.close()
-    if json:
+    if output.json:
         print_json({"stages": [s.as_dict() for s in result.stages], "previews": list(map(str, result.previews))})
     labels, maps = result.previews
-    talker.note(
+    console.note(
         f"\n{labels}: images, their truth, maps and pseudo-labels\n{maps}: every map by itself\n\nTry next:\n"
         + "\n".join(f"  {line}" for line in _next_commands(out))
     )
@@ -132,14 +115,14 @@ def _program(*, anywhere: bool = False) -> str:
     return str(called.absolute() if anywhere else called)
 
 
-def _save(talker: Talker, folder: Path, seed: int, scenes: int | None) -> int:
+def _save(console: Console, folder: Path, seed: int, scenes: int | None) -> int:
     from clipseed.store.files import storage_errors
     from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit
 
     with storage_errors(folder, "--save-dataset"):
         count = save_devkit(folder, seed, scenes or HELD_OUT_COUNT)
     program = _program(anywhere=True)
-    talker.note(
+    console.note(
         f"{folder}: {count} images as a VOC devkit; try\n"
         f"  cd {folder}\n"
         f"  {program} cam --dataset voc --classes toy --weights toy --out cams.h5\n"

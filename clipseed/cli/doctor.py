@@ -7,18 +7,14 @@ from typing import Annotated
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.console import print_json
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("doctor")(doctor)
+from clipseed.cli import _options as shared
+from clipseed.cli._console import print_json
+from clipseed.defaults import MODEL, WEIGHTS
 
 
 def doctor(
-    model: Annotated[str, typer.Option(help="Model whose weights are looked for.")] = "ViT-B-16",
-    weights: Annotated[str, typer.Option(help="Pretrained tag that is looked for.")] = "openai",
+    model: Annotated[str, typer.Option(help="Model whose weights are looked for.")] = MODEL,
+    weights: Annotated[str, typer.Option(help="Pretrained tag that is looked for.")] = WEIGHTS,
     offline: Annotated[bool, typer.Option("--offline", help="Do not try the network.")] = False,
     json: shared.Json = False,
     debug: shared.Debug = False,

@@ -3,68 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, percent, print_json, print_table, some
-from clipseed.cli.running import exit_code
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console, percent, print_json, print_table, some
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import exit_code
 
 if TYPE_CHECKING:
     from clipseed.jobs.evaluate_options import EvaluateReport
 
-SCORE = "Scoring"
 
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("evaluate")(evaluate)
-
-
+@grouped
 def evaluate(
+    *,
     prediction: Annotated[
         Optional[Path],
         typer.Argument(help="Seeds (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
     ] = None,
-    gt: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own).",
-            rich_help_panel=SCORE,
-        ),
-    ] = None,
-    classes: Annotated[
-        Optional[str],
-        typer.Option(help="voc, coco, toy or a file; seeds bring their own.", rich_help_panel=SCORE),
-    ] = None,
-    split: Annotated[
-        Optional[str],
-        typer.Option(help="Score only this list: a name in the devkit, or a file.", rich_help_panel=SCORE),
-    ] = None,
-    threshold: Annotated[
-        Optional[float],
-        typer.Option(help="One background score instead of the best of a sweep.", rich_help_panel=SCORE),
-    ] = None,
-    alpha: Annotated[
-        Optional[str],
-        typer.Option(help="CLIP-ES's background exponents, e.g. 1,2 (the best counts).", rich_help_panel=SCORE),
-    ] = None,
-    pred_ignore: Annotated[
-        str,
-        typer.Option(help="What a predicted 255 is: error, background or exclude.", rich_help_panel=SCORE),
-    ] = "error",
-    resize_pred: Annotated[
-        bool,
-        typer.Option("--resize-pred", help="Resize predictions of another size.", rich_help_panel=SCORE),
-    ] = False,
-    csv: Annotated[
-        Optional[Path], typer.Option(help="Also write the table to this file.", rich_help_panel=shared.OUTPUT)
-    ] = None,
+    scoring: shared.ScoringArguments,
+    csv: Annotated[Optional[Path], shared.output_option(help="Also write the table to this file.")] = None,
     allow_skipped: shared.AllowSkipped = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    output: shared.OutputArguments,
 ) -> int:
     """Score seeds or masks against ground truth (mean intersection over union).
 
@@ -73,45 +35,37 @@ def evaluate(
       clipseed evaluate --gt SegmentationClass
     """
     from clipseed.jobs.evaluate import evaluate as run_evaluate
-    from clipseed.jobs.evaluate_options import EvaluateOptions
     from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
 
-    talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
+    console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")
     chosen = prediction or newest_output(Path())
     if prediction is None:
-        talker.note(f"scoring {chosen}")
-    options = EvaluateOptions(
-        prediction=chosen, gt=gt, classes=classes, split=split, threshold=threshold,
-        alphas=() if alpha is None else shared.numbers(alpha, "--alpha"), pred_ignore=cast("Any", pred_ignore),
-        resize_pred=resize_pred,
-    )  # fmt: skip
-    try:
-        report = run_evaluate(options, lambda total: talker.track("evaluate", total))
-    finally:
-        talker.close()
-    _warn(talker, report)
+        console.note(f"scoring {chosen}")
+    with console:
+        report = run_evaluate(scoring.of(chosen), lambda total: console.track("evaluate", total))
+    _warn(console, report)
     if csv is not None:
         _write_csv(csv, report)
-    if json:
+    if output.json:
         print_json(report.as_dict())
     else:
         _print(report)
-    return exit_code(talker, report.unscored, allowed)
+    return exit_code(console, report.unscored, allowed)
 
 
-def _warn(talker: Talker, report: EvaluateReport) -> None:
+def _warn(console: Console, report: EvaluateReport) -> None:
     if report.missing_ground_truth:
         ids = report.missing_ground_truth
-        talker.warn(f"{len(ids)} predictions have no ground truth and were not scored: {some(ids)}")
+        console.warn(f"{len(ids)} predictions have no ground truth and were not scored: {some(ids)}")
     if report.missing_predictions:
         ids = report.missing_predictions
         where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
-        talker.warn(f"{len(ids)} {where} have no prediction and were not scored: {some(ids)}")
+        console.warn(f"{len(ids)} {where} have no prediction and were not scored: {some(ids)}")
     if report.excluded_pixels:
         share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)
-        talker.warn(f"{percent(share)} % of the pixels were left out because the prediction is 255 there")
+        console.warn(f"{percent(share)} % of the pixels were left out because the prediction is 255 there")
 
 
 def _rows(report: EvaluateReport) -> list[tuple[str, float]]:

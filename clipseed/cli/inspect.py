@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, print_json, print_table
-from clipseed.cli.inspect_masks import Look, show
-from clipseed.cli.running import empty_reasons
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console, print_json, print_table
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import empty_reasons
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.jobs.inspect import Inspection
+    from clipseed.jobs.inspect_masks import MaskInspection
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("inspect")(inspect)
+@dataclass(frozen=True)
+class Look:
+    """A preview as asked for: the PNG, how many images or which, and where they are now."""
+
+    out: Path
+    count: int
+    ids: tuple[str, ...]
+    images: Path | None
+    root: Path | None
 
 
+@grouped
 def inspect(
+    *,
     seeds: Annotated[Optional[Path], typer.Argument(help="Seeds or mask cache (default: the newest stage).")] = None,
-    preview: Annotated[
-        Optional[Path], typer.Option(help="Write an overlay of some maps to this PNG.", rich_help_panel=shared.OUTPUT)
-    ] = None,
+    preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
     images: shared.MovedImages = None,
     root: shared.MovedRoot = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check all checksums, whatever the size.")] = False,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    output: shared.OutputArguments,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
     from clipseed.jobs.inspect import inspect_seeds, write_preview
@@ -49,15 +56,15 @@ def inspect(
     look = Look(preview, count, tuple(id or ()), images, root) if preview is not None else None
     chosen = seeds or newest_output(Path())
     if is_mask_cache(chosen):
-        return show(chosen, look, verify=verify, json=json, quiet=quiet)
+        return show(chosen, look, verify=verify, output=output)
     found = inspect_seeds(chosen, verify=verify)
-    if json:
+    if output.json:
         print_json(found.as_dict())
     else:
         _print(found)
     if look is not None:
         shown = write_preview(chosen, look.out, look.count, look.ids, look.images, look.root)
-        Talker(quiet).note(f"{look.out}: {', '.join(shown)}")
+        Console(output.quiet).note(f"{look.out}: {', '.join(shown)}")
     return 0
 
 
@@ -85,13 +92,54 @@ def _print(found: Inspection) -> None:
         ("grids", grids),
         ("versions", _pairs(manifest.get("versions"))),
     ]  # fmt: skip
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+    _print_facts(rows)
     typer.echo("")
     print_table(("class", "images"), [(name, str(number)) for name, number in found.per_class.items() if number])
 
 
+def show(path: Path, look: Look | None, *, verify: bool, output: shared.OutputArguments) -> int:
+    """Print what a mask cache holds, and write a preview where one is asked for; returns the exit code."""
+    from clipseed.jobs.inspect_masks import inspect_masks, write_mask_preview
+
+    found = inspect_masks(path, verify=verify)
+    if output.json:
+        print_json(found.as_dict())
+    else:
+        _print_segments(found)
+    if look is not None:
+        shown = write_mask_preview(path, look.out, look.count, look.ids, look.images, look.root)
+        Console(output.quiet).note(f"{look.out}: {', '.join(shown)}")
+    return 0
+
+
+def _print_segments(found: MaskInspection) -> None:
+    manifest, data = found.manifest, found.manifest["dataset"]
+    fewest, median, most = found.per_image
+    rows = [
+        ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
+        ("method", str(manifest.get("method"))),
+        ("options", _pairs(manifest["options"])),
+        ("source", _pairs({key: value for key, value in manifest["source"].items() if isinstance(value, str)})),
+        ("model", _pairs(manifest["model"])),
+        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
+        ("images", f"{found.images} ({found.without_masks} without masks, {found.shrunk} shrunk)"),
+        ("masks", f"{found.masks}; per image {fewest} to {most}, median {median:g}"),
+        ("levels", ", ".join(f"{number} {name}" for name, number in found.levels.items())),
+        ("bytes", f"{found.bytes_per_image:,.0f} per image; {found.bytes_per_mask:,.0f} per compressed mask"),
+        ("versions", _pairs(manifest.get("versions"))),
+    ]
+    _print_facts(rows)
+    if found.per_class:
+        typer.echo("")
+        print_table(("class", "masks"), [(name, str(number)) for name, number in found.per_class.items()])
+
+
+def _print_facts(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
 def _pairs(part: object) -> str:
     """A part of the manifest on one line."""
-    return ", ".join(f"{key} {value}" for key, value in part.items()) if isinstance(part, dict) else "-"
+    return ", ".join(f"{key} {value}" for key, value in part.items()) if isinstance(part, dict) and part else "-"

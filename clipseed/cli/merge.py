@@ -7,32 +7,23 @@ from typing import Annotated, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, print_json
-from clipseed.cli.running import tell_empty
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console, print_json
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import tell_empty
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("merge")(merge)
-
-
+@grouped
 def merge(
+    *,
     sources: Annotated[
-        list[Path],
-        typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks."),
+        list[Path], typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks.")
     ],
     out: Annotated[
         Optional[Path],
-        typer.Option(
-            help="The file, or for masks the folder; without it one unfinished NAME.h5 is finished.",
-            rich_help_panel=shared.OUTPUT,
-            show_default=False,
-        ),
+        shared.output_option(help="The file, or for masks the folder; without it one unfinished NAME.h5 is finished."),
     ] = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    output: shared.OutputArguments,
 ) -> int:
     """Make one output out of what several runs made.
 
@@ -44,15 +35,15 @@ def merge(
     """
     from clipseed.jobs.merge import run_merge
 
-    talker = Talker(quiet)
+    console = Console(output.quiet)
     report = run_merge(sources, out)
     for note in report.notes:
-        talker.warn(note)
+        console.warn(note)
     twice = f", {report.repeated} of them more than once" if report.repeated else ""
-    talker.note(f"{report.out}: {report.images} images out of {report.files} files{twice}")
+    console.note(f"{report.out}: {report.images} images out of {report.files} files{twice}")
     if report.empty is not None and report.empty.labels:
-        tell_empty(talker, report.empty)
-    if json:
+        tell_empty(console, report.empty)
+    if output.json:
         empty = {} if report.empty is None else {"empty": report.empty.as_dict()}
         print_json({"out": str(report.out), "files": report.files, "images": report.images, **empty})
     return 0

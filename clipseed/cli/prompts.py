@@ -3,73 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.console import Talker, percent, print_json, print_table, some
-from clipseed.cli.running import exit_code, warn_of_toy_weights
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console, percent, print_json, print_table, some
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import exit_code, warn_of_toy_weights
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
     from clipseed.jobs.prompts import Candidate, PromptReport
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("prompts")(prompts)
-
-
+@grouped
 def prompts(
-    dataset: shared.Dataset,
+    *,
+    where: shared.DatasetArguments,
     templates: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Candidates: a YAML list, or one per line (default: about 30 that come with clipseed).",
-            rich_help_panel=shared.DATA,
+        shared.data_option(
+            help="Candidates: a YAML list, or one per line (default: about 30 that come with clipseed)."
         ),
     ] = None,
     synonyms: Annotated[
-        bool,
-        typer.Option(
-            "--synonyms", help="Also rank the words of classes that have synonyms.", rich_help_panel=shared.DATA
-        ),
+        bool, shared.data_option("--synonyms", help="Also rank the words of classes that have synonyms.")
     ] = False,
-    root: shared.Root = None,
-    images: shared.Images = None,
-    split: shared.Split = None,
-    labels: shared.LabelsFile = None,
+    labels: Annotated[
+        Optional[Path], shared.data_option(help="Image-level labels: CSV, one-hot CSV, JSON or text.")
+    ] = None,
     classes: shared.Classes = None,
     template: Annotated[
         Optional[list[str]],
-        typer.Option(
-            help="Template for --synonyms; several are averaged (default: the class list's).",
-            rich_help_panel=shared.DATA,
-        ),
+        shared.data_option(help="Template for --synonyms; several are averaged (default: the class list's)."),
     ] = None,
-    limit: shared.Limit = None,
-    exif: shared.Exif = False,
-    max_pixels: shared.MaxPixels = 80_000_000,
-    model: shared.Model = None,
-    weights: shared.Weights = None,
-    max_side: Annotated[
-        int, typer.Option(help="Shrink longer images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
-    ] = 640,
-    min_side: Annotated[
-        int, typer.Option(help="Enlarge shorter images to this side; 0: never.", rich_help_panel=shared.MODEL, min=0)
-    ] = 0,
-    device: shared.Device = "auto",
-    precision: shared.Precision = "auto",
-    batch_size: shared.BatchSize = "auto",
+    reading: shared.ReadingArguments,
+    model: shared.ModelArguments,
+    compute: shared.ComputeArguments,
     workers: shared.Workers = "auto",
-    csv: Annotated[
-        Optional[Path], typer.Option(help="Write all numbers to this CSV file.", rich_help_panel=shared.OUTPUT)
-    ] = None,
+    csv: Annotated[Optional[Path], shared.output_option(help="Write all numbers to this CSV file.")] = None,
     allow_skipped: shared.AllowSkipped = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    output: shared.OutputArguments,
 ) -> int:
     """Rank prompt templates by sharpness (CLIP-ES, Eq. 9; lower is better) on images with two labels or more.
 
@@ -87,34 +62,29 @@ def prompts(
     allowed = shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")
     data = DatasetOptions(
-        dataset=dataset, root=root, images=images, split=split, labels=labels, classes=classes,
-        templates=tuple(template or ()), exif=exif, max_pixels=max_pixels, limit=limit,
-    )  # fmt: skip
+        **vars(where), **vars(reading), labels=labels, classes=classes, templates=tuple(template or ())
+    )
     options = PromptOptions(
-        data=data, templates=templates, synonyms=synonyms, csv=csv, model=model, weights=weights, device=device,
-        precision=cast("Any", precision), max_side=max_side, min_side=min_side,
-        batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers),
+        data=data, templates=templates, synonyms=synonyms, csv=csv, workers=shared.workers_of(workers), **vars(model),
+        **compute.parsed(),
     )  # fmt: skip
-    talker = Talker(quiet)
-    try:
-        report = run_prompts(options, lambda image_set, todo, _: _start(talker, weights, image_set, todo))
-    finally:
-        talker.close()
-    if json:
+    console = Console(output.quiet)
+    with console:
+        report = run_prompts(options, lambda image_set, todo, _: _start(console, model.weights, image_set, todo))
+    if output.json:
         print_json(report.as_dict())
     else:
         _print(report)
-    _tell(talker, report, csv, synonyms)
-    return exit_code(talker, len(report.skipped), allowed)
+    _tell(console, report, csv, synonyms)
+    return exit_code(console, len(report.skipped), allowed)
 
 
-def _start(talker: Talker, weights: str | None, image_set: ImageSet, todo: int) -> Any:
-    talker.note(
+def _start(console: Console, weights: str | None, image_set: ImageSet, todo: int) -> Any:
+    console.note(
         f"{image_set.name} {image_set.split}: {todo} of {len(image_set.samples)} images show two classes or more"
     )
-    warn_of_toy_weights(talker, weights, image_set)
-    track = talker.track("prompts", todo)
+    warn_of_toy_weights(console, weights, image_set)
+    track = console.track("prompts", todo)
     return lambda count, _: track(count)
 
 
@@ -137,11 +107,11 @@ def _numbers(item: Candidate) -> tuple[str, str, str, str]:
     return str(item.rank), f"{item.sharpness:.4g}", percent(item.present), str(item.images)
 
 
-def _tell(talker: Talker, report: PromptReport, csv: Path | None, synonyms: bool) -> None:
+def _tell(console: Console, report: PromptReport, csv: Path | None, synonyms: bool) -> None:
     if report.skipped:
         reasons = some([f"{key} ({why})" for key, why in report.skipped], 3)
-        talker.warn(f"{len(report.skipped)} images skipped: {reasons}")
+        console.warn(f"{len(report.skipped)} images skipped: {reasons}")
     if synonyms and not report.classes:
-        talker.note("no class of this vocabulary has synonyms; give some with --classes FILE (docs/formats.md)")
+        console.note("no class of this vocabulary has synonyms; give some with --classes FILE (docs/formats.md)")
     if csv is not None:
-        talker.note(f"{csv}: {len(report.templates) + len(report.classes)} rows")
+        console.note(f"{csv}: {len(report.templates) + len(report.classes)} rows")

@@ -2,169 +2,120 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.running import RunOptions, prepare, rate
+from clipseed.cli import _options as shared
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import prepare, rate
+from clipseed.defaults import (
+    CAA_LAYERS,
+    PAR_DILATIONS,
+    PAR_ITERATIONS,
+    PAR_POSITION_WEIGHT,
+    PAR_SHARPNESS,
+    PATCH_TEMPERATURE,
+    SINKHORN_ROUNDS,
+    SPREAD_POWER,
+)
 
-METHOD = "Method"
-
-Source = Annotated[
-    Optional[Path],
-    typer.Argument(help="Seeds to refine (default: what the stage before left here).", show_default=False),
-]
-Out = Annotated[
-    Optional[Path],
-    typer.Option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).", rich_help_panel=shared.OUTPUT),
-]
-Weights = Annotated[
-    Optional[str],
-    typer.Option(help="Where the same weights are now, if they have moved.", rich_help_panel=shared.MODEL),
-]
-BoxThreshold = Annotated[
-    Optional[float],
-    typer.Option(
-        help="Share of the peak that boxes enclose (default: 0.7 for COCO, else 0.4).", rich_help_panel=METHOD
-    ),
-]
-Layers = Annotated[int, typer.Option(help="Blocks from the end whose attention is averaged.", rich_help_panel=METHOD)]
-Rounds = Annotated[int, typer.Option(help="Sinkhorn rounds.", rich_help_panel=METHOD)]
-Power = Annotated[int, typer.Option(help="How often maps are spread.", rich_help_panel=METHOD)]
-Boxes = Annotated[
-    bool, typer.Option("--boxes/--no-boxes", help="Spread from boxes around peaks only.", rich_help_panel=METHOD)
-]
-Paper = Annotated[
-    Optional[bool],
-    typer.Option(
-        "--paper/--no-paper", help="The released code with its quirks (default: as the seeds).", rich_help_panel=METHOD
-    ),
-]
+if TYPE_CHECKING:
+    from clipseed.jobs.refine_options import Method
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the program."""
-    group = typer.Typer(help="Refine seeds: spread them along attention, or along colours.", no_args_is_help=True)
-    group.command("caa")(caa)
-    group.command("js")(js)
-    group.command("par")(par)
-    app.add_typer(group, name="refine")
+@dataclass(frozen=True, kw_only=True)
+class SourceArguments:
+    """What is refined, into what, and where its images are."""
+
+    source: Annotated[
+        Optional[Path], typer.Argument(help="Seeds to refine (default: what the stage before left here).")
+    ] = None
+    out: Annotated[
+        Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).")
+    ] = None
+    images: shared.MovedImages = None
+    root: shared.MovedRoot = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AffinityArguments:
+    """How maps are spread along attention."""
+
+    box_threshold: Annotated[
+        Optional[float],
+        shared.method_option(help="Share of the peak that boxes enclose (default: 0.7 for COCO, else 0.4)."),
+    ] = None
+    layers: Annotated[int, shared.method_option(help="Blocks from the end whose attention is averaged.")] = CAA_LAYERS
+    rounds: Annotated[int, shared.method_option(help="Sinkhorn rounds.")] = SINKHORN_ROUNDS
+    power: Annotated[int, shared.method_option(help="How often maps are spread.")] = SPREAD_POWER
+    boxes: Annotated[bool, shared.method_option("--boxes/--no-boxes", help="Spread from boxes around peaks only.")] = (
+        True
+    )
+    weights: Annotated[
+        Optional[str], shared.model_option(help="Where the same weights are now, if they have moved.")
+    ] = None
+
+    def parsed(self) -> dict[str, Any]:
+        """As the job's options have them."""
+        from clipseed.refine.caa import CaaOptions
+
+        constants = CaaOptions(layers=self.layers, rounds=self.rounds, power=self.power, boxes=self.boxes)
+        return {"box_threshold": self.box_threshold, "weights": self.weights, "caa": constants}
+
+
+@grouped
 def caa(
-    source: Source = None,
-    out: Out = None,
-    box_threshold: BoxThreshold = None,
-    layers: Layers = 8,
-    rounds: Rounds = 3,
-    power: Power = 2,
-    boxes: Boxes = True,
-    paper: Paper = None,
-    images: shared.MovedImages = None,
-    root: shared.MovedRoot = None,
-    weights: Weights = None,
-    device: shared.Device = "auto",
-    precision: shared.Precision = "auto",
-    batch_size: shared.BatchSize = "auto",
-    workers: shared.Workers = "auto",
-    shard: shared.Shard = None,
-    engine: shared.Engine = "local",
-    ray_address: shared.RayAddress = None,
-    ray_workers: shared.RayWorkers = "auto",
-    ray_cpus: shared.RayCpus = "auto",
-    overwrite: shared.Overwrite = False,
-    allow_skipped: shared.AllowSkipped = None,
-    report: shared.RunReport = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    *,
+    source: SourceArguments,
+    affinity: AffinityArguments,
+    paper: Annotated[
+        Optional[bool],
+        shared.method_option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
+    ] = None,
+    compute: shared.ComputeArguments,
+    running: shared.RunArguments,
+    output: shared.OutputArguments,
 ) -> int:
     """Class-aware attention affinity (CLIP-ES): spread maps along CLIP's attention.
 
     Without arguments it refines cams.h5 into cams-caa.h5, with the images and the model that cams.h5 was made with.
     """
-    from clipseed.refine.caa import CaaOptions
-
-    constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
-    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
-    return _run(
-        "caa", source, chosen,
-        out=out, box_threshold=box_threshold, caa=constants, paper=paper, images=images, root=root,
-        weights=weights, device=device, precision=precision, batch_size=batch_size, workers=workers,
-        overwrite=overwrite,
-    )  # fmt: skip
+    return _run("caa", source, running, output, paper=paper, **affinity.parsed(), **compute.parsed())
 
 
+@grouped
 def js(
-    source: Source = None,
-    out: Out = None,
-    temperature: Annotated[float, typer.Option(help="Of the softmax over patches.", rich_help_panel=METHOD)] = 0.01,
-    box_threshold: BoxThreshold = None,
-    layers: Layers = 8,
-    rounds: Rounds = 3,
-    power: Power = 2,
-    boxes: Boxes = True,
-    images: shared.MovedImages = None,
-    root: shared.MovedRoot = None,
-    weights: Weights = None,
-    device: shared.Device = "auto",
-    precision: shared.Precision = "auto",
-    batch_size: shared.BatchSize = "auto",
-    workers: shared.Workers = "auto",
-    shard: shared.Shard = None,
-    engine: shared.Engine = "local",
-    ray_address: shared.RayAddress = None,
-    ray_workers: shared.RayWorkers = "auto",
-    ray_cpus: shared.RayCpus = "auto",
-    overwrite: shared.Overwrite = False,
-    allow_skipped: shared.AllowSkipped = None,
-    report: shared.RunReport = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    *,
+    source: SourceArguments,
+    temperature: Annotated[float, shared.method_option(help="Of the softmax over patches.")] = PATCH_TEMPERATURE,
+    affinity: AffinityArguments,
+    compute: shared.ComputeArguments,
+    running: shared.RunArguments,
+    output: shared.OutputArguments,
 ) -> int:
     """Class-distribution affinity (CD-CLIP): attention between patches that resemble all classes alike."""
-    from clipseed.refine.caa import CaaOptions
-
-    constants = CaaOptions(layers=layers, rounds=rounds, power=power, boxes=boxes)
-    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
-    return _run(
-        "js", source, chosen,
-        out=out, box_threshold=box_threshold, caa=constants, temperature=temperature,
-        images=images, root=root, weights=weights, device=device, precision=precision, batch_size=batch_size,
-        workers=workers, overwrite=overwrite,
-    )  # fmt: skip
+    return _run("js", source, running, output, temperature=temperature, **affinity.parsed(), **compute.parsed())
 
 
+@grouped
 def par(
-    source: Source = None,
-    out: Out = None,
-    iterations: Annotated[int, typer.Option(help="20 in WeCLIP, 10 in AFA.", rich_help_panel=METHOD)] = 20,
-    dilations: Annotated[
-        str, typer.Option(help="Distances of the neighbours in pixels.", rich_help_panel=METHOD)
-    ] = "1,2,4,8,12,24",
-    sharpness: Annotated[float, typer.Option(help="Smaller follows edges more closely.", rich_help_panel=METHOD)] = 0.3,
+    *,
+    source: SourceArguments,
+    iterations: Annotated[int, shared.method_option(help="20 in WeCLIP, 10 in AFA.")] = PAR_ITERATIONS,
+    dilations: Annotated[str, shared.method_option(help="Distances of the neighbours in pixels.")] = ",".join(
+        map(str, PAR_DILATIONS)
+    ),
+    sharpness: Annotated[float, shared.method_option(help="Smaller follows edges more closely.")] = PAR_SHARPNESS,
     position_weight: Annotated[
-        float, typer.Option(help="Weight of nearness beside likeness.", rich_help_panel=METHOD)
-    ] = 0.01,
-    images: shared.MovedImages = None,
-    root: shared.MovedRoot = None,
+        float, shared.method_option(help="Weight of nearness beside likeness.")
+    ] = PAR_POSITION_WEIGHT,
     device: shared.Device = "auto",
     batch_size: shared.BatchSize = "auto",
-    workers: shared.Workers = "auto",
-    shard: shared.Shard = None,
-    engine: shared.Engine = "local",
-    ray_address: shared.RayAddress = None,
-    ray_workers: shared.RayWorkers = "auto",
-    ray_cpus: shared.RayCpus = "auto",
-    overwrite: shared.Overwrite = False,
-    allow_skipped: shared.AllowSkipped = None,
-    report: shared.RunReport = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    running: shared.RunArguments,
+    output: shared.OutputArguments,
 ) -> int:
     """Pixel-adaptive refinement (AFA, WeCLIP): maps follow the image's colours, at its full size.
 
@@ -172,32 +123,24 @@ def par(
     """
     from clipseed.jobs.refine_options import ParOptions
 
-    steps = shared.whole_numbers(dilations, "--dilations")
-    constants = ParOptions(iterations, steps, sharpness, position_weight)
-    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
-    return _run(
-        "par", source, chosen,
-        out=out, par=constants, images=images, root=root, device=device, batch_size=batch_size,
-        workers=workers, overwrite=overwrite,
-    )  # fmt: skip
+    constants = ParOptions(iterations, shared.whole_numbers(dilations, "--dilations"), sharpness, position_weight)
+    at_once = shared.auto_or_number(batch_size, "--batch-size")
+    return _run("par", source, running, output, par=constants, device=device, batch_size=at_once)
 
 
-def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> int:
+def _run(
+    method: Method, given: SourceArguments, running: shared.RunArguments, output: shared.OutputArguments, **options: Any
+) -> int:
     from clipseed.jobs.refine import run_refine
     from clipseed.jobs.refine_options import RefineOptions
-    from clipseed.jobs.stages import newest_output
 
-    run = prepare(f"refine {method}", chosen)
-    if source is None:
-        source = newest_output(Path(), method)
-        run.talker.note(f"refining {source}")
-    given["batch_size"] = shared.auto_or_number(given["batch_size"], "--batch-size")
-    given["workers"] = shared.workers_of(given["workers"])
-    options = RefineOptions(cast("Any", method), source, shard=run.launch.shard, cluster=run.cluster, **given)
-    try:
-        report = run_refine(options, run.start, run.loading)
-    finally:
-        run.talker.close()
+    run = prepare(f"refine {method}", running, output)
+    source = run.source(given.source, method, "refining")
+    chosen = RefineOptions(
+        method, source, out=given.out, images=given.images, root=given.root, **options, **run.parsed()
+    )
+    with run.console:
+        report = run_refine(chosen, run.start, run.loading)
     computed = report.stats.computed
     summary = (
         f"{report.out}: {report.found + computed} of {report.total} images, {computed} computed now{rate(report)} "

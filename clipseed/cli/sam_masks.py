@@ -2,157 +2,97 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from clipseed.cli import options as shared
-from clipseed.cli.running import Running, RunOptions, prepare, rate
+from clipseed.cli import _options as shared
+from clipseed.cli._groups import grouped
+from clipseed.cli._run import Running, prepare, rate
+from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.jobs.sam_options import SamMasksReport
 
-GRID = "Grid (default: the preset's)"
-PROMPT = "Prompts instead of a grid"
+_grid_option = partial(typer.Option, rich_help_panel="Grid (default: the preset's)")
+_prompt_option = partial(typer.Option, rich_help_panel="Prompts instead of a grid")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("sam-masks")(sam_masks)
+@dataclass(frozen=True, kw_only=True)
+class ImageArguments:
+    """A data set of which the images alone count, or where the images of seeds are."""
 
-
-def sam_masks(
     dataset: Annotated[
-        Optional[str],
-        typer.Option(
-            help="voc, coco, folder or toy; labels are not needed (default: the images of --seeds).",
-            rich_help_panel=shared.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    seeds: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Take the images of these seeds (default: cams.h5), and prompts from their maps.",
-            rich_help_panel=shared.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="NAME.h5 for one file, or a folder for units.", rich_help_panel=shared.OUTPUT)
-    ] = Path("masks.h5"),
+        Optional[DatasetName], shared.data_option(help="Labels are not needed (default: the images of --seeds).")
+    ] = None
     root: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now.",
-            rich_help_panel=shared.DATA,
+        shared.data_option(
+            help="Folder of the devkit (default: $CLIPSEED_VOC or here), or where that of --seeds is now."
         ),
-    ] = None,
+    ] = None
     images: Annotated[
         Optional[Path],
-        typer.Option(
-            help="Folder with the images (folder, coco), or where those of --seeds are now.",
-            rich_help_panel=shared.DATA,
-        ),
+        shared.data_option(help="Folder with the images (folder, coco), or where those of --seeds are now."),
+    ] = None
+    split: shared.Split = None
+
+
+@grouped
+def sam_masks(
+    *,
+    where: ImageArguments,
+    seeds: Annotated[
+        Optional[Path],
+        shared.data_option(help="Take the images of these seeds (default: cams.h5), and prompts from their maps."),
     ] = None,
-    split: shared.Split = None,
-    limit: shared.Limit = None,
-    exif: shared.Exif = False,
-    max_pixels: shared.MaxPixels = 80_000_000,
+    out: Annotated[Path, shared.output_option(help="NAME.h5 for one file, or a folder for units.")] = Path("masks.h5"),
+    reading: shared.ReadingArguments,
     checkpoint: Annotated[
         Optional[str],
-        typer.Option(
-            help="SAM's weights: sam_vit_b_01ec64.pth, …, a small one as .npz, or toy (default for the toy set).",
-            rich_help_panel=shared.MODEL,
-            show_default=False,
+        shared.model_option(
+            help="SAM's weights: sam_vit_b_01ec64.pth, …, a small one as .npz, or toy (default for the toy set)."
         ),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(help="auto: as the checkpoint; vit_b, vit_l, vit_h: insist on it.", rich_help_panel=shared.MODEL),
-    ] = "auto",
+    model: Annotated[SamModel, shared.model_option(help="auto: as the checkpoint; else insist on it.")] = "auto",
     sam_factory: Annotated[
         Optional[str],
-        typer.Option(
+        shared.model_option(
             help="MODULE:FUNCTION that makes another model from the checkpoint's path and the device (MobileSAM, "
-            "HQ-SAM, …).",
-            rich_help_panel=shared.MODEL,
-            show_default=False,
+            "HQ-SAM, …)."
         ),
     ] = None,
     max_side: Annotated[
         int,
-        typer.Option(
-            help="Shrink longer images to this side, which is what SAM sees of them; 0: never.",
-            rich_help_panel=shared.MODEL,
-            min=0,
-        ),
-    ] = 1024,
+        shared.model_option(help="Shrink longer images to this side, which is what SAM sees of them; 0: never.", min=0),
+    ] = SAM_MAX_SIDE,
     existing: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--import", help="Store masks that exist already: a folder or a JSON file.", rich_help_panel=shared.DATA
-        ),
+        Optional[Path], shared.data_option("--import", help="Store masks that exist already: a folder or a JSON file.")
     ] = None,
     import_kind: Annotated[
-        str,
-        typer.Option(
-            help="auto, coco-panoptic, coco-instances, instance-maps, mask-folders or sa-1b.",
-            rich_help_panel=shared.DATA,
-        ),
+        SegmentFormat, shared.data_option(metavar="FORMAT", help=f"Their format: {shared.listed(SegmentFormat)}.")
     ] = "auto",
     preset: Annotated[
-        str,
-        typer.Option(
-            help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).", rich_help_panel=GRID
-        ),
+        SamPreset, _grid_option(help="fma (FMA-WSSS: 32x32 points, and 16x16 on 4 crops) or stock (SAM's own).")
     ] = "fma",
-    points_per_side: Annotated[
-        Optional[int], typer.Option(help="Points along a side.", rich_help_panel=GRID, min=1, show_default=False)
-    ] = None,
-    crop_layers: Annotated[
-        Optional[int],
-        typer.Option(help="Layers of crops; 0: the image only.", rich_help_panel=GRID, min=0, show_default=False),
-    ] = None,
-    iou_threshold: Annotated[
-        Optional[float], typer.Option(help="Predicted IoU to exceed.", rich_help_panel=GRID, show_default=False)
-    ] = None,
-    stability_threshold: Annotated[
-        Optional[float], typer.Option(help="Least stability.", rich_help_panel=GRID, show_default=False)
-    ] = None,
-    min_area: Annotated[
-        Optional[int],
-        typer.Option(help="Remove holes and islands of fewer pixels.", rich_help_panel=GRID, min=0, show_default=False),
-    ] = None,
-    points_per_batch: Annotated[
-        Optional[int],
-        typer.Option(help="Points decoded at once.", rich_help_panel=GRID, min=1, show_default=False),
-    ] = None,
+    points_per_side: Annotated[Optional[int], _grid_option(help="Points along a side.", min=1)] = None,
+    crop_layers: Annotated[Optional[int], _grid_option(help="Layers of crops; 0: the image only.", min=0)] = None,
+    iou_threshold: Annotated[Optional[float], _grid_option(help="Predicted IoU to exceed.")] = None,
+    stability_threshold: Annotated[Optional[float], _grid_option(help="Least stability.")] = None,
+    min_area: Annotated[Optional[int], _grid_option(help="Remove holes and islands of fewer pixels.", min=0)] = None,
+    points_per_batch: Annotated[Optional[int], _grid_option(help="Points decoded at once.", min=1)] = None,
     prompt: Annotated[
-        Optional[str],
-        typer.Option(
-            help="points or boxes: ask for each class where its map in --seeds peaks.",
-            rich_help_panel=PROMPT,
-            show_default=False,
-        ),
+        Optional[SamPrompt], _prompt_option(help="Ask for each class where its map in --seeds peaks.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="auto, or images encoded at once.", rich_help_panel=PROMPT)] = "auto",
+    batch_size: Annotated[str, _prompt_option(help="auto, or images encoded at once.")] = "auto",
     device: shared.Device = "auto",
-    precision: shared.Precision = "auto",
-    workers: shared.Workers = "auto",
-    shard: shared.Shard = None,
-    engine: shared.Engine = "local",
-    ray_address: shared.RayAddress = None,
-    ray_workers: shared.RayWorkers = "auto",
-    ray_cpus: shared.RayCpus = "auto",
-    overwrite: shared.Overwrite = False,
-    allow_skipped: shared.AllowSkipped = None,
-    report: shared.RunReport = None,
-    json: shared.Json = False,
-    quiet: shared.Quiet = False,
-    debug: shared.Debug = False,
+    precision: shared.PrecisionOption = "auto",
+    running: shared.RunArguments,
+    output: shared.OutputArguments,
 ) -> int:
     """Find the segments of every image with SAM, once per data set, and keep them in a compact cache.
 
@@ -167,38 +107,30 @@ def sam_masks(
     from clipseed.data.image_listing import ListingOptions
     from clipseed.jobs.sam_masks import run_sam_masks
     from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
-    from clipseed.jobs.stages import newest_output
 
-    chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
-    run = prepare("sam-masks", chosen)
+    run = prepare("sam-masks", running, output)
     data = None
-    if dataset is not None:
-        data = ListingOptions(dataset, root, images, split, exif, max_pixels, limit)
+    if where.dataset is not None:
+        data = ListingOptions(**vars(where), **vars(reading))
     else:
-        _refuse_without_dataset(split=split, limit=limit, exif=exif or None)
-    if dataset is None and seeds is None:
+        _refuse_without_dataset(split=where.split, limit=reading.limit, exif=reading.exif or None)
+    if where.dataset is None and seeds is None:
         try:
-            seeds = newest_output(Path(), "sam-seed" if prompt else "sam-masks")
+            seeds = run.source(None, "sam-seed" if prompt else "sam-masks", "images of")
         except UsageError as error:
             raise UsageError(f"{error}, or give --dataset") from error
-        run.talker.note(f"images of {seeds}")
     proposals = proposal_options(
         preset, points_per_side=points_per_side, crop_layers=crop_layers, pred_iou_threshold=iou_threshold,
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
     )  # fmt: skip
     options = SamMasksOptions(
-        out=out, data=data, seeds=seeds, images=None if data else images,
-        root=None if data else root, checkpoint=checkpoint, model=model,
-        factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
-        existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
-        batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
-        cluster=run.cluster,
+        out=out, data=data, seeds=seeds, images=None if data else where.images, root=None if data else where.root,
+        checkpoint=checkpoint, model=model, factory=sam_factory, proposals=proposals, max_side=max_side,
+        existing=existing, existing_kind=import_kind, prompt=prompt, device=device, precision=precision,
+        batch_size=shared.auto_or_number(batch_size, "--batch-size"), **run.parsed(),
     )  # fmt: skip
-    try:
+    with run.console:
         done = run_sam_masks(options, run.start, run.loading)
-    finally:
-        run.talker.close()
     return _finish(run, done)
 
 

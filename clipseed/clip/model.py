@@ -32,12 +32,11 @@ from clipseed.clip.text import (
 )
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
-from clipseed.device import Precision, dtype_name, pick_device, pick_dtype
+from clipseed.defaults import MODEL, WEIGHTS, Precision
+from clipseed.device import dtype_name, pick_device, pick_dtype
 from clipseed.errors import WeightsError
 from clipseed.weights import file_sha256
 
-DEFAULT_MODEL = "ViT-B-16"
-DEFAULT_WEIGHTS = "openai"
 TOY_WEIGHTS = "toy"
 
 
@@ -84,7 +83,7 @@ class FrozenClip:
     def load(
         cls,
         model: str | None = None,
-        weights: str | Path = DEFAULT_WEIGHTS,
+        weights: str | Path = WEIGHTS,
         device: str | torch.device = "auto",
         precision: Precision = "auto",
         *,
@@ -186,7 +185,7 @@ def model_name(model: str | None, weights: str | Path) -> str:
     name = str(weights)
     if name == TOY_WEIGHTS or _is_file(name):
         return f"{model} ({Path(name).name})" if model else Path(name).name
-    return f"{model or DEFAULT_MODEL} ({name})"
+    return f"{model or MODEL} ({name})"
 
 
 def weights_location(weights: str | Path) -> str:
@@ -234,7 +233,7 @@ def _weights_at_hand(model: str | None, weights: str) -> tuple[Path | None, str]
     if _is_file(weights):
         path = Path(weights)
         return (path, path.name) if path.is_file() else (None, weights)
-    return local_weights(model or DEFAULT_MODEL, weights) or _in_hub_cache(model or DEFAULT_MODEL, weights), weights
+    return local_weights(model or MODEL, weights) or _in_hub_cache(model or MODEL, weights), weights
 
 
 def _in_hub_cache(model: str, tag: str) -> Path | None:
@@ -256,7 +255,7 @@ def _find_weights(model: str | None, weights: str) -> tuple[Checkpoint, Activati
         return read_checkpoint(Path(weights)), None, None
     if _is_file(weights):
         raise WeightsError(f"--weights {weights}: no such file")
-    return _from_tag(model or DEFAULT_MODEL, weights)
+    return _from_tag(model or MODEL, weights)
 
 
 def weights_folder() -> Path:
@@ -301,7 +300,7 @@ def _from_tag(model: str, tag: str) -> tuple[Checkpoint, Activation, Pixels]:
 
 def _assemble(model: str | None, checkpoint: Checkpoint, tagged: Activation | None) -> tuple[nn.Module, Config]:
     if tagged is not None:
-        model = model or DEFAULT_MODEL
+        model = model or MODEL
     if model is not None:
         config = named_config(model)
     elif checkpoint.config is not None:

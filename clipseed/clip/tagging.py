@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-DEFAULT_TAG_THRESHOLD = 0.25
-
 
 def tag(scores: Tensor, classes: int, threshold: float, top_k: int | None = None) -> list[tuple[int, ...]]:
     """Class indices of each image, the most probable first.

@@ -6,22 +6,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from clipseed.data import coco, voc
 from clipseed.data.background import choose_background
-from clipseed.data.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, FileReader, read_image
+from clipseed.data.images import IMAGE_SUFFIXES, FileReader, read_image
 from clipseed.data.labels import Labels, read_labels
 from clipseed.data.listing import list_images, read_split
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.types import ImageSet, Sample, check_id
 from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary
+from clipseed.defaults import MAX_PIXELS, DatasetName
 from clipseed.errors import ImageError, InputError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DATASETS = ("voc", "coco", "folder", "toy")
+DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 _FILES = ("voc", "coco", "folder")
 _BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "split": _FILES, "labels": _FILES}
 """Options that only some data sets have; ignored silently they would give other results than were asked for."""
@@ -46,7 +47,7 @@ class DatasetOptions:
     templates: tuple[str, ...] = ()
     background: str | None = None
     exif: bool = False
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
     limit: int | None = None
     toy_seed: int = 0
 
@@ -168,7 +169,7 @@ class ImageFinder:
     folder: Path | None
     toy_seed: int = 0
     exif: bool = False
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, identifier: str) -> Image:
         """The image.
@@ -262,4 +263,4 @@ def image_finder(
         if not seed.isdecimal() or len(seed) > 20:
             raise InputError(f"the manifest names no seed of the toy set ({seed[:40]!r})")
         return ImageFinder(None, int(seed))
-    return ImageFinder(Path(str(dataset.get("images"))), exif=exif, max_pixels=max_pixels or DEFAULT_MAX_PIXELS)
+    return ImageFinder(Path(str(dataset.get("images"))), exif=exif, max_pixels=max_pixels or MAX_PIXELS)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from clipseed.data import coco, voc
 from clipseed.data.dataset import DATASETS
-from clipseed.data.images import DEFAULT_MAX_PIXELS, FileReader
+from clipseed.data.images import FileReader
 from clipseed.data.listing import list_images, read_split
 from clipseed.data.types import ImageReader, Sample
 from clipseed.data.vocabulary import load_vocabulary
+from clipseed.defaults import MAX_PIXELS
 from clipseed.errors import UsageError
 
 
@@ -24,7 +25,7 @@ class ListingOptions:
     images: Path | None = None
     split: str | None = None
     exif: bool = False
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
     limit: int | None = None
 
 
@@ -43,7 +44,7 @@ class ImageListing:
     reader: ImageReader
     dataset: dict[str, str | int | None] = field(default_factory=dict)
     exif: bool = False
-    max_pixels: int | None = DEFAULT_MAX_PIXELS
+    max_pixels: int | None = MAX_PIXELS
 
 
 def list_data_set(options: ListingOptions) -> ImageListing:

@@ -13,12 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clipseed.data.paths import never_ends
 from clipseed.data.types import Sample
+from clipseed.defaults import MAX_PIXELS
 from clipseed.errors import ImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".jp2")
 # Formats that only decode pixels; Pillow's others run interpreters (EPS, WMF) or read several files.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
-DEFAULT_MAX_PIXELS = 80_000_000
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +39,7 @@ class FileReader:
     """
 
     exif: bool = False
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, sample: Sample) -> Image.Image:
         """Decode ``sample.path``; see :func:`read_image`."""
@@ -50,7 +50,7 @@ class FileReader:
         return sample.path
 
 
-def read_image(path: Path, *, exif: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def read_image(path: Path, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one file to 8-bit RGB.
 
     16-bit and float images are scaled, not saturated; transparency is composited onto white; CMYK, palette, grey and

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 
 from clipseed.data.labels import read_json
+from clipseed.defaults import SegmentFormat
 from clipseed.errors import InputError, UsageError
 from clipseed.formats.coco import CocoInstances
 from clipseed.formats.instance_maps import InstanceMaps
@@ -19,8 +20,7 @@ from clipseed.formats.segment_folders import MaskFolders
 from clipseed.segments import Proposals
 from clipseed.weights import file_sha256
 
-Kind = Literal["auto", "coco-panoptic", "coco-instances", "instance-maps", "mask-folders", "sa-1b"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[SegmentFormat, ...] = get_args(SegmentFormat)
 
 
 class MaskImport(Protocol):
@@ -41,7 +41,7 @@ class MaskImport(Protocol):
         ...
 
 
-def open_masks(source: Path, kind: Kind = "auto") -> MaskImport:
+def open_masks(source: Path, kind: SegmentFormat = "auto") -> MaskImport:
     """Open existing masks.
 
     Args:
@@ -71,7 +71,7 @@ def open_masks(source: Path, kind: Kind = "auto") -> MaskImport:
     return MaskFolders(source) if found == "mask-folders" else Sa1b(source)
 
 
-def imported_masks(source: Path, kind: Kind) -> dict[str, str]:
+def imported_masks(source: Path, kind: SegmentFormat) -> dict[str, str]:
     """What a manifest says of existing masks: where they are, their format, and what tells whether they are others.
 
     That is the digest of a file, or of the names and lengths of the files in a folder, which need not be read for it.
@@ -88,7 +88,7 @@ def imported_masks(source: Path, kind: Kind) -> dict[str, str]:
     return {**place, "content": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()}
 
 
-def _recognise(source: Path) -> Kind:
+def _recognise(source: Path) -> SegmentFormat:
     if source.is_file():
         return _recognise_file(source)
     if (text := _first(source, ".json")) is not None:
@@ -110,7 +110,7 @@ def _first(folder: Path, suffix: str) -> Path | None:
     return min(found, key=lambda path: (path.parent != folder, path), default=None)
 
 
-def _recognise_file(source: Path) -> Kind:
+def _recognise_file(source: Path) -> SegmentFormat:
     data = read_json(source, "a mask file")
     annotations = data.get("annotations") if isinstance(data, dict) else None
     if not isinstance(annotations, list) or "images" not in data:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from clipseed.cam.methods import METHODS, Method, compute_cams
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, model_name, same_model, weights_location
-from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
+from clipseed.cam.methods import Method, compute_cams
+from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name, same_model, weights_location
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
-from clipseed.device import Precision, pick_device
+from clipseed.defaults import CAM_MAX_SIDE, TAG_THRESHOLD, WEIGHTS, Precision
+from clipseed.device import pick_device
 from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from clipseed.jobs.tags import TagReport
     from clipseed.runtime.cluster import ClusterOptions
 
-DEFAULT_MAX_SIDE = 640
-
 
 @dataclass(frozen=True)
 class CamOptions:
@@ -73,7 +71,7 @@ class CamOptions:
     method: Method = "softmax-gradcam"
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
-    max_side: int = DEFAULT_MAX_SIDE
+    max_side: int = CAM_MAX_SIDE
     min_side: int = 0
     paper: bool = False
     batch_size: int | None = None
@@ -82,7 +80,7 @@ class CamOptions:
     refine: Literal["caa"] | None = None
     caa: CaaOptions = field(default_factory=CaaOptions)
     box_threshold: float | None = None
-    tag_threshold: float = DEFAULT_TAG_THRESHOLD
+    tag_threshold: float = TAG_THRESHOLD
     tag_top_k: int | None = None
     shard: Shard = WHOLE
     cluster: ClusterOptions | None = None
@@ -90,7 +88,7 @@ class CamOptions:
     @property
     def chosen_weights(self) -> str:
         """Tag or file of the model's weights."""
-        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else DEFAULT_WEIGHTS)
+        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else WEIGHTS)
 
     @property
     def model_name(self) -> str:
@@ -223,8 +221,6 @@ def _hint(writer: SeedWriter, ids: Sequence[str]) -> str:
 
 
 def _check(options: CamOptions) -> None:
-    if options.method not in METHODS:
-        raise UsageError(f"--method {options.method}: choose one of {', '.join(METHODS)}")
     if not options.scales or any(not 0.1 <= scale <= 8 for scale in options.scales):
         raise UsageError("--scales: give factors between 0.1 and 8, such as 0.5,1.0,1.5")
     if options.batch_size is not None and options.batch_size < 1:
@@ -233,10 +229,6 @@ def _check(options: CamOptions) -> None:
         raise UsageError("--workers: give auto or a number from 0")
     if not 0 < options.tag_threshold <= 1 or (options.tag_top_k is not None and options.tag_top_k < 1):
         raise UsageError("--tag-threshold: give a share above 0 and up to 1; --tag-top-k: a number from 1")
-    if options.refine not in (None, "caa"):
-        raise UsageError(
-            f"--refine {options.refine}: only caa is made in the same pass; see clipseed refine for others"
-        )
     if options.refine and 1.0 not in options.scales:
         raise UsageError("--refine caa needs 1 among the --scales, whose attention it spreads along")
     if options.max_side < 0 or options.min_side < 0:

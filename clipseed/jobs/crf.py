@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from clipseed.data.dataset import relocated
 from clipseed.data.stamps import UNKNOWN, FileStamp
+from clipseed.defaults import CRF_ALPHA, CrfSolver, EmptyPolicy
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, UsageError
 from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
@@ -25,7 +26,6 @@ from clipseed.jobs.engine import (
     ImageLoader,
     LoadedImage,
     batches_in_flight,
-    check_empty,
     count_empty,
     default_workers,
     earlier_in_seeds,
@@ -41,7 +41,7 @@ from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyLabels, EmptyPolicy
+from clipseed.store.empty import Earlier, EmptyLabels
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.reader import Seeds
@@ -54,8 +54,6 @@ from clipseed.types import IGNORE, LabelMask
 if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
 
-Engine = Literal["torch", "pydensecrf"]
-ENGINES: tuple[Engine, ...] = ("torch", "pydensecrf")
 _UNIT_SIZE = 16
 _PIXEL_BUDGET = {"cpu": 200_000}
 _GPU_PIXEL_BUDGET = 6_000_000
@@ -78,9 +76,9 @@ class CrfOptions:
 
     source: Path
     out: Path
-    engine: Engine = "torch"
+    solver: CrfSolver = "torch"
     parameters: CrfParameters = CLIP_ES
-    alpha: float = 1.0
+    alpha: float = CRF_ALPHA
     confidence: float | None = None
     soft: Path | None = None
     empty: EmptyPolicy = "background"
@@ -104,7 +102,7 @@ class CrfReport:
     found: int
     stats: StreamStats
     seconds: float
-    engine: str
+    solver: str
     notes: list[str] = field(default_factory=list)
     skipped_file: Path | None = None
     open_shards: int = 0
@@ -145,7 +143,7 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
             with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
                 finished = sinks.finish(list(seeds), stats.skipped, mine)
         return CrfReport(
-            options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.engine,
+            options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.solver,
             sinks.notes, finished.skipped_file, finished.open_shards, finished.empty,
         )  # fmt: skip
 
@@ -161,10 +159,8 @@ def _tasks(seeds: Seeds, sinks: _Sinks, shard: Shard) -> tuple[list[Task], list[
 
 
 def _check(options: CrfOptions) -> None:
-    if options.engine not in ENGINES:
-        raise UsageError(f"--engine {options.engine}: choose one of {', '.join(ENGINES)}")
-    if options.engine == "pydensecrf" and importlib.util.find_spec("pydensecrf") is None:
-        raise UsageError("--engine pydensecrf: it is not installed; pip install 'clipseed[crf]' (needs a C++ compiler)")
+    if options.solver == "pydensecrf" and importlib.util.find_spec("pydensecrf") is None:
+        raise UsageError("--solver pydensecrf: it is not installed; pip install 'clipseed[crf]' (needs a C++ compiler)")
     try:
         options.parameters.check()
     except ValueError as error:
@@ -178,7 +174,6 @@ def _check(options: CrfOptions) -> None:
     for (one, first), (other, second) in combinations(named, 2):
         if first == second:
             raise UsageError(f"{one} and {other} are both {first}; give each its own place")
-    check_empty(options.empty)
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
 
@@ -191,7 +186,7 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
     paper = _paper(options, source)
     kept = {key: source["options"].get(key) for key in ("exif", "max_side", "min_side")}
     made = {
-        "alpha": options.alpha, "confidence": options.confidence, "paper": paper, "engine": options.engine,
+        "alpha": options.alpha, "confidence": options.confidence, "paper": paper, "solver": options.solver,
         "empty": options.empty,
     }  # fmt: skip
     return {
@@ -293,12 +288,12 @@ class _CrfWork(Work[Any, Mask]):
         reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
         paper = _paper(options, self.seeds.manifest)
         self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
-        self.native = options.engine == "pydensecrf"
+        self.native = options.solver == "pydensecrf"
         self.device = pick_device("cpu" if self.native else options.device)
         workers = options.workers
         if workers is None:
             workers = usable_cores() if self.native else default_workers(self.device)
-        # The C++ engine never runs in this process, where its crash would be ours.
+        # The C++ solver never runs in this process, where its crash would be ours.
         self.workers = max(1, workers) if self.native else workers
         self.ahead = 8 + 2 * workers
         self.queue = batches_in_flight(self.device)
@@ -312,7 +307,7 @@ class _CrfWork(Work[Any, Mask]):
 
     @property
     def loader(self) -> Any:
-        """Decodes an image; with the C++ engine it solves its problem as well."""
+        """Decodes an image; with the C++ solver it solves its problem as well."""
         return NativeSolver(self.problem) if self.native else ImageLoader(self.problem.reader)
 
     def compute(self, items: Sequence[Any]) -> Sequence[Mask | ImageError]:

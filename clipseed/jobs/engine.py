@@ -17,11 +17,11 @@ from clipseed.data.dataset import ImageFinder, image_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ImageError, InputError, UsageError
+from clipseed.errors import ImageError, InputError
 from clipseed.runtime.stream import StreamStats
 from clipseed.runtime.threads import OneByOne
 from clipseed.runtime.work import Deferred, Engine, Here, Recipe
-from clipseed.store.empty import EMPTY_POLICIES, Earlier, earlier_in, empty_maps
+from clipseed.store.empty import Earlier, earlier_in, empty_maps
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import MaskWriter
 from clipseed.store.reader import Seeds
@@ -130,12 +130,6 @@ def refuse_if_nothing(stats: StreamStats, done: Collection[str], shard: Shard = 
     if stats.skipped and not done and shard.whole:
         key, reason = stats.skipped[0]
         raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
-
-
-def check_empty(policy: str) -> None:
-    """Raise :class:`~clipseed.errors.UsageError` for a ``--empty`` that means nothing."""
-    if policy not in EMPTY_POLICIES:
-        raise UsageError(f"--empty {policy}: choose one of {', '.join(EMPTY_POLICIES)}")
 
 
 def count_empty(stats: StreamStats, masks: MaskWriter) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from clipseed.defaults import PredIgnore
 from clipseed.evaluate.confusion import Counts, Scores
-
-PredIgnore = Literal["error", "background", "exclude"]
 
 
 @dataclass(frozen=True)

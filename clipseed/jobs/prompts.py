@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip
+from clipseed.clip.model import TOY_WEIGHTS, FrozenClip
 from clipseed.clip.sharpness import Sharpness, sharpness
 from clipseed.clip.text import TextBank, present_mask
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.templates import load_templates
 from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
-from clipseed.device import Precision
+from clipseed.defaults import CAM_MAX_SIDE, WEIGHTS, Precision
 from clipseed.errors import InputError, UsageError
-from clipseed.jobs.cam import DEFAULT_MAX_SIDE, Start
+from clipseed.jobs.cam import Start
 from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features
 from clipseed.runtime.interrupt import interruptible
 from clipseed.store.files import write_text
@@ -39,7 +39,7 @@ class PromptOptions:
     weights: str | None = None
     device: str = "auto"
     precision: Precision = "auto"
-    max_side: int = DEFAULT_MAX_SIDE
+    max_side: int = CAM_MAX_SIDE
     min_side: int = 0
     batch_size: int | None = None
     workers: int | None = None
@@ -119,7 +119,7 @@ def run_prompts(options: PromptOptions, start: Start | None = None) -> PromptRep
         )
     if options.csv is not None and not options.csv.parent.is_dir():
         raise UsageError(f"--csv {options.csv}: the folder {options.csv.parent} does not exist")
-    weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else DEFAULT_WEIGHTS)
+    weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else WEIGHTS)
     clip = FrozenClip.load(options.model, weights, options.device, options.precision)
     features, labels, skipped = _encode(clip, image_set, samples, options, start)
     vocabulary = image_set.vocabulary

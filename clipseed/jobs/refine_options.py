@@ -7,11 +7,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clipseed.device import Precision
+from clipseed.defaults import (
+    PAR_DILATIONS,
+    PAR_ITERATIONS,
+    PAR_POSITION_WEIGHT,
+    PAR_SHARPNESS,
+    PATCH_TEMPERATURE,
+    Precision,
+)
 from clipseed.errors import UsageError
 from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions
-from clipseed.refine.distribution import PATCH_TEMPERATURE
-from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNESS
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.store.empty import EmptyLabels
 from clipseed.store.manifest import Manifest, package_versions
@@ -21,17 +26,16 @@ if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
 
 Method = Literal["caa", "js", "par"]
-METHODS: tuple[Method, ...] = ("caa", "js", "par")
 
 
 @dataclass(frozen=True)
 class ParOptions:
     """Constants of pixel-adaptive refinement (:func:`~clipseed.refine.par.refine_par`)."""
 
-    iterations: int = ITERATIONS
-    dilations: tuple[int, ...] = DILATIONS
-    sharpness: float = SHARPNESS
-    position_weight: float = POSITION_WEIGHT
+    iterations: int = PAR_ITERATIONS
+    dilations: tuple[int, ...] = PAR_DILATIONS
+    sharpness: float = PAR_SHARPNESS
+    position_weight: float = PAR_POSITION_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,6 @@ def caa_manifest(chosen: CaaOptions) -> dict[str, Any]:
 
 def check(options: RefineOptions) -> None:
     """Raise UsageError for options that mean nothing."""
-    if options.method not in METHODS:
-        raise UsageError(f"refine {options.method}: choose one of {', '.join(METHODS)}")
     par = options.par
     if not 1 <= par.iterations <= 1000:
         raise UsageError(f"--iterations {par.iterations}: give a number from 1 to 1000")

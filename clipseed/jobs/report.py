@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.types import check_id
+from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import ImageError, StoreError, UsageError
 from clipseed.jobs.evaluate import Start, evaluate, holds_masks
 from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
@@ -42,9 +43,9 @@ class ReportOptions:
     scoring: EvaluateOptions
     out: Path = Path("report.html")
     images: Path | None = None
-    worst: int = 6
-    best: int = 6
-    title: str = "clipseed report"
+    worst: int = REPORT_SHOWN
+    best: int = REPORT_SHOWN
+    title: str = REPORT_TITLE
     root: Path | None = None
 
 

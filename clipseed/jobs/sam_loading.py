@@ -12,8 +12,9 @@ from PIL import Image
 
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
+from clipseed.defaults import SegmentFormat
 from clipseed.errors import ImageError, InputError
-from clipseed.formats.open import Kind, MaskImport, open_masks
+from clipseed.formats.open import MaskImport, open_masks
 from clipseed.sam.backend import fitted_size
 from clipseed.store.mask_records import MaskRecord, pack_proposals
 
@@ -78,7 +79,7 @@ class Stored:
 
 
 @lru_cache(maxsize=2)
-def existing_masks(path: Path, kind: Kind) -> MaskImport:
+def existing_masks(path: Path, kind: SegmentFormat) -> MaskImport:
     """Opened once per worker process."""
     return open_masks(path, kind)
 
@@ -89,7 +90,7 @@ class ExistingLoader:
 
     reader: ImageReader
     path: Path
-    kind: Kind
+    kind: SegmentFormat
 
     def __call__(self, sample: Sample) -> Stored:
         """Read and compress one image's masks.

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from clipseed.data.dataset import relocated
 from clipseed.data.image_listing import ImageListing, ListingOptions, list_data_set
 from clipseed.data.paths import is_file, is_folder
+from clipseed.defaults import SAM_MAX_SIDE, Precision, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError, WeightsError
-from clipseed.formats.open import Kind, imported_masks
+from clipseed.formats.open import imported_masks
 from clipseed.jobs.engine import recorded_reader, seed_sample
-from clipseed.pseudo.prompted_segments import PROMPTS, Prompting
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
 from clipseed.store.manifest import Manifest, package_versions
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from clipseed.runtime.cluster import ClusterOptions
 
 TOY = "toy"
-PRESETS = {"fma": FMA, "stock": STOCK}
-MODELS = ("auto", "vit_b", "vit_l", "vit_h")
-DEFAULT_MAX_SIDE = 1024
-"""What SAM's encoder sees of an image; more pixels help the crops only."""
+PRESETS: dict[SamPreset, ProposalOptions] = {"fma": FMA, "stock": STOCK}
 _TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "weights" / "sam.npz"
 _WHERE = (
     "Meta's are sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth and sam_vit_h_4b8939.pth, at "
@@ -62,15 +59,15 @@ class SamMasksOptions:
     images: Path | None = None
     root: Path | None = None
     checkpoint: str | None = None
-    model: str = "auto"
+    model: SamModel = "auto"
     factory: str | None = None
     proposals: ProposalOptions = FMA
-    max_side: int = DEFAULT_MAX_SIDE
+    max_side: int = SAM_MAX_SIDE
     existing: Path | None = None
-    existing_kind: Kind = "auto"
-    prompt: Prompting | None = None
+    existing_kind: SegmentFormat = "auto"
+    prompt: SamPrompt | None = None
     device: str = "auto"
-    precision: str = "auto"
+    precision: Precision = "auto"
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -122,14 +119,12 @@ class SamMasksReport:
 Start = Callable[[int, int], Advance]
 
 
-def proposal_options(preset: str, **overrides: Any) -> ProposalOptions:
+def proposal_options(preset: SamPreset, **overrides: Any) -> ProposalOptions:
     """A preset with some of its values replaced; ``None`` keeps the preset's.
 
     Raises:
-        UsageError: no such preset, or an impossible value.
+        UsageError: an impossible value.
     """
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
         if not math.isfinite(value):
@@ -139,10 +134,6 @@ def proposal_options(preset: str, **overrides: Any) -> ProposalOptions:
 
 def check(options: SamMasksOptions) -> None:
     """Raise :class:`~clipseed.errors.UsageError` for what cannot be meant."""
-    if options.model not in MODELS:
-        raise UsageError(f"--model {options.model}: choose one of {', '.join(MODELS)}")
-    if options.prompt not in (None, *PROMPTS):
-        raise UsageError(f"--prompt {options.prompt}: choose one of {', '.join(PROMPTS)}")
     if (options.data is None) == (options.seeds is None):
         raise UsageError("images come from --dataset or from --seeds; give one of them")
     if options.prompt and options.seeds is None:

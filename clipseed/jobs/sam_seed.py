@@ -16,11 +16,11 @@ import torch
 from clipseed.data.paths import is_folder
 from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
+from clipseed.defaults import EmptyPolicy, SegmentFormat
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
-from clipseed.formats.open import Kind, imported_masks
+from clipseed.formats.open import imported_masks
 from clipseed.jobs.engine import (
-    check_empty,
     count_empty,
     earlier_in_seeds,
     one_by_one,
@@ -33,7 +33,7 @@ from clipseed.pseudo.rules import RuleOptions, Rules, decide
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
 from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyLabels, EmptyPolicy, earlier_in, without_pixel
+from clipseed.store.empty import Earlier, EmptyLabels, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import MaskCache, holds_cache
@@ -69,7 +69,7 @@ class SamSeedOptions:
     source: Path
     masks: Path
     out: Path
-    masks_kind: Kind = "auto"
+    masks_kind: SegmentFormat = "auto"
     rules: RuleOptions = field(default_factory=RuleOptions)
     empty: EmptyPolicy = "background"
     workers: int | None = None
@@ -119,7 +119,6 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     """
     if options.workers is not None and options.workers < 0:
         raise UsageError("--workers: give auto or a number from 0")
-    check_empty(options.empty)
     _refuse_places(options)
     forget()
     try:

@@ -11,9 +11,10 @@ import numpy as np
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import Sample
+from clipseed.defaults import SegmentFormat
 from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.sources import MaskFolder
-from clipseed.formats.open import Kind, MaskImport, open_masks
+from clipseed.formats.open import MaskImport, open_masks
 from clipseed.jobs.engine import misfit
 from clipseed.pseudo.rules import Rules, seed_labels, voted_labels
 from clipseed.segments import Proposals, from_masks
@@ -52,13 +53,13 @@ def seeds_at(path: Path) -> Seeds:
 
 
 @lru_cache(maxsize=2)
-def masks_at(path: Path, kind: Kind) -> MaskImport:
+def masks_at(path: Path, kind: SegmentFormat) -> MaskImport:
     """Opened once per process."""
     return MaskCache(path, verify=False) if holds_cache(path) else open_masks(path, kind)
 
 
 @lru_cache(maxsize=2)
-def _ids(path: Path, kind: Kind) -> frozenset[str]:
+def _ids(path: Path, kind: SegmentFormat) -> frozenset[str]:
     return masks_at(path, kind).ids()
 
 
@@ -74,7 +75,7 @@ class Seeder:
 
     source: Path
     masks: Path
-    kind: Kind
+    kind: SegmentFormat
     rules: Rules
     label_map: bool
 

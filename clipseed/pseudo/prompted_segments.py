@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipseed.defaults import SamPrompt
 from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.pseudo.pixels import Scores
 from clipseed.sam.backend import Embedding, SamBackend
@@ -17,14 +17,12 @@ from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.options import LEVELS, ProposalOptions
 from clipseed.segments import Proposals, from_masks
 
-Prompting = Literal["points", "boxes"]
-PROMPTS: tuple[Prompting, ...] = ("points", "boxes")
 _BATCH = 16
 """Answers enlarged at once; images have a few classes."""
 
 
 def prompted_masks(
-    backend: SamBackend, embedding: Embedding, cams: Scores, prompting: Prompting, options: ProposalOptions
+    backend: SamBackend, embedding: Embedding, cams: Scores, prompting: SamPrompt, options: ProposalOptions
 ) -> tuple[Proposals, npt.NDArray[np.int64]]:
     """One mask for each prompt.
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.defaults import SeedMethod, SeedPreset, UncoveredPolicy
 from clipseed.errors import UsageError
 from clipseed.pseudo.pixels import Background, label_pixels
 from clipseed.pseudo.prompted import label_from_prompted_masks
-from clipseed.pseudo.seeding import PRESETS, Policy, SeedingOptions, seed_from_masks
+from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.segments import Proposals, enlarged, room_for
 from clipseed.store.records import SeedMap
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
-Method = Literal["fma", "prompted", "vote", "pixel"]
-METHODS: tuple[Method, ...] = get_args(Method)
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 PIXEL_ALPHA = 2.0
 """Exponent of the background where pixels decide for themselves."""
 Masks = npt.NDArray[np.bool_]
@@ -44,11 +42,11 @@ class RuleOptions:
         paper: The released programs with their quirks.
     """
 
-    method: Method | None = None
-    preset: str | None = None
+    method: SeedMethod | None = None
+    preset: SeedPreset | None = None
     alpha: float | None = None
-    uncovered: Policy | None = None
-    without_masks: Policy | None = None
+    uncovered: UncoveredPolicy | None = None
+    without_masks: UncoveredPolicy | None = None
     min_confidence: float = 0.0
     paper: bool = False
 
@@ -57,7 +55,7 @@ class RuleOptions:
 class Rules:
     """The rule with all its constants."""
 
-    method: Method
+    method: SeedMethod
     seeding: SeedingOptions
     voting: VotingOptions
 
@@ -105,7 +103,7 @@ def decide(options: RuleOptions, vocabulary: str, *, label_map: bool, asked: boo
             base = replace(base, background=Background("power", options.alpha))
         else:
             pixel_alpha = options.alpha
-    standing: Policy = "cam" if method == "vote" else "background"  # a vote keeps what nothing speaks against
+    standing: UncoveredPolicy = "cam" if method == "vote" else "background"  # a vote keeps what nothing speaks against
     seeding = replace(
         base,
         uncovered=options.uncovered or standing,
@@ -117,21 +115,13 @@ def decide(options: RuleOptions, vocabulary: str, *, label_map: bool, asked: boo
     return Rules(method, seeding, VotingOptions(keep_uncovered=seeding.uncovered == "cam", paper=options.paper))
 
 
-def _check(options: RuleOptions, method: str, *, label_map: bool, asked: bool) -> None:
-    if method not in METHODS:
-        raise UsageError(f"--method {method}: choose one of {', '.join(METHODS)}")
-    if options.preset is not None and options.preset not in PRESETS:
-        raise UsageError(f"--preset {options.preset}: choose one of {', '.join(PRESETS)}")
+def _check(options: RuleOptions, method: SeedMethod, *, label_map: bool, asked: bool) -> None:
     if options.preset is not None and method != "fma":
         raise UsageError(f"--preset belongs to --method fma, not to {method}")
     if label_map and method != "vote":
         raise UsageError(f"--method {method} needs maps, and the source holds finished masks; only vote takes those")
     if method == "prompted" and not asked:
         raise UsageError("--method prompted needs masks that were made for classes: clipseed sam-masks --prompt points")
-    for name in ("uncovered", "without_masks"):
-        value = getattr(options, name)
-        if value not in (None, *POLICIES):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: choose one of {', '.join(POLICIES)}")
     if method == "vote" and options.uncovered == "ignore":
         raise UsageError("--uncovered ignore: a vote keeps uncovered labels (cam) or drops them (background)")
     if method == "pixel" and (options.uncovered or options.without_masks):

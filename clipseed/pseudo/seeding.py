@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.defaults import SeedPreset, UncoveredPolicy
 from clipseed.pseudo.pixels import (
     RELEASED_FLOOR,
     Background,
@@ -39,7 +40,6 @@ from clipseed.types import IGNORE, LabelMask
 
 Normalise = Literal["clip", "signed", "double", "none"]
 PaintKey = Literal["level", "-level", "confidence", "-confidence", "area", "-area"]
-Policy = Literal["background", "ignore", "cam"]
 _CONSTANT = 1e-4
 """Regions whose means differ by less than this share of the map's peak are equally strong."""
 
@@ -68,14 +68,14 @@ class SeedingOptions:
     normalise: Normalise = "clip"
     pool: Literal["mean", "sum"] = "mean"
     order: tuple[PaintKey, ...] = ("level", "confidence")
-    uncovered: Policy = "background"
-    without_masks: Policy = "background"
+    uncovered: UncoveredPolicy = "background"
+    without_masks: UncoveredPolicy = "background"
     pixel_background: Background = field(default_factory=lambda: Background("power", 2.0))
     min_confidence: float = 0.0
     paper: bool = False
 
 
-PRESETS = {
+PRESETS: dict[SeedPreset, SeedingOptions] = {
     "voc-coarse": SeedingOptions(background=Background("power", 0.6)),
     "voc-fine": SeedingOptions(background=Background("power", 0.7)),
     "coco-coarse": SeedingOptions(background=Background("power", 0.3)),

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SINKHORN_ROUNDS = 3
-POWER = 2
+from clipseed.defaults import SINKHORN_ROUNDS, SPREAD_POWER
 
 
 def balance(weights: Tensor, rounds: int = SINKHORN_ROUNDS) -> Tensor:
@@ -30,7 +29,7 @@ def balance(weights: Tensor, rounds: int = SINKHORN_ROUNDS) -> Tensor:
     return (found + found.transpose(-2, -1)) / 2
 
 
-def spread(affinity: Tensor, maps: Tensor, power: int = POWER) -> Tensor:
+def spread(affinity: Tensor, maps: Tensor, power: int = SPREAD_POWER) -> Tensor:
     """``affinity ** power @ map`` for each of the maps ``(…, K, h, w)``; ``affinity`` ``(…, n, n)`` (Eq. 8).
 
     The power is never formed: multiplying the maps ``power`` times costs ``n^2 K`` instead of ``n^3``.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from clipseed.cam.gradcam import minmax
-from clipseed.refine.affinity import POWER, SINKHORN_ROUNDS, balance, spread
+from clipseed.defaults import CAA_LAYERS, SINKHORN_ROUNDS, SPREAD_POWER
+from clipseed.refine.affinity import balance, spread
 from clipseed.refine.boxes import box_masks
 
 BOX_THRESHOLD = 0.4
 COCO_BOX_THRESHOLD = 0.7
-LAYERS = 8
 
 Source = Literal["score", "raw"]
 
@@ -35,9 +35,9 @@ class CaaOptions:
     """
 
     box_threshold: float = BOX_THRESHOLD
-    layers: int = LAYERS
+    layers: int = CAA_LAYERS
     rounds: int = SINKHORN_ROUNDS
-    power: int = POWER
+    power: int = SPREAD_POWER
     boxes: bool = True
     released: bool = False
 

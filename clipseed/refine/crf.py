@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipseed.errors import UsageError
+from clipseed.defaults import CrfPreset
 from clipseed.refine.permutohedral import build_lattice
 
 
@@ -53,18 +53,12 @@ class CrfParameters:
 CLIP_ES = CrfParameters()
 IRN = CrfParameters(10, 3.0, 3.0, 50.0, 5.0, 10.0)
 WECLIP = CrfParameters(10, 3.0, 3.0, 64.0, 5.0, 4.0)
-PRESETS = {"clip-es": CLIP_ES, "irn": IRN, "weclip": WECLIP}
+PRESETS: dict[CrfPreset, CrfParameters] = {"clip-es": CLIP_ES, "irn": IRN, "weclip": WECLIP}
 """IRN's: the parameters of Ahn et al.'s released code, which most later work copied."""
 
 
-def crf_parameters(preset: str, **changed: float | None) -> CrfParameters:
-    """A preset with some values changed (``None`` keeps the preset's).
-
-    Raises:
-        UsageError: unknown preset.
-    """
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+def crf_parameters(preset: CrfPreset, **changed: float | None) -> CrfParameters:
+    """A preset with some values changed (``None`` keeps the preset's)."""
     return replace(PRESETS[preset], **{name: value for name, value in changed.items() if value is not None})  # type: ignore[arg-type]
 
 

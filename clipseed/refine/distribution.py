@@ -33,8 +33,9 @@ import math
 import torch
 from torch import Tensor
 
+from clipseed.defaults import PATCH_TEMPERATURE
+
 CLASS_TEMPERATURE = 0.1
-PATCH_TEMPERATURE = 0.01
 
 
 def class_distributions(scores: Tensor, temperature: float = CLASS_TEMPERATURE) -> Tensor:

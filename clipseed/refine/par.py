@@ -13,20 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DILATIONS = (1, 2, 4, 8, 12, 24)
-ITERATIONS = 20
-SHARPNESS = 0.3
-"""Divides colour and position differences (after their standard deviation); smaller follows edges more closely."""
-POSITION_WEIGHT = 0.01
+from clipseed.defaults import PAR_DILATIONS, PAR_ITERATIONS, PAR_POSITION_WEIGHT, PAR_SHARPNESS
 
 
 def refine_par(
     scores: Tensor,
     image: Tensor,
-    iterations: int = ITERATIONS,
-    dilations: Sequence[int] = DILATIONS,
-    sharpness: float = SHARPNESS,
-    position_weight: float = POSITION_WEIGHT,
+    iterations: int = PAR_ITERATIONS,
+    dilations: Sequence[int] = PAR_DILATIONS,
+    sharpness: float = PAR_SHARPNESS,
+    position_weight: float = PAR_POSITION_WEIGHT,
 ) -> Tensor:
     """Refine score maps along the colours of the image.
 
@@ -37,7 +33,7 @@ def refine_par(
             brought to ``H x W`` where it differs (bilinear, corners aligned, as WeCLIP does).
         iterations: 20 in WeCLIP, 10 in AFA.
         dilations: Distances of the neighbours in pixels; borders are replicated.
-        sharpness: See :data:`SHARPNESS`.
+        sharpness: See :data:`~clipseed.defaults.PAR_SHARPNESS`.
         position_weight: Weight of nearness beside likeness.
 
     Returns:
@@ -59,9 +55,9 @@ def refine_par(
 
 def neighbour_weights(
     image: Tensor,
-    dilations: Sequence[int] = DILATIONS,
-    sharpness: float = SHARPNESS,
-    position_weight: float = POSITION_WEIGHT,
+    dilations: Sequence[int] = PAR_DILATIONS,
+    sharpness: float = PAR_SHARPNESS,
+    position_weight: float = PAR_POSITION_WEIGHT,
 ) -> Tensor:
     """Weight of each neighbour: ``(B, 8 * len(dilations), H, W)`` for a float image ``(B, C, H, W)``.
 

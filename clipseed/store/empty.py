@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.defaults import EmptyPolicy
 from clipseed.errors import StoreError
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from clipseed.store.record_file import RecordFile
     from clipseed.store.records import SeedMap
 
-EmptyPolicy = Literal["background", "ignore", "skip"]
-EMPTY_POLICIES: tuple[EmptyPolicy, ...] = get_args(EmptyPolicy)
 NOTHING_COMPETES = "nothing competes with it: no background words (--background) and no other class"
 _SUFFIXES = {".h5", ".hdf5"}
 _VALUES = 1 << 22

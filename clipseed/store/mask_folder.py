@@ -11,12 +11,12 @@ from filelock import FileLock
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import check_id
+from clipseed.defaults import EmptyPolicy
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.empty import (
     Earlier,
     EmptyLabels,
     EmptyList,
-    EmptyPolicy,
     background_to_ignore,
     nothing_earlier,
     without_pixel,

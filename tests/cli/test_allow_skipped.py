@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from clipseed.cli._options import with_values
 from clipseed.cli.main import main
-from clipseed.cli.options import with_values
 from clipseed.toy.dataset import save_devkit
 
 ROOT = Path(__file__).parents[2]

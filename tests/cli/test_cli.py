@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from PIL import Image
 
 import clipseed as package
 from clipseed.cli.main import main
+from clipseed.defaults import CamMethod, CrfSolver, SeedPreset, SegmentFormat
 from clipseed.store.reader import open_seeds
 
 from helpers.images import photo
@@ -56,7 +57,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys; from clipseed.cli.main import main; main(['cam', '--help'])\n"
+        "import sys; from clipseed.cli.main import main; main(['--help']); main(['cam', '--help'])\n"
         "heavy = {'torch', 'open_clip', 'cv2', 'h5py', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -64,20 +65,36 @@ def test_help_does_not_import_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_choices_are_listed_whole_and_completed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, choices in (("sam-masks", SegmentFormat), ("sam-seed", SeedPreset), ("cam", CamMethod)):
+        assert main([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert all(choice in text for choice in get_args(choices)), command
+    env = {**os.environ, "_CLIPSEED_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from clipseed.cli.main import app; app(prog_name='clipseed')"],
+        env={**env, "COMP_WORDS": "clipseed crf --solver "}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == list(get_args(CrfSolver)), done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nonsense"], "No such command 'nonsense'"),
         (["cam"], "Missing option '--dataset'"),
-        (["cam", "--dataset", "imagenet"], "choose one of voc, coco, folder, toy"),
+        (["cam", "--dataset", "imagenet"], "'imagenet' is not one of 'voc', 'coco', 'folder', 'toy'"),
         (["cam", "--dataset", "toy", "--limit", "0"], "--limit"),
         (["cam", "--dataset", "toy", "--batch-size", "many"], "--batch-size many: give auto or a number"),
         (["cam", "--dataset", "toy", "--batch-size", "0"], "--batch-size: give auto or a number from 1"),
         (["cam", "--dataset", "toy", "--scales", "big"], "--scales big: give numbers"),
         (["cam", "--dataset", "toy", "--scales", "99"], "--scales: give factors between"),
-        (["cam", "--dataset", "toy", "--method", "magic"], "--method magic: choose one of softmax-gradcam, gradcam"),
+        (["cam", "--dataset", "toy", "--method", "magic"], "'magic' is not one of 'softmax-gradcam', 'gradcam'"),
         (["cam", "--dataset", "toy", "--device", "gpu"], "--device gpu: choose auto, cpu, cuda"),
-        (["cam", "--dataset", "toy", "--precision", "int8"], "--precision int8: choose auto"),
+        (["cam", "--dataset", "toy", "--precision", "int8"], "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
         (["evaluate", "--no-such-option"], "No such option"),
     ],
 )
@@ -95,8 +112,8 @@ def test_voc_end_to_end(
     assert main([*voc_words, "--out", "cams.h5"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "voc train: 6 photos, 6 to do" in captured.err
-    assert "cams.h5: 6 of 6 photos, 6 computed now" in captured.err
+    assert "voc train: 6 images, 6 to do" in captured.err
+    assert "cams.h5: 6 of 6 images, 6 computed now" in captured.err
 
     seeds = package.open_seeds("cams.h5")
     assert list(seeds) == [f"2007_00000{k}" for k in range(1, 7)]
@@ -156,8 +173,8 @@ def test_skipped_images_are_code_3_and_listed(
     out = tmp_path / "cams.h5"
     assert main([*voc_words, "--out", str(out)]) == 3
     captured = capsys.readouterr()
-    assert "3 photos skipped: 2007_000001" in captured.err
-    assert "cams.h5: 3 of 6 photos" in captured.err
+    assert "3 images skipped: 2007_000001" in captured.err
+    assert "cams.h5: 3 of 6 images" in captured.err
     rows = (tmp_path / "cams.skipped.csv").read_text().splitlines()
     assert rows[0] == "id,reason"
     assert sorted(row.split(",")[0] for row in rows[1:]) == ["2007_000001", "2007_000003", "2007_000006"]
@@ -165,7 +182,7 @@ def test_skipped_images_are_code_3_and_listed(
     assert any("no such file" in row for row in rows)
     assert any("no labels are given for it" in row for row in rows)
 
-    (images / "2007_000001.jpg").write_bytes(good)  # the mended photo is picked up by the same command
+    (images / "2007_000001.jpg").write_bytes(good)  # the mended image is picked up by the same command
     assert main([*voc_words, "--out", str(out)]) == 3
     assert "1 computed now" in capsys.readouterr().err
     assert list(open_seeds(out)) == ["2007_000001", "2007_000002", "2007_000004", "2007_000005"]
@@ -177,7 +194,7 @@ def test_when_nothing_can_be_read_it_is_a_failure(
     shutil.rmtree(devkit / "JPEGImages")
     (devkit / "JPEGImages").mkdir()
     assert main([*voc_words, "--out", str(tmp_path / "cams.h5")]) == 1
-    assert "none of the 6 photos could be used; the first, 2007_000001:" in capsys.readouterr().err
+    assert "none of the 6 images could be used; the first, 2007_000001:" in capsys.readouterr().err
 
 
 def test_extreme_images(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,13 +245,13 @@ def test_inspect(voc_words: list[str], devkit: Path, tmp_path: Path, capsys: pyt
         assert sheet.size[1] > 400
     assert main(["inspect", str(out), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert (data["photos"], data["maps"], data["without_class"]) == (6, 8, 1)
+    assert (data["images"], data["maps"], data["without_class"]) == (6, 8, 1)
     assert data["per_class"]["person"] == 2
     assert main(["inspect", str(out), "--preview", str(preview), "--id", "nothing"]) == 1
-    assert "holds no photo 'nothing'" in capsys.readouterr().err
+    assert "holds no image 'nothing'" in capsys.readouterr().err
     shutil.rmtree(devkit / "JPEGImages")
     assert main(["inspect", str(out), "--preview", str(preview)]) == 1
-    assert "the photo is not there any more" in capsys.readouterr().err
+    assert "the image is not there any more" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no.h5")]) == 1
     assert "no.h5: no such file" in capsys.readouterr().err
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipseed.cli import console
-from clipseed.cli.console import Talker
+from clipseed.cli import _console
+from clipseed.cli._console import Console
+from clipseed.cli._options import OutputArguments, RunArguments
+from clipseed.cli._run import prepare
 from clipseed.cli.main import main
-from clipseed.cli.running import RunOptions, prepare
 from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import refuse_unwritable
 from clipseed.toy.dataset import save_devkit
@@ -95,8 +96,8 @@ class Clock:
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Not a terminal: a line every ten seconds, with rate, time left, what limits, and how many were skipped."""
     clock = Clock()
-    monkeypatch.setattr(console, "time", clock)
-    run = prepare("cam", RunOptions(shard="2/3"))
+    monkeypatch.setattr(_console, "time", clock)
+    run = prepare("cam", RunArguments(shard="2/3"), OutputArguments())
     advance = run.start(4000, 100, "voc train", 4100)
     stats = StreamStats()
     stats.waits.update(decode=5.0, device=1.0)
@@ -120,14 +121,14 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
      (90_000, "25 h 0 min"), (1e6, "277 h 46 min")],
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
-    assert console.duration(seconds) == text
+    assert _console.duration(seconds) == text
 
 
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    talker = Talker(quiet=True)
-    talker.note("a")
-    talker.warn("b")
-    talker.track("c", 10)(5)
+    console = Console(quiet=True)
+    console.note("a")
+    console.warn("b")
+    console.track("c", 10)(5)
     assert capsys.readouterr() == ("", "")
 
 

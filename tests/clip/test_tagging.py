@@ -13,11 +13,12 @@ from PIL import Image
 
 from clipseed.cli.main import main
 from clipseed.clip import FrozenClip
-from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD, tag
+from clipseed.clip.tagging import tag
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.labels import read_labels
 from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary
+from clipseed.defaults import TAG_THRESHOLD
 from clipseed.errors import InputError
 from clipseed.jobs import features
 from clipseed.jobs.tags import labels_csv
@@ -92,7 +93,7 @@ def test_accuracy_on_the_toy_set() -> None:
     def tags(image: Image.Image) -> set[int]:
         pixels = resize_to_grid(image, patch_grid(image.height, image.width, 16), 16)
         scores = text.probabilities(clip.encode_image(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]))
-        return set(tag(scores, len(CLASS_NAMES), DEFAULT_TAG_THRESHOLD)[0])
+        return set(tag(scores, len(CLASS_NAMES), TAG_THRESHOLD)[0])
 
     image_set = open_dataset(DatasetOptions("toy"))
     right = found = shown = exact = 0

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from segment_anything import SamPredictor
 
-from clipseed.cli.inspect_masks import Look, show
 from clipseed.cli.main import main
 from clipseed.errors import StoreError
 from clipseed.formats.open import open_masks
@@ -242,27 +241,27 @@ def test_out_of_memory_halves_the_points(photos: Path, tmp_path: Path, capsys: p
          "a custom checkpoint, but vit_h is asked for"),
         (["--dataset", "folder", "--images", "photos", "--checkpoint", "clip.npz"], 1, "a CLIP checkpoint, not a SAM"),
         (["--dataset", "folder", "--images", "photos", "--checkpoint", "photos/a.png"], 1, "photos/a.png"),
-        (["--dataset", "folder", "--images", "photos", "--model", "vit_g"], 2, "choose one of auto, vit_b"),
+        (["--dataset", "folder", "--images", "photos", "--model", "vit_g"], 2, "Invalid value for '--model'"),
         (["--dataset", "folder", "--images", "photos", "--prompt", "points"], 2, "--prompt points needs --seeds"),
         (["--dataset", "folder", "--images", "photos", "--seeds", "cams.h5"], 2, "from --dataset or from --seeds"),
         (["--dataset", "folder"], 2, "needs --images DIR"),
         (["--dataset", "voc", "--images", "photos"], 2, "--images does not belong to --dataset voc"),
-        (["--dataset", "imagenet"], 2, "choose one of voc, coco, folder, toy"),
+        (["--dataset", "imagenet"], 2, "Invalid value for '--dataset'"),
         (["--dataset", "folder", "--images", "nowhere"], 1, "no such image folder"),
         ([], 2, "nothing to make masks for"),
         (["--seeds", "cams.h5"], 1, "cams.h5: no such file"),
         (["--seeds", "cams.h5", "--split", "val"], 2, "--split belongs to --dataset"),
-        (["--dataset", "toy", "--preset", "heavy"], 2, "choose one of fma, stock"),
+        (["--dataset", "toy", "--preset", "heavy"], 2, "Invalid value for '--preset'"),
         (["--dataset", "toy", "--iou-threshold", "nan"], 2, "--iou-threshold nan: give a number"),
-        (["--dataset", "toy", "--prompt", "lines"], 2, "--prompt lines: choose one of points, boxes"),
+        (["--dataset", "toy", "--prompt", "lines"], 2, "Invalid value for '--prompt'"),
         (["--dataset", "toy", "--batch-size", "4"], 2, "see --points-per-batch"),
         (["--dataset", "toy", "--points-per-side", "0"], 2, "--points-per-side"),
         (["--dataset", "toy", "--crop-layers", "9"], 2, "crop layer 9 would have no points"),
         (["--dataset", "toy", "--import", "photos", "--checkpoint", "tiny.npz"], 2, "--import takes masks as they are"),
         (["--dataset", "toy", "--import", "nowhere"], 1, "nowhere: no such file or folder of masks"),
-        (["--dataset", "toy", "--import", "photos", "--import-kind", "gif"], 2, "choose one of auto, coco-panoptic"),
+        (["--dataset", "toy", "--import", "photos", "--import-kind", "gif"], 2, "Invalid value for '--import-kind'"),
         (["--dataset", "toy", "--sam-factory", "nothing:there"], 2, "--sam-factory nothing:there"),
-        (["--dataset", "toy", "--engine", "dask"], 2, "choose one of local, ray"),
+        (["--dataset", "toy", "--engine", "dask"], 2, "Invalid value for '--engine'"),
     ],
 )  # fmt: skip
 def test_complaints(
@@ -558,12 +557,14 @@ def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert list(found.levels.values()) == [sum(int((r.level == k).sum()) for r in records) for k in range(3)]
     assert found.bytes_per_mask == pytest.approx(sum(len(record.rle) for record in records) / sum(counts))
     capsys.readouterr()
-    assert show(out, Look(tmp_path / "p.png", 2, ("a",), None, None), verify=False, json=False, quiet=True) == 0
+    assert (
+        main(["inspect", str(out), "--preview", str(tmp_path / "p.png"), "--count", "2", "--id", "a", "--quiet"]) == 0
+    )
     assert f"{sum(counts)}; per image" in capsys.readouterr().out
     with Image.open(tmp_path / "p.png") as sheet:
         assert len(sheet.getcolors(1 << 20) or ()) > 100
     assert write_mask_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]
-    assert show(out, None, verify=False, json=True, quiet=True) == 0
+    assert main(["inspect", str(out), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["masks"] == sum(counts)
 
 

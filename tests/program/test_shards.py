@@ -289,7 +289,7 @@ def test_merging_masks(run: Run, tmp_path: Path) -> None:
 
 def test_engines_that_are_none(clipseed: Runner, tmp_path: Path) -> None:
     for options, complaint in (
-        (("--engine", "dask"), "choose one of local, ray"),
+        (("--engine", "dask"), "'dask' is not one of 'local', 'ray'"),
         (("--ray-cpus", "2"), "belong to --engine ray"),
         (("--engine", "ray", "--ray-workers", "0"), "give auto or a number from 1"),
         (("--report", "nowhere/run.json"), "--report nowhere/run.json: the folder nowhere does not exist"),

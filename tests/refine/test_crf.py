@@ -88,7 +88,8 @@ def test_lattice_filters_like_a_gaussian() -> None:
     [
         ["--smooth-xy", "0"], ["--colour-xy", "-3"], ["--colour-rgb", "nan"], ["--colour-rgb", "inf"],
         ["--smooth-weight", "-1"], ["--iterations", "-1"], ["--alpha", "0"], ["--confidence", "1.5"],
-        ["--preset", "mine"], ["--engine", "cuda"], ["--colour-weight", "nan"], ["--colour-rgb", "1e-9"],
+        ["--preset", "mine"], ["--solver", "cuda"], ["--engine", "pydensecrf"],
+        ["--colour-weight", "nan"], ["--colour-rgb", "1e-9"],
     ],
 )  # fmt: skip
 def test_parameters_are_validated(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,11 +141,11 @@ def test_masks(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @needs_native
-def test_engines_make_equal_masks(toy: Path, tmp_path: Path) -> None:
+def test_solvers_make_equal_masks(toy: Path, tmp_path: Path) -> None:
     same = total = 0
-    for engine in ("torch", "pydensecrf"):
-        words = ["crf", str(toy / "cams-caa.h5"), "--engine", engine, "--workers", "1", "--device", "cpu", "--quiet"]
-        assert main([*words, "--out", str(tmp_path / engine)]) == 0
+    for solver in ("torch", "pydensecrf"):
+        words = ["crf", str(toy / "cams-caa.h5"), "--solver", solver, "--workers", "1", "--device", "cpu", "--quiet"]
+        assert main([*words, "--out", str(tmp_path / solver)]) == 0
     for path in (tmp_path / "torch").glob("*.png"):
         ours, theirs = read_mask(path), read_mask(tmp_path / "pydensecrf" / path.name)
         same, total = same + int((ours == theirs).sum()), total + ours.size

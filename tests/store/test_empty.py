@@ -227,7 +227,7 @@ def test_crf(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (merged["count"], merged["of"]) == (1, 1 + len(shown))
     assert not (here / "merged" / "toy_000000.png").exists()
     assert main([*run, "--empty", "black"]) == 2
-    assert "--empty black: choose one of background, ignore, skip" in capsys.readouterr().err
+    assert "'black' is not one of 'background', 'ignore', 'skip'" in capsys.readouterr().err
 
 
 def test_sam_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

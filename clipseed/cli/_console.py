@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Talker:
+class Console:
     """Messages and progress of one command on stderr; ``quiet`` silences all but errors."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False)
+        self._rich = rich.console.Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False)
         self._progress: Progress | None = None
 
     def note(self, text: str) -> None:
         """One line for information."""
         if not self.quiet:
-            self.console.print(text)
+            self._rich.print(text)
 
     def warn(self, text: str) -> None:
         """One line for something the user should look at."""
         if not self.quiet:
-            self.console.print(f"warning: {text}", style="yellow")
+            self._rich.print(f"warning: {text}", style="yellow")
 
     def track(self, title: str, total: int, detail: Callable[[], str] = lambda: "") -> Callable[[int], None]:
         """Show progress over ``total`` items; returns the function that advances it.
@@ -38,7 +38,7 @@ class Talker:
         """
         if self.quiet or total == 0:
             return lambda count: None
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        if self._rich.is_terminal and not self._rich.is_dumb_terminal:
             return self._bar(title, total, detail)
         return self._lines(title, total, detail)
 
@@ -50,7 +50,7 @@ class Talker:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        progress = self._progress = Progress(*columns, console=self.console, transient=True)
+        progress = self._progress = Progress(*columns, console=self._rich, transient=True)
         progress.start()
         task = progress.add_task(title, total=total, rate="")
         began = time.perf_counter()
@@ -79,6 +79,12 @@ class Talker:
                 self.note(f"{title} {done}/{total}, {speed(rate)}, {duration(left)} left {detail()}".rstrip())
 
         return advance
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Take the progress bar away."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipseed.cli.console import Talker, print_json, some, speed
-from clipseed.cli.options import allowed_skips, auto_or_number
+from clipseed.cli._console import Console, print_json, some, speed
+from clipseed.cli._options import OutputArguments, RunArguments, allowed_skips, auto_or_number, workers_of
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,45 +31,49 @@ class StreamReport(Protocol):
     open_shards: int
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """``--shard``, ``--engine`` and its cluster, ``--report``, ``--json``, ``--quiet`` and ``--allow-skipped``."""
-
-    shard: str | None = None
-    engine: str = "local"
-    ray_address: str | None = None
-    ray_workers: str = "auto"
-    ray_cpus: str = "auto"
-    report: Path | None = None
-    json: bool = False
-    quiet: bool = False
-    allow_skipped: str | None = None
-    engines: tuple[str, ...] = ("local",)
-    """Engines other than ray that this command knows."""
-
-
 @dataclass
 class Running:
     """One run of a command, from its options to its exit code."""
 
     command: str
-    options: RunOptions
+    arguments: RunArguments
+    output: OutputArguments
     launch: Launch
     cluster: ClusterOptions | None
-    talker: Talker
+    console: Console
     allowed: float = 0
     """How many images may be left out of a run that ends with 0."""
+
+    def parsed(self) -> dict[str, Any]:
+        """As the jobs' options have them.
+
+        Raises:
+            UsageError: ``--workers`` is no number of processes.
+        """
+        return {
+            "workers": workers_of(self.arguments.workers), "overwrite": self.arguments.overwrite,
+            "shard": self.launch.shard, "cluster": self.cluster,
+        }  # fmt: skip
+
+    def source(self, source: Path | None, stage: str, note: str = "reading") -> Path:
+        """What to read: as given, or what the stage before left in the working folder."""
+        from clipseed.jobs.stages import newest_output
+
+        if source is None:
+            source = newest_output(Path(), stage)
+            self.console.note(f"{note} {source}")
+        return source
 
     def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
         """Say what there is to do, and give the progress callback."""
         shard = f"shard {self.launch.shard} ({self.launch.source}): " if not self.launch.shard.whole else ""
         many = f"{of} images, " if of is not None else ""
         unit = "to do" if of is not None else "images to do"
-        self.talker.note(
+        self.console.note(
             f"{title or self.command}: {shard}{many}{todo} {unit}" + (f", {done} done already" if done else "")
         )
         current: list[StreamStats] = []
-        track = self.talker.track(self.command, todo, lambda: _detail(current[0]) if current else "")
+        track = self.console.track(self.command, todo, lambda: _detail(current[0]) if current else "")
 
         def advance(count: int, stats: StreamStats) -> None:
             current[:] = [stats]
@@ -79,7 +83,7 @@ class Running:
 
     def loading(self, model: str) -> None:
         """Say that a model is loaded now, which takes seconds in which nothing else is said."""
-        self.talker.note(f"loading {model}")
+        self.console.note(f"loading {model}")
 
     def finish(
         self, report: StreamReport, summary: str, facts: dict[str, Any], empty: EmptyLabels | None = None
@@ -92,51 +96,51 @@ class Running:
             facts: What ``--json`` and ``--report`` say besides what every command reports.
             empty: LabelMask that came to nothing.
         """
-        stats, talker = report.stats, self.talker
+        stats, console = report.stats, self.console
         for note in report.notes:
-            talker.warn(note)
+            console.warn(note)
         if stats.out_of_memory:
             before, after = stats.out_of_memory
-            talker.warn(f"out of memory with {before} images at once; went on with {after} (--batch-size {after})")
+            console.warn(f"out of memory with {before} images at once; went on with {after} (--batch-size {after})")
         if stats.counters["recomputed"]:
-            talker.warn(
+            console.warn(
                 f"{stats.counters['recomputed']} images gave NaN or infinity in half precision and were computed in "
                 "fp32"
             )
         if stats.skipped:
             reasons = some([f"{key} ({why})" for key, why in stats.skipped], 3)
-            talker.warn(f"{len(stats.skipped)} images skipped: {reasons}")
+            console.warn(f"{len(stats.skipped)} images skipped: {reasons}")
         if report.skipped_file:
-            talker.warn(f"all of them are listed in {report.skipped_file}")
+            console.warn(f"all of them are listed in {report.skipped_file}")
         if empty is not None and empty.labels:
-            tell_empty(talker, empty)
-        talker.note(summary)
+            tell_empty(console, empty)
+        console.note(summary)
         if report.open_shards:
-            talker.note(
+            console.note(
                 f"shard {self.launch.shard} is done; {report.open_shards} of {self.launch.shard.count} are not yet, "
                 "and the last of them finishes the output (if they ran on other disks: clipseed merge)"
             )
         data = {**_common(report, self), **facts, **({} if empty is None else {"empty": empty.as_dict()})}
-        if self.options.report:
+        if self.arguments.report:
             from clipseed.jobs.run_report import write_run_report
 
-            write_run_report(self.options.report, data)
-        if self.options.json:
+            write_run_report(self.arguments.report, data)
+        if self.output.json:
             print_json(data)
         # torchrun would stop the other processes for it.
-        return exit_code(talker, len(stats.skipped), self.allowed) if self.launch.source != "torchrun" else 0
+        return exit_code(console, len(stats.skipped), self.allowed) if self.launch.source != "torchrun" else 0
 
 
-def tell_empty(talker: Talker, empty: EmptyLabels) -> None:
+def tell_empty(console: Console, empty: EmptyLabels) -> None:
     """Say how many labels came to nothing, of which classes, why, and in which images."""
     count, classes = len(empty.labels), [f"{name} {number}" for name, number in empty.counts("label")]
     came = "have no pixel" if empty.masks else "have no positive map"
     listed = "" if empty.file is None else f" (listed in {empty.file})"
-    talker.warn(f"{count} of {empty.of} labels {came}, in {empty.images} images{listed}: {some(classes)}")
+    console.warn(f"{count} of {empty.of} labels {came}, in {empty.images} images{listed}: {some(classes)}")
     for why, number in empty_reasons(empty):
-        talker.warn(f"{number} {why}")
+        console.warn(f"{number} {why}")
     if empty.masks == "background":
-        talker.warn("their masks say background there; --empty ignore makes it 255, --empty skip leaves them out")
+        console.warn("their masks say background there; --empty ignore makes it 255, --empty skip leaves them out")
 
 
 def empty_reasons(empty: EmptyLabels) -> list[tuple[str, str]]:
@@ -150,7 +154,7 @@ def empty_reasons(empty: EmptyLabels) -> list[tuple[str, str]]:
     ]
 
 
-def prepare(command: str, options: RunOptions) -> Running:
+def prepare(command: str, arguments: RunArguments, output: OutputArguments) -> Running:
     """Read the shared options.
 
     Raises:
@@ -159,47 +163,45 @@ def prepare(command: str, options: RunOptions) -> Running:
     from clipseed.runtime.launch import Launch, find_shard
     from clipseed.store.files import refuse_unwritable
 
-    talker = Talker(options.quiet)
-    cluster = _cluster(options)
+    console = Console(output.quiet)
+    cluster = _cluster(arguments)
     # A driver of Ray inside a Slurm allocation is one process, whatever the allocation's variables say.
-    launch = find_shard(options.shard) if cluster is None or options.shard else Launch()
-    refuse_unwritable(options.report, "--report")
-    return Running(command, options, launch, cluster, talker, allowed_skips(options.allow_skipped))
+    launch = find_shard(arguments.shard) if cluster is None or arguments.shard else Launch()
+    refuse_unwritable(arguments.report, "--report")
+    return Running(command, arguments, output, launch, cluster, console, allowed_skips(arguments.allow_skipped))
 
 
-def _cluster(options: RunOptions) -> ClusterOptions | None:
-    workers = auto_or_number(options.ray_workers, "--ray-workers")
-    cpus = auto_or_number(options.ray_cpus, "--ray-cpus")
-    if options.engine == "ray":
+def _cluster(arguments: RunArguments) -> ClusterOptions | None:
+    workers = auto_or_number(arguments.ray_workers, "--ray-workers")
+    cpus = auto_or_number(arguments.ray_cpus, "--ray-cpus")
+    if arguments.engine == "ray":
         from clipseed.runtime.cluster import ClusterOptions
 
         if workers == 0 or cpus == 0:
             raise UsageError("--ray-workers, --ray-cpus: give auto or a number from 1")
-        return ClusterOptions(options.ray_address, workers, cpus)
-    if options.engine not in options.engines:
-        raise UsageError(f"--engine {options.engine}: choose one of {', '.join((*options.engines, 'ray'))}")
-    if options.ray_address or workers or cpus:
+        return ClusterOptions(arguments.ray_address, workers, cpus)
+    if arguments.ray_address or workers or cpus:
         raise UsageError("--ray-address, --ray-workers and --ray-cpus belong to --engine ray")
     return None
 
 
-def exit_code(talker: Talker, left_out: int, allowed: float) -> int:
+def exit_code(console: Console, left_out: int, allowed: float) -> int:
     """0, or 3 where more images than ``--allow-skipped`` allows were skipped or not scored."""
     if left_out <= allowed:
         return 0
     if allowed:
-        talker.warn(f"--allow-skipped {allowed:g}: {left_out} images were left out, so the exit code is 3")
+        console.warn(f"--allow-skipped {allowed:g}: {left_out} images were left out, so the exit code is 3")
     return 3
 
 
-def warn_of_toy_weights(talker: Talker, weights: str | None, image_set: ImageSet) -> None:
+def warn_of_toy_weights(console: Console, weights: str | None, image_set: ImageSet) -> None:
     """Say that the built-in weights are of no use for other images than those of the built-in world."""
     from clipseed.clip.model import TOY_WEIGHTS
     from clipseed.toy.dataset import is_toy_id
 
     # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
     if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):
-        talker.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
+        console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
 
 
 def rate(report: StreamReport) -> str:

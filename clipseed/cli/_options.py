@@ -1,0 +1,275 @@
+"""Options that several commands share, each defined once, and the groups that commands take them in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
+
+import typer
+
+from clipseed.defaults import (
+    CAM_MAX_SIDE,
+    MAX_PIXELS,
+    WEIGHTS,
+    DatasetName,
+    EmptyPolicy,
+    EngineName,
+    Precision,
+    PredIgnore,
+)
+from clipseed.defaults import MODEL as MODEL_NAME
+from clipseed.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipseed.jobs.evaluate_options import EvaluateOptions
+
+_MOST_WORKERS = 1024
+ANY = "any"
+"""What ``--allow-skipped`` alone stands for."""
+data_option = partial(typer.Option, rich_help_panel="Data set")
+model_option = partial(typer.Option, rich_help_panel="Model")
+method_option = partial(typer.Option, rich_help_panel="Method")
+score_option = partial(typer.Option, rich_help_panel="Scoring")
+run_option = partial(typer.Option, rich_help_panel="Run")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
+# Options of a few commands -------------------------------------------------------------------------------------------
+
+MovedImages = Annotated[Optional[Path], data_option(help="Where the images are now, if they have moved.")]
+MovedRoot = Annotated[Optional[Path], data_option(help="Where the data set is now, if it has moved (voc, coco).")]
+Split = Annotated[Optional[str], data_option(help="train, trainaug, val, or a file with one id per line.")]
+Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
+Device = Annotated[str, run_option(help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionOption = Annotated[Precision, run_option("--precision", help="Numbers that the model computes with.")]
+BatchSize = Annotated[str, run_option(help="auto, or images per batch.")]
+Workers = Annotated[str, run_option(help="auto, or decoding processes (0: a thread of this one).")]
+Empty = Annotated[
+    EmptyPolicy,
+    output_option(
+        help="Masks of images in which some label got no pixel: background (they stay as they are), ignore (0 becomes "
+        "255) or skip (not written)."
+    ),
+]
+AllowSkipped = Annotated[
+    Optional[str],
+    output_option(
+        "--allow-skipped",
+        metavar="[N]",
+        help="End with 0, not 3, although up to N images (alone: any number) were left out.",
+        autocompletion=lambda: [ANY],
+    ),
+]
+Json = Annotated[bool, output_option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, output_option("--debug", help="Show tracebacks.")]
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetArguments:
+    """Which data set, and where it is."""
+
+    dataset: Annotated[DatasetName, data_option(help="toy is built in.")]
+    root: Annotated[
+        Optional[Path], data_option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).")
+    ] = None
+    images: Annotated[Optional[Path], data_option(help="Folder with the images (folder, coco).")] = None
+    split: Split = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingArguments:
+    """Which of the images are read, and how."""
+
+    limit: Annotated[Optional[int], data_option(help="Only the first N images.", min=1)] = None
+    exif: Annotated[bool, data_option("--exif", help="Turn images as their EXIF orientation says.")] = False
+    max_pixels: Annotated[int, data_option(help="Refuse larger images before decoding them.", min=1)] = MAX_PIXELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which CLIP, and the size at which it sees images."""
+
+    model: Annotated[
+        Optional[str], model_option(help=f"open_clip name (default: {MODEL_NAME}, or read off a file).")
+    ] = None
+    weights: Annotated[
+        Optional[str], model_option(help=f"Pretrained tag, file, or toy (default: {WEIGHTS}; toy for --dataset toy).")
+    ] = None
+    max_side: Annotated[int, model_option(help="Shrink longer images to this side; 0: never.", min=0)] = CAM_MAX_SIDE
+    min_side: Annotated[int, model_option(help="Enlarge shorter images to this side; 0: never.", min=0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeArguments:
+    """Where CLIP runs, in which type, and how many images at once."""
+
+    device: Device = "auto"
+    precision: PrecisionOption = "auto"
+    batch_size: BatchSize = "auto"
+
+    def parsed(self) -> dict[str, Any]:
+        """As the jobs' options have them."""
+        batch_size = auto_or_number(self.batch_size, "--batch-size")
+        return {"device": self.device, "precision": self.precision, "batch_size": batch_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """What every command has that streams a data set into an output."""
+
+    workers: Workers = "auto"
+    shard: Annotated[
+        Optional[str],
+        run_option(help="i/n: only the i-th of n shards, counted from 1 (default: what torchrun or Slurm say)."),
+    ] = None
+    engine: Annotated[EngineName, run_option(help="ray: the workers of a Ray cluster.")] = "local"
+    ray_address: Annotated[Optional[str], run_option(help="Of the cluster (default: $RAY_ADDRESS, or here).")] = None
+    ray_workers: Annotated[str, run_option(help="auto (one per GPU, or as fit the CPUs), or a number.")] = "auto"
+    ray_cpus: Annotated[str, run_option(help="CPUs of each worker without GPU: auto or a number.")] = "auto"
+    overwrite: Annotated[bool, output_option("--overwrite", help="Start again, deleting what is there.")] = False
+    allow_skipped: AllowSkipped = None
+    report: Annotated[
+        Optional[Path], output_option(help="Write counts, timings and skipped inputs to this JSON file.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputArguments:
+    """How a command talks."""
+
+    json: Json = False
+    quiet: Annotated[bool, output_option("--quiet", "-q", help="No progress, no notes; errors only.")] = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringArguments:
+    """How predictions are scored against ground truth."""
+
+    gt: Annotated[
+        Optional[str],
+        score_option(
+            help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own)."
+        ),
+    ] = None
+    classes: Annotated[Optional[str], score_option(help="voc, coco, toy or a file; seeds bring their own.")] = None
+    split: Annotated[Optional[str], score_option(help="Score only this list: a name in the devkit, or a file.")] = None
+    threshold: Annotated[
+        Optional[float], score_option(help="One background score for seeds instead of the best of a sweep.")
+    ] = None
+    alpha: Annotated[
+        Optional[str], score_option(help="CLIP-ES's background exponents, e.g. 1,2 (the best counts).")
+    ] = None
+    pred_ignore: Annotated[PredIgnore, score_option(help="What a predicted 255 is.")] = "error"
+    resize_pred: Annotated[bool, score_option("--resize-pred", help="Resize predictions of another size.")] = False
+
+    def of(self, prediction: Path) -> EvaluateOptions:
+        """What the job is told.
+
+        Raises:
+            UsageError: ``--alpha`` is no list of numbers.
+        """
+        from clipseed.jobs.evaluate_options import EvaluateOptions
+
+        alphas = () if self.alpha is None else numbers(self.alpha, "--alpha")
+        return EvaluateOptions(
+            prediction, self.gt, self.classes, self.split, self.threshold, alphas, self.pred_ignore, self.resize_pred
+        )
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def listed(choices: Any) -> str:
+    """The choices of a ``Literal`` in a sentence, where they are too long for a column of the help."""
+    return ", ".join(get_args(choices))
+
+
+def workers_of(text: str) -> int | None:
+    """``--workers``: ``auto`` to ``None``, or a number of processes that a machine can take."""
+    found = auto_or_number(text, "--workers")
+    if found is not None and found > _MOST_WORKERS:
+        raise UsageError(f"--workers {text}: give auto or a number up to {_MOST_WORKERS}")
+    return found
+
+
+def auto_or_number(text: str, option: str) -> int | None:
+    """``auto`` to ``None``, digits to a number.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UsageError(f"{option} {text[:40]}: give auto or a number")
+    return int(text)
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """A command line in which ``--allow-skipped`` without a number says ``any``.
+
+    Typer knows no option whose value may be left out, so the word after it decides: digits, or ``any``, are its value.
+    """
+    filled = list(words)
+    for k, word in enumerate(words):
+        if word == "--":
+            break
+        following = words[k + 1] if k + 1 < len(words) else ""
+        if word == "--allow-skipped" and following != ANY and not (following.isascii() and following.isdigit()):
+            filled[k] = f"{word}={ANY}"
+    return filled
+
+
+def allowed_skips(text: str | None) -> float:
+    """``--allow-skipped``: how many inputs may be left out, infinity for any number.
+
+    Raises:
+        UsageError: not a number.
+    """
+    if text is None:
+        return 0
+    if text == ANY:
+        return math.inf
+    number = auto_or_number(text, "--allow-skipped")
+    if number is None:
+        raise UsageError(f"--allow-skipped {text}: give a number, or nothing for any number")
+    return number
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the others keep the job's own defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """``0.5,1.0`` to a tuple.
+
+    Raises:
+        UsageError: not numbers.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} {text[:40]}: give numbers separated by commas") from error
+    if not found:
+        raise UsageError(f"{option}: give at least one number")
+    return found
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """``1,2`` to a tuple.
+
+    Raises:
+        UsageError: not whole numbers.
+    """
+    found = numbers(text, option)
+    if not all(value.is_integer() for value in found):
+        raise UsageError(f"{option} {text[:40]}: give whole numbers separated by commas")
+    return tuple(map(int, found))

@@ -1,0 +1,54 @@
+"""The choices and the default values that the library and the command line share, each stated once.
+
+Imports nothing, so that ``--help`` knows them without loading torch or numpy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Choices
+DatasetName = Literal["voc", "coco", "folder", "toy"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+EngineName = Literal["local", "ray"]
+EmptyPolicy = Literal["background", "ignore", "skip"]
+"""What becomes of the label mask of an image in which some label got no pixel."""
+
+CamMethod = Literal["softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"]
+CrfSolver = Literal["torch", "pydensecrf"]
+CrfPreset = Literal["clip-es", "irn", "weclip"]
+
+SamModel = Literal["auto", "vit_b", "vit_l", "vit_h"]
+SamPreset = Literal["fma", "stock"]
+SamPrompt = Literal["points", "boxes"]
+SegmentFormat = Literal["auto", "coco-panoptic", "coco-instances", "instance-maps", "mask-folders", "sa-1b"]
+
+SeedMethod = Literal["fma", "prompted", "vote", "pixel"]
+SeedPreset = Literal["voc-coarse", "voc-fine", "coco-coarse", "coco-fine"]
+UncoveredPolicy = Literal["background", "ignore", "cam"]
+"""What pixels become that no segment covers."""
+
+PredIgnore = Literal["error", "background", "exclude"]
+"""What a predicted 255 counts as."""
+
+# Default values
+MODEL = "ViT-B-16"
+WEIGHTS = "openai"
+MAX_PIXELS = 80_000_000
+"""Larger images are refused from their header."""
+CAM_MAX_SIDE = 640
+SAM_MAX_SIDE = 1024
+"""What SAM's encoder sees of an image; more pixels help the crops only."""
+TAG_THRESHOLD = 0.25
+CAA_LAYERS = 8
+SINKHORN_ROUNDS = 3
+SPREAD_POWER = 2
+PATCH_TEMPERATURE = 0.01
+PAR_ITERATIONS = 20
+PAR_DILATIONS = (1, 2, 4, 8, 12, 24)
+PAR_SHARPNESS = 0.3
+"""Divides colour and position differences (after their standard deviation); smaller follows edges more closely."""
+PAR_POSITION_WEIGHT = 0.01
+CRF_ALPHA = 1.0
+REPORT_SHOWN = 6
+REPORT_TITLE = "clipseed report"
