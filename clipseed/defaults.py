@@ -40,6 +40,8 @@ CAM_MAX_SIDE = 640
 SAM_MAX_SIDE = 1024
 """What SAM's encoder sees of an image; more pixels help the crops only."""
 TAG_THRESHOLD = 0.25
+BOX_THRESHOLD = 0.4
+COCO_BOX_THRESHOLD = 0.7
 CAA_LAYERS = 8
 SINKHORN_ROUNDS = 3
 SPREAD_POWER = 2
@@ -50,5 +52,7 @@ PAR_SHARPNESS = 0.3
 """Divides colour and position differences (after their standard deviation); smaller follows edges more closely."""
 PAR_POSITION_WEIGHT = 0.01
 CRF_ALPHA = 1.0
+PIXEL_ALPHA = 2.0
+"""Exponent of the background where pixels decide for themselves."""
 REPORT_SHOWN = 6
 REPORT_TITLE = "clipseed report"

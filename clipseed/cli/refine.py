@@ -12,7 +12,9 @@ from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import prepare, rate
 from clipseed.defaults import (
+    BOX_THRESHOLD,
     CAA_LAYERS,
+    COCO_BOX_THRESHOLD,
     PAR_DILATIONS,
     PAR_ITERATIONS,
     PAR_POSITION_WEIGHT,
@@ -46,7 +48,9 @@ class AffinityArguments:
 
     box_threshold: Annotated[
         Optional[float],
-        shared.method_option(help="Share of the peak that boxes enclose (default: 0.7 for COCO, else 0.4)."),
+        shared.method_option(
+            help=f"Share of the peak that boxes enclose (default: {COCO_BOX_THRESHOLD} for COCO, else {BOX_THRESHOLD})."
+        ),
     ] = None
     layers: Annotated[int, shared.method_option(help="Blocks from the end whose attention is averaged.")] = CAA_LAYERS
     rounds: Annotated[int, shared.method_option(help="Sinkhorn rounds.")] = SINKHORN_ROUNDS

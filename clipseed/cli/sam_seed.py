@@ -10,7 +10,7 @@ import typer
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import prepare, rate
-from clipseed.defaults import SeedMethod, SeedPreset, SegmentFormat, UncoveredPolicy
+from clipseed.defaults import PIXEL_ALPHA, SeedMethod, SeedPreset, SegmentFormat, UncoveredPolicy
 
 
 @grouped
@@ -46,7 +46,8 @@ def sam_seed(
     alpha: Annotated[
         Optional[float],
         shared.method_option(
-            help="Background score (1 - max) ** alpha of masks (fma: the preset's) or of pixels (else: 2)."
+            help="Background score (1 - max) ** alpha of masks (fma: the preset's) or of pixels "
+            f"(else: {PIXEL_ALPHA:g})."
         ),
     ] = None,
     uncovered: Annotated[

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipseed.defaults import (
+    BOX_THRESHOLD,
+    COCO_BOX_THRESHOLD,
     PAR_DILATIONS,
     PAR_ITERATIONS,
     PAR_POSITION_WEIGHT,
@@ -16,7 +18,7 @@ from clipseed.defaults import (
     Precision,
 )
 from clipseed.errors import UsageError
-from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions
+from clipseed.refine.caa import CaaOptions
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.store.empty import EmptyLabels
 from clipseed.store.manifest import Manifest, package_versions

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.defaults import SeedMethod, SeedPreset, UncoveredPolicy
+from clipseed.defaults import PIXEL_ALPHA, SeedMethod, SeedPreset, UncoveredPolicy
 from clipseed.errors import UsageError
 from clipseed.pseudo.pixels import Background, label_pixels
 from clipseed.pseudo.prompted import label_from_prompted_masks
@@ -19,8 +19,6 @@ from clipseed.segments import Proposals, enlarged, room_for
 from clipseed.store.records import SeedMap
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
-PIXEL_ALPHA = 2.0
-"""Exponent of the background where pixels decide for themselves."""
 Masks = npt.NDArray[np.bool_]
 Classes = npt.NDArray[np.int32]
 

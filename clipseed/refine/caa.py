@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from clipseed.cam.gradcam import minmax
-from clipseed.defaults import CAA_LAYERS, SINKHORN_ROUNDS, SPREAD_POWER
+from clipseed.defaults import BOX_THRESHOLD, CAA_LAYERS, SINKHORN_ROUNDS, SPREAD_POWER
 from clipseed.refine.affinity import balance, spread
 from clipseed.refine.boxes import box_masks
-
-BOX_THRESHOLD = 0.4
-COCO_BOX_THRESHOLD = 0.7
 
 Source = Literal["score", "raw"]
 

@@ -80,7 +80,7 @@ def test_devices_by_local_rank() -> None:
 
 def test_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of one cut go together; the whole, and other cuts, do not go with them."""
-    monkeypatch.setattr("clipseed.store.record_file._PATIENCE", 0.2)
+    monkeypatch.setattr("clipseed.store.shards._PATIENCE", 0.2)
     first = lock_output(tmp_path, tmp_path, Shard(0, 2))
     second = lock_output(tmp_path, tmp_path, Shard(1, 2))
     for other in (Shard(0, 2), Shard(0, 3), Shard()):

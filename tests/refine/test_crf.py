@@ -19,6 +19,7 @@ from clipseed.jobs.crf_problem import NativeSolver, Problem
 from clipseed.refine.crf import CLIP_ES, PRESETS, CrfParameters, clip_es_unary, crf_parameters, dense_crf
 from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool
+from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.masks import read_mask, voc_palette
 
 from helpers.images import photo
@@ -146,6 +147,9 @@ def test_solvers_make_equal_masks(toy: Path, tmp_path: Path) -> None:
     for solver in ("torch", "pydensecrf"):
         words = ["crf", str(toy / "cams-caa.h5"), "--solver", solver, "--workers", "1", "--device", "cpu", "--quiet"]
         assert main([*words, "--out", str(tmp_path / solver)]) == 0
+        manifest = read_mask_manifest(tmp_path / solver)
+        assert manifest is not None
+        assert manifest["options"]["solver"] == solver
     for path in (tmp_path / "torch").glob("*.png"):
         ours, theirs = read_mask(path), read_mask(tmp_path / "pydensecrf" / path.name)
         same, total = same + int((ours == theirs).sum()), total + ours.size
