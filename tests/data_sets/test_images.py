@@ -127,14 +127,14 @@ def test_unreadable_files(tmp_path: Path) -> None:
     photo(4, 200, 300).save(good, quality=95)
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[:3000])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("this is not a photo")
+    (tmp_path / "text.jpg").write_text("this is not an image")
     (tmp_path / "page.ps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     (tmp_path / "folder.jpg").mkdir()
     expected = {
         "cut.jpg": "truncated",
         "empty.jpg": "is empty",
-        "text.jpg": "not a photo",
-        "page.ps": "not a photo",  # PostScript would start an interpreter
+        "text.jpg": "not an image",
+        "page.ps": "not an image",  # PostScript would start an interpreter
         "missing.jpg": "no such file",
         "folder.jpg": "damaged",
     }
