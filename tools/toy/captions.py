@@ -18,7 +18,7 @@ from clipseed.toy.world import MATERIAL_NAMES, Scene
 TEMPLATES: tuple[str, ...] = (
     "a clean origami {}.",
     "a photo of a {}.",
-    "an image of the {}.",
+    "a picture of the {}.",
     "{}.",
     "a drawing of a {}.",
 )
