@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from bench_gpu import COCO_MIX, VOC_MIX, mixed_sizes
 from PIL import Image
 
 from clipseed.cam.methods import compute_cams
@@ -39,8 +40,6 @@ from clipseed.runtime.stream import BatchSize
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333), (400, 500))
 """Image sizes like VOC's, height first."""
-VOC_MIX = {(375, 500): 55, (500, 375): 17, (333, 500): 15, (500, 333): 7, (500, 500): 3, (400, 500): 3}
-COCO_MIX = {(480, 640): 35, (640, 480): 15, (427, 640): 25, (640, 427): 10, (375, 500): 5, (500, 375): 5, (612, 612): 5}
 BARE = "bare encoder (open_clip)"
 
 
@@ -176,16 +175,6 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
         )
         slowest = reports[name][-1].stats.bottleneck if name in reports else "-"
         print(f"{name:32} {images / statistics.median(values):8.2f} {over_first:13.2f} {over_own:12.2f}   {slowest}")
-
-
-def mixed_sizes(mix: dict[tuple[int, int], int], count: int) -> list[tuple[int, int]]:
-    """Seeded image sizes, height first, drawn with the weights of ``mix``; every fifth side is off by some pixels."""
-    rng = np.random.default_rng(0)
-    shares = np.array(list(mix.values()), np.float64)
-    drawn = rng.choice(len(mix), count, p=shares / shares.sum())
-    shrink = rng.integers(0, 80, (count, 2)) * (rng.random((count, 2)) < 0.2)
-    sides = np.array(list(mix))[drawn] - shrink * (np.array(list(mix))[drawn] < 640)
-    return [(int(height), int(width)) for height, width in sides]
 
 
 def batch_fill(sizes: list[tuple[int, int]], patch: int, device: torch.device) -> dict[str, float]:
