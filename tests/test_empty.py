@@ -31,6 +31,7 @@ from clipseed.store.reader import open_seeds
 from clipseed.store.record_file import SeedFile
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 CAM = ("cam", "--dataset", "toy", "--limit", "10", "--device", "cpu", "--max-side", "96", "--background", "none")
 
@@ -256,9 +257,9 @@ def test_shards_made_before(tmp_path: Path) -> None:
     manifest = small_manifest(tmp_path)
     full, nothing = seed_map("a", (3,), 0), SeedMap("a", np.array([3], np.int32), np.zeros((1, 6, 8), np.float32), SIZE)
     with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:
-        writer.write(0, [full])
+        writer.write(Unit(0), [full])
         assert writer.finish(["a"]).empty.labels == ()
     with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:
         writer.forget_unlike({"a": (5,)})
-        writer.write(0, [nothing])
+        writer.write(Unit(0), [nothing])
         assert [item.label for item in writer.finish(["a"]).empty.labels] == ["boat"]

@@ -32,6 +32,7 @@ from clipseed.report.thumbnails import THUMBNAIL
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 from conftest import photo
 
@@ -141,7 +142,7 @@ def write_seeds(path: Path, records: list[SeedMap], names: tuple[str, ...], **ma
         **manifest,
     }
     with SeedWriter(path, content, "float32", 64) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 

@@ -15,6 +15,7 @@ from clipseed.cli.main import main
 from clipseed.cli.running import RunOptions, prepare
 from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import refuse_unwritable
+from clipseed.store.units import Unit
 from clipseed.toy.dataset import save_devkit
 
 from conftest import photo
@@ -50,7 +51,7 @@ def test_run_reports(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(report["waits"]) == {"decode", "device", "write"}
     assert 0 < sum(report["waits"].values()) <= report["seconds"]
     assert report["waits"][report["bottleneck"]] == max(report["waits"].values())
-    assert report["images_per_second"] == pytest.approx(3 / report["seconds"], rel=0.01)
+    assert report["images_per_second"] == pytest.approx(3 / report["seconds"], rel=0.05)
     assert report["peak_memory_mb"] > 50
     assert report["versions"]["torch"]
     assert report["finished"].startswith("20")
@@ -172,7 +173,7 @@ def spoil_maps(path: Path) -> None:
         manifest, records = seeds.manifest, [seeds[key] for key in seeds]
     path.unlink()
     with SeedWriter(path, manifest, "float16", 64) as writer:
-        writer.write(0, [SeedMap(r.id, r.classes, np.full_like(r.cam, np.nan), r.size) for r in records])
+        writer.write(Unit(0), [SeedMap(r.id, r.classes, np.full_like(r.cam, np.nan), r.size) for r in records])
         writer.finish([r.id for r in records])
 
 

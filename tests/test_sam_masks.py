@@ -43,9 +43,11 @@ from clipseed.store.mask_cache import MaskCache
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals, unpack_proposals
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter
 
 from conftest import photo
+from helpers.samples import samples
 
 FACTORY = ("--sam-factory", "test_sam_masks:blobs", "--device", "cpu")
 FEW = ("--preset", "stock", "--points-per-side", "3")
@@ -123,7 +125,7 @@ def small_manifest(images: Path, vocabulary: str = "voc") -> dict[str, Any]:
 
 def write_seeds(path: Path, seeds: list[SeedMap], manifest: dict[str, Any]) -> Path:
     with SeedWriter(path, manifest, "float16", 64) as writer:
-        writer.write(0, seeds)
+        writer.write(Unit(0), seeds)
         writer.finish([seed.id for seed in seeds])
     return path
 
@@ -177,8 +179,8 @@ def test_records_come_back(counts: tuple[int, ...], tmp_path: Path) -> None:
     records = [random_record(f"p/{k}", k, count) for k, count in enumerate(counts)]
     ids = [record.id for record in records]
     with RecordWriter(tmp_path / "masks.h5", MANIFEST, mask_format(), 2) as writer:
-        for unit in writer.units(ids):
-            writer.write(unit.index, [record for record in records if record.id in unit.ids])
+        for unit in writer.units(samples(ids)):
+            writer.write(unit, [record for record in records if record.id in unit.ids])
         writer.finish(ids)
     with MaskCache(tmp_path / "masks.h5", verify=True) as cache:
         assert list(cache) == ids
@@ -508,7 +510,7 @@ def cache_file(tmp_path: Path) -> Path:
     path = tmp_path / "masks.h5"
     records = [random_record(str(k), k, 4) for k in range(3)]
     with RecordWriter(path, MANIFEST, mask_format(), 64) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 

@@ -24,6 +24,7 @@ from clipseed.segments import Proposals, enlarged, from_masks
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
 from clipseed.store.masks import mask_note, read_mask, write_mask
 from clipseed.store.records import SeedMap
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter
 
 SIZE, GRID = (48, 64), (24, 32)
@@ -51,7 +52,7 @@ def write_cache(path: Path, records: list[MaskRecord], vocabulary: str | None = 
     manifest = {"kind": "sam-masks", "method": "grid", "options": {}, "source": {}, "model": {}, "dataset": {},
                 "vocabulary": words}  # fmt: skip
     with RecordWriter(path, manifest, mask_format(), 64) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 

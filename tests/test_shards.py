@@ -23,6 +23,7 @@ from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.shards import Shard, ShardReports, lock_output
 
 from conftest import Runner
+from helpers.samples import samples
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
@@ -80,7 +81,7 @@ def test_devices_by_local_rank() -> None:
 
 def test_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of one cut go together; the whole, and other cuts, do not go with them."""
-    monkeypatch.setattr("clipseed.store.record_file._PATIENCE", 0.2)
+    monkeypatch.setattr("clipseed.store.shards._PATIENCE", 0.2)
     first = lock_output(tmp_path, tmp_path, Shard(0, 2))
     second = lock_output(tmp_path, tmp_path, Shard(1, 2))
     for other in (Shard(0, 2), Shard(0, 3), Shard()):
@@ -116,7 +117,7 @@ def test_shards_cover_everything_once(tmp_path: Path) -> None:
     seen: list[str] = []
     for k in range(4):
         with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(k, 4)) as writer:
-            mine = [key for unit in writer.units(ids) for key in unit.ids]
+            mine = [key for unit in writer.units(samples(ids)) for key in unit.ids]
             assert mine == writer.own(ids)
             seen += mine
     assert sorted(seen) == ids

@@ -66,6 +66,7 @@ from clipseed.refine.caa import CaaOptions, caa  # noqa: E402
 from clipseed.refine.crf import dense_crf  # noqa: E402
 from clipseed.refine.par import refine_par  # noqa: E402
 from clipseed.runtime.decode import DecodePool  # noqa: E402
+from clipseed.runtime.run import RunOptions  # noqa: E402
 from clipseed.store.mask_cache import MaskCache  # noqa: E402
 from clipseed.store.masks import read_mask  # noqa: E402
 from clipseed.store.reader import Seeds  # noqa: E402
@@ -179,19 +180,19 @@ def check(bench: Bench) -> dict[str, Any]:
 
     def maps(folder: Path, where: str, precision: Any) -> Path:
         out = folder / f"cam-{precision}.h5"
-        run_cam(CamOptions(data, out, device=where, precision=precision, workers=0))
+        run_cam(CamOptions(data, out, run=RunOptions(device=where, precision=precision, workers=0)))
         return out
 
     def refine(method: Any, folder: Path, where: str, precision: Any) -> Path:
         out = folder / f"{method}-{precision}.h5"
         source = cpu / "cam-fp32.h5"
-        run_refine(RefineOptions(method, source, out, device=where, precision=precision, workers=0))
+        run_refine(RefineOptions(method, source, out, run=RunOptions(device=where, precision=precision, workers=0)))
         return out
 
     def segments(folder: Path, where: str, precision: str) -> Path:
         out = folder / f"masks-{precision}.h5"
-        run_sam_masks(SamMasksOptions(out, seeds=cpu / "cam-fp32.h5", proposals=GRID, device=where,
-                                      precision=precision, workers=0))  # fmt: skip
+        run_sam_masks(SamMasksOptions(out, seeds=cpu / "cam-fp32.h5", proposals=GRID,
+                                      run=RunOptions(device=where, precision=precision, workers=0)))  # fmt: skip
         return out
 
     def labels(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
@@ -210,7 +211,7 @@ def check(bench: Bench) -> dict[str, Any]:
             yield name, lambda m=method, r=reference: map_differences(r, refine(m, there, device, "fp32"))  # type: ignore[misc]
 
         def crf(where: str) -> Callable[[Path], object]:
-            return lambda out: run_crf(CrfOptions(spread, out, device=where, workers=0))
+            return lambda out: run_crf(CrfOptions(spread, out, run=RunOptions(device=where, workers=0)))
 
         crf_cpu = labels(cpu, "crf", crf("cpu"))
         yield "crf", lambda: label_differences(crf_cpu, labels(there, "crf", crf(device)))
@@ -220,7 +221,7 @@ def check(bench: Bench) -> dict[str, Any]:
             yield "sam-masks auto", lambda: segment_differences(reference, segments(there, device, "auto"))
 
         def seeds(source: Path, masks: Path) -> Callable[[Path], object]:
-            return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, workers=0))
+            return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, run=RunOptions(workers=0)))
 
         seeded = labels(cpu, "seeds", seeds(spread, reference))
         ours = seeds(there / "caa-fp32.h5", there / "masks-fp32.h5")
@@ -297,8 +298,8 @@ def cam_work(bench: Bench, refine: Any = None, device: str | None = None, precis
     """What ``clipseed cam`` computes with."""
     model, weights = weights_of(bench)
     options = CamOptions(
-        DatasetOptions("folder", images=bench.folder), bench.folder / "none.h5", model, weights,
-        device or str(bench.device), precision or bench.precision, refine=refine,
+        DatasetOptions("folder", images=bench.folder), bench.folder / "none.h5", model, weights, refine=refine,
+        run=RunOptions(device=device or str(bench.device), precision=precision or bench.precision),
     )  # fmt: skip
     return CamRecipe(options, load_vocabulary("toy" if bench.tiny else "voc"), FileReader())()
 
@@ -595,15 +596,15 @@ def files(bench: Bench) -> dict[str, Any]:
             break
         seen: list[tuple[float, int]] = []
 
-        def start(image_set: Any, todo: int, done: int, seen: list[tuple[float, int]] = seen) -> Any:
+        def start(todo: int, done: int, seen: list[tuple[float, int]] = seen) -> Any:
             seen.append((time.perf_counter(), 0))
             return lambda number, stats: seen.append((time.perf_counter(), number))
 
         options = CamOptions(
-            data, bench.folder / f"{name}.h5", model, weights, str(bench.device), bench.precision,  # type: ignore[arg-type]
-            refine=refinement, overwrite=True,  # type: ignore[arg-type]
+            data, bench.folder / f"{name}.h5", model, weights, refine=refinement,  # type: ignore[arg-type]
+            run=RunOptions(device=str(bench.device), precision=bench.precision, overwrite=True),
         )  # fmt: skip
-        report = run_cam(options, start)
+        report = run_cam(options, lambda image_set, start=start: start)
         found[name] = {
             **steady(seen),
             "with_start": report.stats.computed / report.seconds,

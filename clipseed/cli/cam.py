@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
@@ -122,11 +123,13 @@ def cam(
     run = prepare("cam", chosen)
     options = CamOptions(
         data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), refine=cast("Any", refine),
-        box_threshold=box_threshold, model=model, weights=weights, device=device, precision=cast("Any", precision),
+        box_threshold=box_threshold, model=model, weights=weights,
         method=cast("Any", method), scales=shared.numbers(scales, "--scales"), flip=flip, max_side=max_side,
-        min_side=min_side, paper=paper, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
-        cluster=run.cluster, **tagging,
+        min_side=min_side, paper=paper, **tagging,
+        run=run.how(
+            device=device, precision=precision, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
+            workers=shared.workers_of(workers), overwrite=overwrite,
+        ),
     )  # fmt: skip
     if auto and not run.launch.shard.whole:
         raise UsageError("--labels auto tags all images at once: run it first without --shard, then use its labels")
@@ -134,8 +137,8 @@ def cam(
     try:
         done = run_cam(
             options,
-            lambda image_set, todo, found: _start(run, weights, image_set, todo, found),
-            lambda image_set, todo, _: _start_tags(talker, todo),
+            lambda image_set: partial(_start, run, weights, image_set),
+            lambda todo, _: _start_tags(talker, todo),
             run.loading,
         )
     finally:
@@ -144,7 +147,7 @@ def cam(
         _tell_tags(talker, done.tags)
     computed, used = done.stats.computed, done.model
     summary = (
-        f"{done.out}: {done.found + computed} of {done.total} images, {computed} computed now{rate(done)} "
+        f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} computed now{rate(done)} "
         f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
     code = run.finish(done, summary, _facts(done), done.empty)

@@ -95,9 +95,8 @@ def crf(
     options = CrfOptions(
         source=source, out=out, engine=cast("Any", "torch" if run.cluster else engine), parameters=parameters,
         alpha=alpha, confidence=confidence,
-        soft=soft, empty=cast("Any", empty), paper=paper, images=images, root=root, device=device,
-        workers=shared.workers_of(workers), overwrite=overwrite,
-        shard=run.launch.shard, cluster=run.cluster,
+        soft=soft, empty=cast("Any", empty), paper=paper, images=images, root=root,
+        run=run.how(device=device, workers=shared.workers_of(workers), overwrite=overwrite),
     )  # fmt: skip
     try:
         done = run_crf(options, run.start)
@@ -105,6 +104,8 @@ def crf(
         run.talker.close()
     computed = done.stats.computed
     unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
-    summary = f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    summary = (
+        f"{done.out}: {done.done_before + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    )
     facts = {"source": str(done.source), "ignored_share": done.unsure, "engine": done.engine}
     return run.finish(done, summary, facts, done.empty)

@@ -98,7 +98,7 @@ def prompts(
     )  # fmt: skip
     talker = Talker(quiet)
     try:
-        report = run_prompts(options, lambda image_set, todo, _: _start(talker, weights, image_set, todo))
+        report = run_prompts(options, lambda image_set: lambda todo, _: _start(talker, weights, image_set, todo))
     finally:
         talker.close()
     if json:

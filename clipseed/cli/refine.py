@@ -182,6 +182,9 @@ def par(
     )  # fmt: skip
 
 
+_HOW = ("device", "precision", "batch_size", "workers", "overwrite")
+
+
 def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> int:
     from clipseed.jobs.refine import run_refine
     from clipseed.jobs.refine_options import RefineOptions
@@ -193,14 +196,15 @@ def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> 
         run.talker.note(f"refining {source}")
     given["batch_size"] = shared.auto_or_number(given["batch_size"], "--batch-size")
     given["workers"] = shared.workers_of(given["workers"])
-    options = RefineOptions(cast("Any", method), source, shard=run.launch.shard, cluster=run.cluster, **given)
+    how = {name: given.pop(name) for name in _HOW if name in given}
+    options = RefineOptions(cast("Any", method), source, run=run.how(**how), **given)
     try:
         report = run_refine(options, run.start, run.loading)
     finally:
         run.talker.close()
     computed = report.stats.computed
     summary = (
-        f"{report.out}: {report.found + computed} of {report.total} images, {computed} computed now{rate(report)} "
-        f"({report.device})"
+        f"{report.out}: {report.done_before + computed} of {report.total} images, {computed} computed now"
+        f"{rate(report)} ({report.device})"
     )
     return run.finish(report, summary, {"source": str(report.source), "device": report.device}, report.empty)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from clipseed.cli.console import Talker, print_json, some, speed
 from clipseed.cli.options import allowed_skips, auto_or_number
@@ -14,21 +14,10 @@ if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
     from clipseed.runtime.cluster import ClusterOptions
     from clipseed.runtime.launch import Launch
+    from clipseed.runtime.run import RunOptions as How
+    from clipseed.runtime.run import RunReport
     from clipseed.runtime.stream import Advance, StreamStats
     from clipseed.store.empty import EmptyLabels
-
-
-class StreamReport(Protocol):
-    """What all jobs that stream report."""
-
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
-    notes: list[str]
-    skipped_file: Path | None
-    open_shards: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,12 @@ class Running:
     allowed: float = 0
     """How many images may be left out of a run that ends with 0."""
 
+    def how(self, **given: Any) -> How:
+        """What the command gives its job: device and the like, besides what is shared."""
+        from clipseed.runtime.run import RunOptions as How
+
+        return How(shard=self.launch.shard, cluster=self.cluster, **given)
+
     def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
         """Say what there is to do, and give the progress callback."""
         shard = f"shard {self.launch.shard} ({self.launch.source}): " if not self.launch.shard.whole else ""
@@ -81,9 +76,7 @@ class Running:
         """Say that a model is loaded now, which takes seconds in which nothing else is said."""
         self.talker.note(f"loading {model}")
 
-    def finish(
-        self, report: StreamReport, summary: str, facts: dict[str, Any], empty: EmptyLabels | None = None
-    ) -> int:
+    def finish(self, report: RunReport, summary: str, facts: dict[str, Any], empty: EmptyLabels | None = None) -> int:
         """Tell how it went, write what was asked for, and give the exit code.
 
         Args:
@@ -202,7 +195,7 @@ def warn_of_toy_weights(talker: Talker, weights: str | None, image_set: ImageSet
         talker.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
 
 
-def rate(report: StreamReport) -> str:
+def rate(report: RunReport) -> str:
     """`` in 12.3 s, 4.5 images/s``, or the seconds each one takes; nothing where nothing was computed."""
     computed = report.stats.computed
     if not computed:
@@ -215,7 +208,7 @@ def _detail(stats: StreamStats) -> str:
     return f"(limited by {stats.bottleneck}{skipped})"
 
 
-def _common(report: StreamReport, run: Running) -> dict[str, Any]:
+def _common(report: RunReport, run: Running) -> dict[str, Any]:
     stats = report.stats
     return {
         "command": run.command,
@@ -223,12 +216,13 @@ def _common(report: StreamReport, run: Running) -> dict[str, Any]:
         "shard": None if run.launch.shard.whole else str(run.launch.shard),
         "open_shards": report.open_shards,
         "images": report.total,
-        "found": report.found,
+        "found": report.done_before,
         "computed": stats.computed,
         "skipped": [{"id": key, "reason": why} for key, why in stats.skipped],
         "recomputed_in_fp32": stats.counters["recomputed"],
         "out_of_memory": list(stats.out_of_memory) if stats.out_of_memory else None,
         "seconds": round(report.seconds, 3),
+        "loading_seconds": round(report.loading, 3),
         "images_per_second": round(stats.computed / report.seconds, 3) if report.seconds else None,
         "waits": {stage: round(seconds, 3) for stage, seconds in stats.waits.items()},
         "bottleneck": stats.bottleneck if stats.computed else None,

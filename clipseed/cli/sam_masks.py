@@ -190,10 +190,11 @@ def sam_masks(
         out=out, data=data, seeds=seeds, images=None if data else images,
         root=None if data else root, checkpoint=checkpoint, model=model,
         factory=sam_factory, proposals=proposals, max_side=max_side, existing=existing,
-        existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt), device=device, precision=precision,
-        batch_size=shared.auto_or_number(batch_size, "--batch-size"),
-        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
-        cluster=run.cluster,
+        existing_kind=cast("Any", import_kind), prompt=cast("Any", prompt),
+        run=run.how(
+            device=device, precision=precision, batch_size=shared.auto_or_number(batch_size, "--batch-size"),
+            workers=shared.workers_of(workers), overwrite=overwrite,
+        ),
     )  # fmt: skip
     try:
         done = run_sam_masks(options, run.start, run.loading)
@@ -211,7 +212,7 @@ def _refuse_without_dataset(**given: Any) -> None:
 def _finish(run: Running, done: SamMasksReport) -> int:
     stats = done.stats
     computed, counters = stats.computed, stats.counters
-    summary = f"{done.out}: {done.found + computed} of {done.total} images, {computed} done now{rate(done)}"
+    summary = f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} done now{rate(done)}"
     if computed:
         empty = f", {counters['without']} images without any" if counters["without"] else ""
         bytes_each = counters["bytes"] / max(1, done.masks)

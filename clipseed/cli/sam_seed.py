@@ -125,8 +125,7 @@ def sam_seed(
     )
     options = SamSeedOptions(
         source=source, masks=masks, masks_kind=cast("Any", masks_kind), out=out, rules=rules, empty=cast("Any", empty),
-        workers=shared.workers_of(workers), overwrite=overwrite, shard=run.launch.shard,
-        cluster=run.cluster,
+        run=run.how(workers=shared.workers_of(workers), overwrite=overwrite),
     )  # fmt: skip
     try:
         done = run_sam_seed(options, run.start)
@@ -138,9 +137,8 @@ def sam_seed(
             f"listed in {done.missing_file}"
         )
     computed, without = done.stats.computed, done.stats.counters["without"]
-    summary = (
-        f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)} ({done.method})"
-    )
+    there = f"{done.done_before + computed} of {done.total} masks"
+    summary = f"{done.out}: {there}, {computed} made now{rate(done)} ({done.method})"
     if done.method != "pixel" and without:
         summary += f", {without} of them from no segment"
     if done.unsure:

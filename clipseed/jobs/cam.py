@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,39 +17,34 @@ from clipseed.clip.model import DEFAULT_WEIGHTS, TOY_WEIGHTS, FrozenClip, model_
 from clipseed.clip.tagging import DEFAULT_TAG_THRESHOLD
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
-from clipseed.data.types import ImageReader, ImageSet, Sample
+from clipseed.data.types import ImageReader, ImageSet
 from clipseed.data.vocabulary import Vocabulary
-from clipseed.device import Precision, pick_device
+from clipseed.device import pick_device
 from clipseed.errors import UsageError
 from clipseed.jobs.engine import (
     LoadedViews,
-    Loading,
     ViewLoader,
     batches_in_flight,
     dealt_unit,
     decode_ahead,
     default_workers,
-    open_engine,
-    refuse_if_nothing,
     stacked,
     token_budget,
     unit_size_for,
 )
 from clipseed.jobs.refine_options import caa_manifest, caa_options, refine_manifest
 from clipseed.refine.caa import CaaOptions, caa
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
+from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Deferred, Here, Work
-from clipseed.store.empty import EmptyLabels, stage_of
+from clipseed.store.empty import stage_of
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.writer import recorded_manifest
 
 if TYPE_CHECKING:
     from clipseed.jobs.tags import TagReport
-    from clipseed.runtime.cluster import ClusterOptions
 
 DEFAULT_MAX_SIDE = 640
 
@@ -68,24 +62,18 @@ class CamOptions:
     out: Path
     model: str | None = None
     weights: str | None = None
-    device: str = "auto"
-    precision: Precision = "auto"
     method: Method = "softmax-gradcam"
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     max_side: int = DEFAULT_MAX_SIDE
     min_side: int = 0
     paper: bool = False
-    batch_size: int | None = None
-    workers: int | None = None
-    overwrite: bool = False
     refine: Literal["caa"] | None = None
     caa: CaaOptions = field(default_factory=CaaOptions)
     box_threshold: float | None = None
     tag_threshold: float = DEFAULT_TAG_THRESHOLD
     tag_top_k: int | None = None
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
     @property
     def chosen_weights(self) -> str:
@@ -98,41 +86,25 @@ class CamOptions:
         return model_name(self.model, self.chosen_weights)
 
 
-@dataclass
-class CamReport:
-    """What a run did."""
+@dataclass(kw_only=True)
+class CamReport(RunReport):
+    """What a run did; ``tags``: of images without labels."""
 
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
-    model: dict[str, Any]
-    device: str
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
-    empty: EmptyLabels | None = None
     tags: TagReport | None = None
 
-    @property
-    def recomputed(self) -> int:
-        """Images that gave NaN or infinity in half precision."""
-        return self.stats.counters["recomputed"]
 
-
-Start = Callable[[ImageSet, int, int], Advance]
+StartOn = Callable[[ImageSet], Start]
+"""From the data set, once it is read, to the callback that begins to show progress."""
 
 
 def run_cam(
-    options: CamOptions, start: Start | None = None, start_tags: Start | None = None, loading: Loading | None = None
+    options: CamOptions, start: StartOn | None = None, start_tags: Start | None = None, loading: Loading | None = None
 ) -> CamReport:
     """Compute and store the class activation maps of a data set; resumes what an earlier run began.
 
     Args:
         options: What to do.
-        start: Called once with the data set, the number of images to do and the number done already; returns the
-            progress callback.
+        start: Begins to show progress, once the data set is read.
         start_tags: The same for tagging images without labels, which comes first when the options ask for it.
         loading: Called before the model is loaded; when there is nothing to do, it is not.
 
@@ -143,28 +115,27 @@ def run_cam(
     image_set = open_dataset(options.data)
     recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
     say = partial(loading, options.model_name) if loading else None
-    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
+    with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
         return _run(options, image_set, recipe, engine, start, start_tags)
 
 
 def _run(
-    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[SeedMap], start: Start | None,
+    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[SeedMap], start: StartOn | None,
     start_tags: Start | None,
 ) -> CamReport:  # fmt: skip
-    about = engine.about
+    about, shard = engine.about, options.run.shard
     manifest = cam_manifest(options, image_set, about["model"], about["weights"])
     stage = stage_of(manifest)  # in one pass, too: spreading leaves a positive map positive
     if recipe.refinement:
         manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
-    began = time.perf_counter()
-    unit = dealt_unit(about["unit"], len(image_set.samples), options.shard.count * engine.hands)
+    unit = dealt_unit(about["unit"], len(image_set.samples), shard.count * engine.hands)
     with SeedWriter(
-        options.out, manifest, dtype, unit, overwrite=options.overwrite, shard=options.shard, stage=stage
+        options.out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, stage=stage
     ) as writer:
-        samples = {sample.id: sample for sample in image_set.samples}
         reader = image_set.reader
-        replaced = writer.forget_replaced({key: reader.file(samples[key]) for key in writer.done & samples.keys()})
+        files = {sample.id: reader.file(sample) for sample in image_set.samples if sample.id in writer.done}
+        replaced = writer.forget_replaced(files)
         tags = None
         if options.data.auto_labels:
             from clipseed.jobs.tags import tag_unlabelled
@@ -175,51 +146,13 @@ def _run(
                 return work.clip, work.text
 
             image_set, tags = tag_unlabelled(options, image_set, tagger, writer, replaced, start_tags)
-            samples = {sample.id: sample for sample in image_set.samples}
-        writer.forget_unlike({key: sample.labels for key, sample in samples.items()})
-        ids = list(samples)
-        mine = writer.own(ids)
-        found = len(writer.done.intersection(mine))
-        tasks, unlabelled = _tasks(writer, samples)
-        todo = sum(len(task.samples) for task in tasks)
-        advance = start(image_set, todo, found) if start else None
-        with interruptible(lambda: _hint(writer, mine)):
-            stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-        stats.skipped.extend((sample.id, "no labels are given for it") for sample in unlabelled)
-        if tags is not None:
-            stats.skipped = [(key, tags.skipped.get(key, reason)) for key, reason in stats.skipped]
-        refuse_if_nothing(stats, writer.done, options.shard)
-        with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-            finished = writer.finish(ids, stats.skipped)
-    return CamReport(
-        out=options.out,
-        total=len(mine),
-        found=found,
-        stats=stats,
-        seconds=time.perf_counter() - began,
-        model=about["model"],
-        device=about["device"],
-        notes=writer.notes,
-        skipped_file=finished.skipped_file,
-        open_shards=finished.open_shards,
-        empty=finished.empty,
-        tags=tags,
-    )
-
-
-def _tasks(writer: SeedWriter, samples: Mapping[str, Sample]) -> tuple[list[Task], list[Sample]]:
-    """What is missing, unit by unit, and apart from it the images without labels."""
-    missing = [(unit.index, [samples[key] for key in unit.ids]) for unit in writer.units(list(samples))]
-    unlabelled = [sample for _, unit in missing for sample in unit if sample.labels is None]
-    labelled = ((index, tuple(s for s in unit if s.labels is not None)) for index, unit in missing)
-    return [Task(index, unit) for index, unit in labelled if unit], unlabelled
-
-
-def _hint(writer: SeedWriter, ids: Sequence[str]) -> str:
-    return (
-        f"interrupted; {len(writer.done.intersection(ids))} of {len(ids)} images are safe in {writer.folder}. "
-        "Run the same command again to go on."
-    )
+        samples = image_set.samples
+        writer.forget_unlike({sample.id: sample.labels for sample in samples})
+        untagged = {} if tags is None else tags.skipped
+        unlabelled = [sample.id for sample in samples if sample.labels is None]
+        unusable = {key: untagged.get(key, "no labels are given for it") for key in unlabelled}
+        done = run(engine, writer, samples, start(image_set) if start else None, shard=shard, unusable=unusable)
+    return CamReport(**vars(done), tags=tags)
 
 
 def _check(options: CamOptions) -> None:
@@ -227,10 +160,7 @@ def _check(options: CamOptions) -> None:
         raise UsageError(f"--method {options.method}: choose one of {', '.join(METHODS)}")
     if not options.scales or any(not 0.1 <= scale <= 8 for scale in options.scales):
         raise UsageError("--scales: give factors between 0.1 and 8, such as 0.5,1.0,1.5")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UsageError("--batch-size: give auto or a number from 1")
-    if options.workers is not None and options.workers < 0:
-        raise UsageError("--workers: give auto or a number from 0")
+    options.run.check()
     if not 0 < options.tag_threshold <= 1 or (options.tag_top_k is not None and options.tag_top_k < 1):
         raise UsageError("--tag-threshold: give a share above 0 and up to 1; --tag-top-k: a number from 1")
     if options.refine not in (None, "caa"):
@@ -295,12 +225,12 @@ class CamRecipe:
     def known(self) -> dict[str, Any] | None:
         """What :meth:`CamWork.about` would say, if the output that is there was made with the same model."""
         options = self.options
-        there = None if options.overwrite else recorded_manifest(options.out)
+        there = None if options.run.overwrite else recorded_manifest(options.out)
         if there is None or not isinstance(there.get("model"), dict):
             return None
-        model, device = there["model"], pick_device(options.device)
+        model, device = there["model"], pick_device(options.run.device)
         if not same_model(
-            model, options.model, options.chosen_weights, device, options.precision, released_rounding=options.paper
+            model, options.model, options.chosen_weights, device, options.run.precision, released_rounding=options.paper
         ):
             return None
         return {
@@ -322,14 +252,18 @@ class CamWork(Work[LoadedViews, SeedMap]):
         super().__init__()
         options = self._options = recipe.options
         self.clip = FrozenClip.load(
-            options.model, options.chosen_weights, options.device, options.precision, released_rounding=options.paper
+            options.model,
+            options.chosen_weights,
+            options.run.device,
+            options.run.precision,
+            released_rounding=options.paper,
         )
         self.text = self.clip.encode_text(recipe.vocabulary)
         self._refinement, self._reader = recipe.refinement, recipe.reader
         device = self.clip.tower.device
-        self.workers = options.workers if options.workers is not None else default_workers(device)
-        self.batch = BatchSize(options.batch_size, token_budget(device))
-        self.ahead = decode_ahead(device, self.workers) + 2 * (options.batch_size or 0)
+        self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
+        self.batch = BatchSize(options.run.batch_size, token_budget(device))
+        self.ahead = decode_ahead(device, self.workers) + 2 * (options.run.batch_size or 0)
         self.queue, self.lanes = batches_in_flight(device), 2
 
     def about(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,7 +24,6 @@ from clipseed.jobs.engine import (
     ImageLoader,
     LoadedImage,
     LoadedViews,
-    Loading,
     ViewLoader,
     batches_in_flight,
     dealt_unit,
@@ -34,9 +32,7 @@ from clipseed.jobs.engine import (
     earlier_in_seeds,
     misfit,
     one_by_one,
-    open_engine,
     recorded_reader,
-    refuse_if_nothing,
     seed_sample,
     stacked,
     token_budget,
@@ -45,7 +41,6 @@ from clipseed.jobs.engine import (
 from clipseed.jobs.refine_options import (
     RefineOptions,
     RefineReport,
-    Start,
     caa_manifest,
     caa_options,
     check,
@@ -56,9 +51,9 @@ from clipseed.refine.affinity import balance
 from clipseed.refine.caa import caa, spread_within_boxes
 from clipseed.refine.distribution import distribution_affinity
 from clipseed.refine.par import refine_par
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, Task
-from clipseed.runtime.work import Engine, Work
+from clipseed.runtime.run import Loading, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Deferred, Work
 from clipseed.store.files import freshen
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
@@ -75,7 +70,7 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
 
     Args:
         options: What to do.
-        start: Called with the number of images to do and done; returns the progress callback.
+        start: Begins to show progress.
         loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
@@ -86,60 +81,33 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
     if out.resolve() == options.source.resolve():
         raise UsageError(f"--out {out}: is the file that is being refined")
     with Seeds(options.source) as seeds, contextlib.closing(_open(options, out, seeds, loading)) as engine:
-        began = time.perf_counter()
-        about = engine.about
+        about, shard = engine.about, options.run.shard
         source = relocated(seeds.manifest, options.images, options.root)
         manifest = refine_manifest(
             options.method, about["constants"], source, about["model"], about["weights"], options.source
         )
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
-        unit = dealt_unit(about["unit"], len(seeds), options.shard.count * engine.hands)
+        unit = dealt_unit(about["unit"], len(seeds), shard.count * engine.hands)
         with SeedWriter(
-            out, manifest, dtype, unit, overwrite=options.overwrite, shard=options.shard,
-            earlier=earlier_in_seeds(seeds),
-        ) as writer:  # fmt: skip
+            out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_seeds(seeds)
+        ) as writer:
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             writer.follow(seeds.keys(), seeds.stamp)
-            mine = writer.own(list(seeds))
-            found = len(writer.done.intersection(mine))
-            tasks = [
-                Task(unit.index, tuple(seed_sample(seeds, key) for key in unit.ids))
-                for unit in writer.units(list(seeds))
-            ]
-            todo = sum(len(task.samples) for task in tasks)
-            hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
-            with interruptible(lambda: hint):
-                advance = start(todo, found) if start else None
-                stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done, options.shard)
-            with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
-                finished = writer.finish(list(seeds), stats.skipped)
+            done = run(engine, writer, [seed_sample(seeds, key) for key in seeds], start, shard=shard)
         freshen(out, options.source)
-        return RefineReport(
-            source=options.source,
-            out=out,
-            total=len(mine),
-            found=found,
-            stats=stats,
-            seconds=time.perf_counter() - began,
-            device=about["device"],
-            notes=writer.notes,
-            skipped_file=finished.skipped_file,
-            open_shards=finished.open_shards,
-            empty=finished.empty,
-        )
+        return RefineReport(**vars(done), source=options.source)
 
 
-def _open(options: RefineOptions, out: Path, seeds: Seeds, loading: Loading | None) -> Engine[SeedMap]:
+def _open(options: RefineOptions, out: Path, seeds: Seeds, loading: Loading | None) -> Deferred[SeedMap]:
     """What can be refused is refused here, before workers start."""
     if options.method != "par" and seeds.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
     if options.method == "par":
-        return open_engine(partial(_Par, options), options.cluster)
-    about = None if options.overwrite else _known(options, out, seeds.manifest)
+        return open_engine(partial(_Par, options), options.run.cluster)
+    about = None if options.run.overwrite else _known(options, out, seeds.manifest)
     _, name, weights = _settings(options, seeds.manifest)
     say = partial(loading, model_name(name, weights)) if loading else None
-    return open_engine(partial(_Spreading, options), options.cluster, about, say)
+    return open_engine(partial(_Spreading, options), options.run.cluster, about, say)
 
 
 def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any] | None:
@@ -150,10 +118,10 @@ def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any
     paper, name, weights = _settings(options, source)
     recorded = there["model"]
     if recorded.get("sha256") != source["model"].get("sha256") or not same_model(
-        recorded, name, weights, options.device, options.precision, released_rounding=paper
+        recorded, name, weights, options.run.device, options.run.precision, released_rounding=paper
     ):
         return None
-    device = pick_device(options.device)
+    device = pick_device(options.run.device)
     return {
         "constants": _constants(options, source, paper),
         "model": recorded,
@@ -189,10 +157,10 @@ class _Refinement(Work[Any, SeedMap]):
         self.options, self.device = options, device
         self.seeds = Seeds(options.source, verify=False)
         self.reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
-        self.workers = options.workers if options.workers is not None else default_workers(device)
+        self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
         self.ahead = decode_ahead(device, self.workers)
         self.queue = batches_in_flight(device)
-        self.batch = BatchSize(options.batch_size, token_budget(device))
+        self.batch = BatchSize(options.run.batch_size, token_budget(device))
 
     def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
         """Refine images that fit their seeds."""
@@ -221,7 +189,7 @@ class _Spreading(_Refinement):
         paper, name, weights = _settings(options, source)
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
         self._constants = _constants(options, source, paper)
-        self.clip = FrozenClip.load(name, weights, options.device, options.precision, released_rounding=paper)
+        self.clip = FrozenClip.load(name, weights, options.run.device, options.run.precision, released_rounding=paper)
         if self.clip.info.sha256 != source["model"]["sha256"]:
             raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
         super().__init__(options, self.clip.tower.device)
@@ -276,8 +244,8 @@ class _Par(_Refinement):
     """Pixel-adaptive refinement: maps follow the colours of the image, at its full size."""
 
     def __init__(self, options: RefineOptions) -> None:
-        super().__init__(options, pick_device(options.device))
-        self.one_by_one = None if options.batch_size else one_by_one(self.device, LARGE_IMAGE)
+        super().__init__(options, pick_device(options.run.device))
+        self.one_by_one = None if options.run.batch_size else one_by_one(self.device, LARGE_IMAGE)
 
     def about(self) -> dict[str, Any]:
         """Constants, the model that the maps come from, device, and images per unit."""

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from clipseed.device import Precision
 from clipseed.errors import UsageError
 from clipseed.refine.caa import BOX_THRESHOLD, COCO_BOX_THRESHOLD, CaaOptions
 from clipseed.refine.distribution import PATCH_TEMPERATURE
 from clipseed.refine.par import DILATIONS, ITERATIONS, POSITION_WEIGHT, SHARPNESS
-from clipseed.runtime.stream import Advance, StreamStats
-from clipseed.store.empty import EmptyLabels
+from clipseed.runtime.run import RunOptions, RunReport
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.shards import WHOLE, Shard
-
-if TYPE_CHECKING:
-    from clipseed.runtime.cluster import ClusterOptions
 
 Method = Literal["caa", "js", "par"]
 METHODS: tuple[Method, ...] = ("caa", "js", "par")
@@ -56,38 +49,14 @@ class RefineOptions:
     temperature: float = PATCH_TEMPERATURE
     par: ParOptions = field(default_factory=ParOptions)
     paper: bool | None = None
-    device: str = "auto"
-    precision: Precision = "auto"
-    batch_size: int | None = None
-    workers: int | None = None
-    overwrite: bool = False
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
 
-@dataclass
-class RefineReport:
+@dataclass(kw_only=True)
+class RefineReport(RunReport):
     """What a run did."""
 
     source: Path
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
-    device: str
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
-    empty: EmptyLabels | None = None
-
-    @property
-    def recomputed(self) -> int:
-        """Images that gave NaN or infinity in half precision."""
-        return self.stats.counters["recomputed"]
-
-
-Start = Callable[[int, int], Advance]
 
 
 def default_out(source: Path, method: str) -> Path:
@@ -157,5 +126,4 @@ def check(options: RefineOptions) -> None:
         raise UsageError("--sharpness and --position-weight: give positive numbers (0.3 and 0.01 in the paper)")
     if not 1e-4 <= options.temperature <= 100:
         raise UsageError(f"--temperature {options.temperature}: give a number from 0.0001 to 100")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UsageError("--batch-size: give auto or a number from 1")
+    options.run.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,27 +16,23 @@ from clipseed.data.types import ImageReader, Sample
 from clipseed.device import pick_device
 from clipseed.errors import ClipseedError, ImageError
 from clipseed.jobs.engine import (
-    Loading,
     batches_in_flight,
     default_workers,
     misfit,
     one_by_one,
-    open_engine,
-    refuse_if_nothing,
 )
 from clipseed.jobs.sam_loading import ExistingLoader, LoadedForSam, ShrinkingLoader, Stored, existing_masks
 from clipseed.jobs.sam_options import (
     SamMasksOptions,
     SamMasksReport,
-    Start,
     check,
     find_checkpoint,
     find_images,
     masks_manifest,
 )
 from clipseed.pseudo.prompted_segments import prompted_masks
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, Task
+from clipseed.runtime.run import Loading, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Work
 from clipseed.sam.backend import Embedding
 from clipseed.sam.generator import Limits, generate
@@ -61,7 +56,7 @@ def run_sam_masks(
 
     Args:
         options: What to do.
-        start: Called with the number of images to do and done; returns the progress callback.
+        start: Begins to show progress.
         loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
@@ -72,42 +67,19 @@ def run_sam_masks(
     images, seeds = find_images(options)
     recipe = MasksRecipe(options, images.reader, str(images.dataset.get("name")))
     say = partial(loading, options.model_name) if loading and options.existing is None else None
-    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
-        about = engine.about
+    with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
+        about, shard = engine.about, options.run.shard
         manifest = masks_manifest(options, images, seeds, about)
-        began = time.perf_counter()
         with RecordWriter(
-            options.out, manifest, mask_format(), about["unit"], overwrite=options.overwrite, shard=options.shard
+            options.out, manifest, mask_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
         ) as writer:
-            samples = {sample.id: sample for sample in images.samples}
-            ids = list(samples)
-            writer.forget_replaced({key: images.reader.file(samples[key]) for key in writer.done & samples.keys()})
+            files = {sample.id: images.reader.file(sample) for sample in images.samples if sample.id in writer.done}
+            writer.forget_replaced(files)
             if seeds is not None and options.seeds is not None:
                 with Seeds(options.seeds, verify=False) as source:
                     writer.follow(source.keys(), source.stamp)
-            mine = writer.own(ids)
-            found = len(writer.done.intersection(mine))
-            tasks = [Task(unit.index, tuple(samples[key] for key in unit.ids)) for unit in writer.units(ids)]
-            advance = start(sum(len(task.samples) for task in tasks), found) if start else None
-            hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
-            with interruptible(lambda: hint):
-                stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done, options.shard)
-            with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-                finished = writer.finish(ids, stats.skipped)
-    report = SamMasksReport(
-        out=options.out,
-        total=len(mine),
-        found=found,
-        stats=stats,
-        seconds=time.perf_counter() - began,
-        model=about["model"],
-        device=about["device"],
-        notes=writer.notes,
-        skipped_file=finished.skipped_file,
-        open_shards=finished.open_shards,
-    )
-    if stats.counters["cramped"]:
+            report = SamMasksReport(**vars(run(engine, writer, images.samples, start, shard=shard)))
+    if report.stats.counters["cramped"]:
         report.notes.append("out of memory; went on with fewer points at once (--points-per-batch)")
     return report
 
@@ -123,12 +95,16 @@ class MasksRecipe:
     def known(self) -> dict[str, Any] | None:
         """What the work would say of itself, if the output that is there was made with the same model."""
         options = self.options
-        there = None if options.overwrite or options.existing or options.factory else recorded_manifest(options.out)
+        there = None if options.run.overwrite or options.existing or options.factory else recorded_manifest(options.out)
         if there is None or not isinstance(there.get("model"), dict):
             return None
-        checkpoint, device, model = find_checkpoint(options, self.dataset), pick_device(options.device), there["model"]
+        checkpoint, device, model = (
+            find_checkpoint(options, self.dataset),
+            pick_device(options.run.device),
+            there["model"],
+        )
         named = None if options.model == "auto" else options.model
-        if not same_sam(model, checkpoint, device, precision=options.precision, size=named):
+        if not same_sam(model, checkpoint, device, precision=options.run.precision, size=named):
             return None
         return _about_model(model, checkpoint, device)
 
@@ -155,7 +131,7 @@ class _Masks(Work[Any, MaskRecord]):
     def __init__(self, recipe: MasksRecipe, device: torch.device) -> None:
         super().__init__()
         self.options, self._reader, self.device = recipe.options, recipe.reader, device
-        self.workers = self.options.workers if self.options.workers is not None else default_workers(device)
+        self.workers = self.options.run.workers if self.options.run.workers is not None else default_workers(device)
         self.ahead = _AHEAD + 2 * self.workers
         self.batch = BatchSize(1, 1)
         self.queue = batches_in_flight(device)
@@ -197,11 +173,11 @@ class _Segmenting(_Masks):
 
     def __init__(self, recipe: MasksRecipe) -> None:
         options = recipe.options
-        super().__init__(recipe, pick_device(options.device))
+        super().__init__(recipe, pick_device(options.run.device))
         self._checkpoint = checkpoint = find_checkpoint(options, recipe.dataset)
         size = None if options.model == "auto" else options.model
         self.backend = load_sam(
-            checkpoint, self.device, factory=options.factory, precision=options.precision, size=size
+            checkpoint, self.device, factory=options.factory, precision=options.run.precision, size=size
         )
         if isinstance(self.backend, ModelBackend) and self.backend.small:
             self.one_by_one = one_by_one(self.device, 1)
@@ -259,7 +235,7 @@ class _Prompted(_Segmenting):
         super().__init__(recipe)
         assert self.options.seeds is not None
         self.seeds = Seeds(self.options.seeds, verify=False)
-        together = self.options.batch_size or self.backend.crops_at_once
+        together = self.options.run.batch_size or self.backend.crops_at_once
         self.batch = BatchSize(together, 1)
         self.ahead += together
 

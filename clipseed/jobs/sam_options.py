@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipseed.data.dataset import relocated
 from clipseed.data.image_listing import ImageListing, ListingOptions, list_data_set
@@ -15,14 +14,10 @@ from clipseed.errors import UsageError, WeightsError
 from clipseed.formats.open import Kind, imported_masks
 from clipseed.jobs.engine import recorded_reader, seed_sample
 from clipseed.pseudo.prompted_segments import PROMPTS, Prompting
-from clipseed.runtime.stream import Advance, StreamStats
+from clipseed.runtime.run import RunOptions, RunReport
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.reader import Seeds
-from clipseed.store.shards import WHOLE, Shard
-
-if TYPE_CHECKING:
-    from clipseed.runtime.cluster import ClusterOptions
 
 TOY = "toy"
 PRESETS = {"fma": FMA, "stock": STOCK}
@@ -53,7 +48,7 @@ class SamMasksOptions:
         existing: Masks that exist already, taken instead of a model's.
         existing_kind: Their format.
         prompt: Ask for the classes of the seeds instead of everything.
-        batch_size: Images encoded at once with ``prompt``.
+        run: Its batch size is that of images encoded at once with ``prompt``.
     """
 
     out: Path
@@ -69,13 +64,7 @@ class SamMasksOptions:
     existing: Path | None = None
     existing_kind: Kind = "auto"
     prompt: Prompting | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int | None = None
-    workers: int | None = None
-    overwrite: bool = False
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
     @property
     def model_name(self) -> str:
@@ -88,20 +77,9 @@ class SamMasksOptions:
         return "import" if self.existing is not None else self.prompt or "grid"
 
 
-@dataclass
-class SamMasksReport:
+@dataclass(kw_only=True)
+class SamMasksReport(RunReport):
     """What a run did."""
-
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
-    model: dict[str, Any]
-    device: str
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
 
     @property
     def masks(self) -> int:
@@ -109,17 +87,9 @@ class SamMasksReport:
         return self.stats.counters["masks"]
 
     @property
-    def seconds_each(self) -> float:
-        """Time that an image took."""
-        return self.seconds / max(1, self.stats.computed)
-
-    @property
     def per_image(self) -> float:
         """Masks per image of this run."""
         return self.masks / max(1, self.stats.computed)
-
-
-Start = Callable[[int, int], Advance]
 
 
 def proposal_options(preset: str, **overrides: Any) -> ProposalOptions:
@@ -149,10 +119,9 @@ def check(options: SamMasksOptions) -> None:
         raise UsageError(f"--prompt {options.prompt} needs --seeds, the maps to take prompts from")
     if options.existing is not None and (options.prompt or options.checkpoint or options.factory):
         raise UsageError("--import takes masks as they are; --checkpoint, --sam-factory and --prompt need a model")
-    if options.batch_size is not None and (options.batch_size < 1 or not options.prompt):
+    if options.run.batch_size is not None and (options.run.batch_size < 1 or not options.prompt):
         raise UsageError("--batch-size: auto or a number from 1, with --prompt; otherwise see --points-per-batch")
-    if options.workers is not None and options.workers < 0:
-        raise UsageError("--workers: give auto or a number from 0")
+    options.run.check()
     if options.max_side < 0:
         raise UsageError("--max-side: give a number of pixels, or 0 for no limit")
 

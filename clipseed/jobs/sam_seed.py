@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +20,16 @@ from clipseed.evaluate.sources import MaskFolder
 from clipseed.formats.open import Kind, imported_masks
 from clipseed.jobs.engine import (
     check_empty,
-    count_empty,
     earlier_in_seeds,
     one_by_one,
-    open_engine,
-    refuse_if_nothing,
     usable_cores,
 )
 from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at, seeds_at
 from clipseed.pseudo.rules import RuleOptions, Rules, decide
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
+from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyLabels, EmptyPolicy, earlier_in, without_pixel
+from clipseed.store.empty import Earlier, EmptyPolicy, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import MaskCache, holds_cache
@@ -41,11 +37,7 @@ from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
 from clipseed.store.masks import mask_note
 from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import UNIT_PATTERN
-from clipseed.store.shards import WHOLE, Shard
 from clipseed.types import IGNORE
-
-if TYPE_CHECKING:
-    from clipseed.runtime.cluster import ClusterOptions
 
 _UNIT_SIZE = 64
 _WORTH_WORKERS = 200
@@ -72,14 +64,11 @@ class SamSeedOptions:
     masks_kind: Kind = "auto"
     rules: RuleOptions = field(default_factory=RuleOptions)
     empty: EmptyPolicy = "background"
-    workers: int | None = None
-    overwrite: bool = False
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
 
-@dataclass
-class SamSeedReport:
+@dataclass(kw_only=True)
+class SamSeedReport(RunReport):
     """What a run did.
 
     Attributes:
@@ -89,26 +78,9 @@ class SamSeedReport:
     """
 
     source: Path
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
     method: str
     missing: int = 0
     missing_file: Path | None = None
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
-    empty: EmptyLabels | None = None
-
-    @property
-    def unsure(self) -> float:
-        """Share of pixels that became 255 in this run."""
-        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
-
-
-Start = Callable[[int, int], Advance]
 
 
 def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeedReport:
@@ -117,8 +89,7 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     Raises:
         ClipseedError: see the modules it uses; images whose maps or masks cannot be used are skipped and reported.
     """
-    if options.workers is not None and options.workers < 0:
-        raise UsageError("--workers: give auto or a number from 0")
+    options.run.check()
     check_empty(options.empty)
     _refuse_places(options)
     forget()
@@ -129,7 +100,6 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
 
 
 def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
-    began = time.perf_counter()
     source = _look_at_source(options.source)
     asked, about_masks, known = _look_at_masks(options, source)
     name = (source.manifest.get("vocabulary") or {}).get("name")
@@ -141,29 +111,20 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     manifest = _manifest(source.manifest, chosen, rules.method, about_masks, options.source)
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
-        contextlib.closing(open_engine(recipe, options.cluster)) as engine,
+        contextlib.closing(open_engine(recipe, options.run.cluster)) as engine,
         MaskWriter(
-            options.out, manifest, overwrite=options.overwrite, shard=options.shard, empty=options.empty,
-            earlier=_earlier(options.source, source),
+            options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
+            empty=options.empty, earlier=_earlier(options.source, source),
         ) as writer,
     ):  # fmt: skip
         writer.follow(source.classes, lambda key: source.stamps[key])
-        tasks, mine = _tasks(source.classes, writer.done, options.shard)
-        found = len(writer.done.intersection(mine))
-        with interruptible(
-            lambda: f"interrupted; run the same command again to go on ({options.out} has what is done)"
-        ):
-            advance = start(sum(len(task.samples) for task in tasks), found) if start else None
-            stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
-        count_empty(stats, writer)
-        refuse_if_nothing(stats, writer.done, options.shard)
-        with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-            listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
-            finished = writer.finish(stats.skipped, mine)
+        listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
+        samples = [Sample(key, Path(key), classes) for key, classes in source.classes.items()]
+        done = run(engine, writer, samples, start, shard=options.run.shard)
+        done.stats.counters["unsure"] += writer.ignored
     return SamSeedReport(
-        options.source, options.out, len(mine), found, stats, time.perf_counter() - began, rules.method,
-        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shards, finished.empty,
-    )  # fmt: skip
+        **vars(done), source=options.source, method=rules.method, missing=len(missing), missing_file=listed
+    )
 
 
 def _earlier(path: Path, source: _Source) -> Earlier:
@@ -272,21 +233,6 @@ def _manifest(
     }
 
 
-def _tasks(classes: Mapping[str, tuple[int, ...] | None], done: set[str], shard: Shard) -> tuple[list[Task], list[str]]:
-    """Units of the shard with what is missing of them, and all ids of the shard."""
-    ids = list(classes)
-    units = [(k, ids[first : first + _UNIT_SIZE]) for k, first in enumerate(range(0, len(ids), _UNIT_SIZE))]
-    mine = [(k, keys) for k, keys in units if shard.takes(k)]
-    missing = ((k, [key for key in keys if key not in done]) for k, keys in mine)
-    tasks = [Task(k, tuple(Sample(key, Path(key), classes[key]) for key in keys)) for k, keys in missing if keys]
-    return tasks, [key for _, keys in mine for key in keys]
-
-
-def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
-    for result in results:
-        writer.write(result.id, result.labels, result.classes, result.stamp)
-
-
 @dataclass(frozen=True)
 class _Ahead:
     """An image that is to be labelled by a thread of the run: nothing is decoded before."""
@@ -302,7 +248,7 @@ class _SeedWork(Work[Any, Seeded]):
     def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, images: int) -> None:
         super().__init__()
         self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
-        workers = options.workers
+        workers = options.run.workers
         if workers is None:
             workers = usable_cores() if images >= _WORTH_WORKERS else 0
         self.workers = 0 if workers == 1 else workers

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clipseed.data.stamps import UNKNOWN, FileStamp
+from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.sources import MaskFolder
@@ -18,21 +18,18 @@ from clipseed.jobs.engine import misfit
 from clipseed.pseudo.rules import Rules, seed_labels, voted_labels
 from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import MaskCache, holds_cache
+from clipseed.store.mask_folder import Labelled
 from clipseed.store.mask_records import unpack_proposals
 from clipseed.store.masks import mask_note
 from clipseed.store.reader import Seeds
-from clipseed.types import IGNORE, NO_CLASS, LabelMask
+from clipseed.types import IGNORE, NO_CLASS
 
 
 @dataclass(frozen=True)
-class Seeded:
-    """A finished image."""
+class Seeded(Labelled):
+    """A finished image, with the number of its segments."""
 
-    id: str
-    labels: LabelMask
-    classes: tuple[int, ...]
-    masks: int
-    stamp: FileStamp = UNKNOWN
+    masks: int = 0
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -98,7 +95,7 @@ class Seeder:
         classes = sample.labels
         if classes is None:
             classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
-        return Seeded(sample.id, found, classes, len(proposals), stamp)
+        return Seeded(sample.id, found, classes, stamp, len(proposals))
 
     def _seeded(self, sample: Sample) -> Seeded:
         seed = seeds_at(self.source)[sample.id]
@@ -107,7 +104,7 @@ class Seeder:
             raise problem
         proposals, asked = self._proposals(sample.id, seed.size, seed.stamp)
         labels = seed_labels(self.rules, seed, proposals, asked)
-        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), len(proposals), seed.stamp)
+        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), seed.stamp, len(proposals))
 
     def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Proposals, Any]:
         """Masks of an image, none where there are none, and the class that each was asked for.

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from clipseed.data.listing import clean_id
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError, StoreError
-from clipseed.jobs.cam import CamOptions, Start
+from clipseed.jobs.cam import CamOptions
 from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features
 from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import Advance, StreamStats
+from clipseed.runtime.run import Start
+from clipseed.runtime.stream import StreamStats
 from clipseed.store.differences import differences
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
@@ -85,14 +85,14 @@ def tag_unlabelled(
         tagger: Gives the model, and the prototypes of the vocabulary; not called where nothing is to be tagged.
         output: Where the maps go, locked; :func:`label_file` stands beside it and holds the data set's own labels too.
         replaced: Images whose earlier tags are those of another image.
-        start: As of :func:`~clipseed.jobs.cam.run_cam`.
+        start: Begins to show progress.
 
     Raises:
         StoreError: the label file was edited, is not ours, or cannot be written.
     """
     path = label_file(output.out, output.portable)
     store = _TagStore(path, _deciding(output.manifest), image_set)
-    if not options.overwrite:
+    if not options.run.overwrite:
         store.load()
     store.refuse_foreign()
     store.scores = {key: found for key, found in store.scores.items() if key not in replaced}
@@ -100,9 +100,7 @@ def tag_unlabelled(
     todo = sum(sample.id not in store.scores for sample in unlabelled)
     stats = StreamStats()
     if todo:
-        stats = _tag(
-            options, image_set.reader, unlabelled, *tagger(), store, partial(start, image_set) if start else None
-        )
+        stats = _tag(options, image_set.reader, unlabelled, *tagger(), store, start)
     else:
         store.save()
     samples = [_with_tags(sample, store.scores) for sample in image_set.samples]
@@ -114,7 +112,7 @@ def tag_unlabelled(
 
 def _tag(
     options: CamOptions, reader: ImageReader, unlabelled: Sequence[Sample], clip: FrozenClip, text: TextBank,
-    store: _TagStore, start: Callable[[int, int], Advance] | None,
+    store: _TagStore, start: Start | None,
 ) -> StreamStats:  # fmt: skip
     """Tag what is not in the store yet, and save."""
     units = cut_units(unlabelled, clip.tower.device)
@@ -130,7 +128,7 @@ def _tag(
             store.scores[key] = {k: float(row[k]) for k in found}
         store.save_now_and_then()
 
-    run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
+    run = FeatureOptions(options.max_side, options.min_side, options.run.batch_size, options.run.workers)
     advance = start(todo, len(unlabelled) - todo) if start else (lambda count, stats: None)
     with interruptible(lambda: f"interrupted; {len(store.scores)} images are tagged. Run the same command again."):
         try:
