@@ -22,7 +22,8 @@ import torch
 torch.set_num_threads(1)
 
 from clipseed.cli.main import main  # noqa: E402
-from clipseed.jobs import cam, crf, engine, refine  # noqa: E402
+from clipseed.jobs import cam, crf, refine  # noqa: E402
+from clipseed.runtime import images as engine  # noqa: E402
 from clipseed.store.masks import read_mask  # noqa: E402
 from clipseed.store.reader import open_seeds  # noqa: E402
 

@@ -13,7 +13,8 @@ from test_sam_masks import small_manifest, write_seeds
 from test_sam_seed import GRID, SIZE, rectangles, seed_map, write_cache
 
 from clipseed.cli.main import main
-from clipseed.jobs import crf, engine
+from clipseed.jobs import crf
+from clipseed.runtime import images as engine
 from clipseed.store import empty
 from clipseed.store.empty import (
     NOTHING_COMPETES,

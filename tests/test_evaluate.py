@@ -18,8 +18,7 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import confusion, score
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter

@@ -24,8 +24,7 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.data.dataset import image_finder
 from clipseed.errors import ClipseedError, ImageError, InputError, StoreError
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.jobs.inspect import inspect_seeds
 from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.masks import mask_note, read_mask, write_mask

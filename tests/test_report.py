@@ -21,8 +21,7 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.errors import InputError, StoreError, UsageError
 from clipseed.evaluate.confusion import confusion, score
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.jobs.report import ReportOptions, ReportResult, write_report
 from clipseed.report.charts import HUES, confusion_chart, curve_chart
 from clipseed.report.gallery import Gallery

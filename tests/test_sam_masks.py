@@ -32,7 +32,7 @@ from clipseed.errors import StoreError
 from clipseed.formats.open import open_masks
 from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
-from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
+from clipseed.jobs.inspect import inspect_masks, is_mask_cache, write_mask_preview
 from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_pixels

@@ -16,7 +16,8 @@ import pytest
 from clipseed.cli.main import main
 from clipseed.device import local_device
 from clipseed.errors import StoreError, UsageError
-from clipseed.jobs import crf, engine
+from clipseed.jobs import crf
+from clipseed.runtime import images as engine
 from clipseed.runtime.launch import Launch, find_shard
 from clipseed.store.reader import open_seeds
 from clipseed.store.seed_writer import SeedWriter
@@ -194,7 +195,7 @@ def test_torchrun(run: Run, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     assert run(*CAM, cwd=tmp_path / "whole").returncode == 0
     (tmp_path / "program.py").write_text(
-        "import sys, clipseed.jobs.engine as engine\n"
+        "import sys, clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 3\n"
         "sys.exit(main(sys.argv[1:]))"

@@ -19,12 +19,10 @@ from clipseed.data.types import Sample
 from clipseed.errors import ImageError
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.engine import one_by_one
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.images import one_by_one
 from clipseed.runtime.stream import BatchSize, StreamStats, run_stream
 from clipseed.runtime.threads import OneByOne, let_waiting_threads_sleep, single_threads
 from clipseed.runtime.work import Work

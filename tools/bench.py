@@ -33,7 +33,7 @@ from clipseed.data.listing import list_images
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.jobs.cam import DEFAULT_MAX_SIDE, CamOptions, CamReport, run_cam
-from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget, unit_size_for
+from clipseed.runtime.images import LoadedViews, ViewLoader, token_budget, unit_size_for
 from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import BatchSize
 

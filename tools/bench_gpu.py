@@ -56,16 +56,14 @@ from clipseed.data.vocabulary import load_vocabulary  # noqa: E402
 from clipseed.jobs.cam import DEFAULT_MAX_SIDE, CamOptions, CamRecipe, CamWork, run_cam  # noqa: E402
 from clipseed.jobs.crf import CrfOptions, run_crf  # noqa: E402
 from clipseed.jobs.demo import GRID  # noqa: E402
-from clipseed.jobs.engine import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
-from clipseed.jobs.refine import run_refine  # noqa: E402
-from clipseed.jobs.refine_options import RefineOptions  # noqa: E402
-from clipseed.jobs.sam_masks import run_sam_masks  # noqa: E402
-from clipseed.jobs.sam_options import SamMasksOptions  # noqa: E402
+from clipseed.jobs.refine import RefineOptions, run_refine  # noqa: E402
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks  # noqa: E402
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed  # noqa: E402
 from clipseed.refine.caa import CaaOptions, caa  # noqa: E402
 from clipseed.refine.crf import dense_crf  # noqa: E402
 from clipseed.refine.par import refine_par  # noqa: E402
 from clipseed.runtime.decode import DecodePool  # noqa: E402
+from clipseed.runtime.images import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
 from clipseed.runtime.run import RunOptions  # noqa: E402
 from clipseed.store.mask_cache import MaskCache  # noqa: E402
 from clipseed.store.masks import read_mask  # noqa: E402

@@ -16,8 +16,7 @@ from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
-    from clipseed.jobs.cam import CamReport
-    from clipseed.jobs.tags import TagReport
+    from clipseed.jobs.cam import CamReport, TagReport
     from clipseed.runtime.stream import Advance
 
 

@@ -79,8 +79,8 @@ def crf(
     Masks are palette PNG of the image's size: 0 background, class index + 1, and 255 where --confidence asks for it.
     """
     from clipseed.jobs.crf import CrfOptions, run_crf
-    from clipseed.jobs.stages import newest_output
     from clipseed.refine.crf import crf_parameters
+    from clipseed.store.stages import newest_output
 
     engines = ("torch", "pydensecrf")
     chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped, engines)

@@ -12,7 +12,7 @@ from clipseed.cli.console import Talker, percent, print_json, print_table, some
 from clipseed.cli.running import exit_code
 
 if TYPE_CHECKING:
-    from clipseed.jobs.evaluate_options import EvaluateReport
+    from clipseed.jobs.evaluate import EvaluateReport
 
 SCORE = "Scoring"
 
@@ -72,10 +72,10 @@ def evaluate(
 
       clipseed evaluate --gt SegmentationClass
     """
+    from clipseed.jobs.evaluate import EvaluateOptions
     from clipseed.jobs.evaluate import evaluate as run_evaluate
-    from clipseed.jobs.evaluate_options import EvaluateOptions
-    from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")

@@ -37,10 +37,9 @@ def inspect(
     debug: shared.Debug = False,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
-    from clipseed.jobs.inspect import inspect_seeds, write_preview
-    from clipseed.jobs.inspect_masks import is_mask_cache
-    from clipseed.jobs.stages import newest_output
+    from clipseed.jobs.inspect import inspect_seeds, is_mask_cache, write_preview
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     for name, value in (("id", id), ("images", images), ("root", root)):
         if value and preview is None:

@@ -11,7 +11,7 @@ import typer
 from clipseed.cli.console import Talker, print_json, print_table
 
 if TYPE_CHECKING:
-    from clipseed.jobs.inspect_masks import MaskInspection
+    from clipseed.jobs.inspect import MaskInspection
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Look:
 
 def show(path: Path, look: Look | None, *, verify: bool, json: bool, quiet: bool) -> int:
     """Print what a mask cache holds, and write a preview where one is asked for; returns the exit code."""
-    from clipseed.jobs.inspect_masks import inspect_masks, write_mask_preview
+    from clipseed.jobs.inspect import inspect_masks, write_mask_preview
 
     found = inspect_masks(path, verify=verify)
     if json:

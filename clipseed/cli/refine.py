@@ -170,7 +170,7 @@ def par(
 
     Needs no model. The result has one value per pixel and class, about 2 bytes each.
     """
-    from clipseed.jobs.refine_options import ParOptions
+    from clipseed.jobs.refine import ParOptions
 
     steps = shared.whole_numbers(dilations, "--dilations")
     constants = ParOptions(iterations, steps, sharpness, position_weight)
@@ -186,9 +186,8 @@ _HOW = ("device", "precision", "batch_size", "workers", "overwrite")
 
 
 def _run(method: str, source: Path | None, chosen: RunOptions, **given: Any) -> int:
-    from clipseed.jobs.refine import run_refine
-    from clipseed.jobs.refine_options import RefineOptions
-    from clipseed.jobs.stages import newest_output
+    from clipseed.jobs.refine import RefineOptions, run_refine
+    from clipseed.store.stages import newest_output
 
     run = prepare(f"refine {method}", chosen)
     if source is None:

@@ -89,10 +89,10 @@ def report(
 
       clipseed report cams.h5 --gt SegmentationClass
     """
-    from clipseed.jobs.evaluate_options import EvaluateOptions
+    from clipseed.jobs.evaluate import EvaluateOptions
     from clipseed.jobs.report import ReportOptions, write_report
-    from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     talker, allowed = Talker(quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(out, "--out")

@@ -111,7 +111,7 @@ class Running:
             )
         data = {**_common(report, self), **facts, **({} if empty is None else {"empty": empty.as_dict()})}
         if self.options.report:
-            from clipseed.jobs.run_report import write_run_report
+            from clipseed.runtime.run_report import write_run_report
 
             write_run_report(self.options.report, data)
         if self.options.json:

@@ -12,7 +12,7 @@ from clipseed.cli.running import Running, RunOptions, prepare, rate
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.sam_options import SamMasksReport
+    from clipseed.jobs.sam_masks import SamMasksReport
 
 GRID = "Grid (default: the preset's)"
 PROMPT = "Prompts instead of a grid"
@@ -165,9 +165,8 @@ def sam_masks(
       clipseed sam-masks --dataset coco --import annotations/panoptic_val2017.json
     """
     from clipseed.data.image_listing import ListingOptions
-    from clipseed.jobs.sam_masks import run_sam_masks
-    from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
-    from clipseed.jobs.stages import newest_output
+    from clipseed.jobs.sam_masks import SamMasksOptions, proposal_options, run_sam_masks
+    from clipseed.store.stages import newest_output
 
     chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     run = prepare("sam-masks", chosen)

@@ -112,8 +112,8 @@ def sam_seed(
       clipseed sam-seed cams-caa.h5 --masks annotations/panoptic_val2017.json
     """
     from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
-    from clipseed.jobs.stages import newest_output
     from clipseed.pseudo.rules import RuleOptions
+    from clipseed.store.stages import newest_output
 
     chosen = RunOptions(shard, engine, ray_address, ray_workers, ray_cpus, report, json, quiet, allow_skipped)
     run = prepare("sam-seed", chosen)

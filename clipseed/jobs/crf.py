@@ -6,26 +6,27 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipseed.data.dataset import relocated
 from clipseed.data.stamps import FileStamp
-from clipseed.data.types import Sample
+from clipseed.data.types import ImageReader, Sample
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, UsageError
-from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
-from clipseed.jobs.engine import (
+from clipseed.pseudo.posterior import maps_unary, posterior_labels
+from clipseed.refine.crf import CLIP_ES, CrfParameters, clip_es_colours, dense_crf
+from clipseed.runtime.images import (
     LARGE_IMAGE,
     ImageLoader,
     LoadedImage,
     batches_in_flight,
-    check_empty,
     default_workers,
     earlier_in_seeds,
     misfit,
@@ -34,25 +35,77 @@ from clipseed.jobs.engine import (
     seed_sample,
     usable_cores,
 )
-from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
-from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyPolicy
+from clipseed.runtime.work import Done, Work
+from clipseed.store.empty import Earlier, EmptyPolicy, check_empty
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_folder import Labelled, MaskWriter
-from clipseed.store.reader import Seeds
+from clipseed.store.reader import Seeds, open_seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished
-from clipseed.types import IGNORE, LabelMask
+from clipseed.types import IGNORE
 
 Engine = Literal["torch", "pydensecrf"]
 ENGINES: tuple[Engine, ...] = ("torch", "pydensecrf")
 _UNIT_SIZE = 16
 _PIXEL_BUDGET = {"cpu": 200_000}
 _GPU_PIXEL_BUDGET = 6_000_000
+
+
+Floats = npt.NDArray[np.float32]
+
+
+@lru_cache(maxsize=2)
+def _seeds(path: Path) -> Seeds:
+    """Opened once per worker process."""
+    return open_seeds(path, verify=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the CRF of an image is given; survives pickling, because one engine runs in worker processes."""
+
+    source: Path
+    reader: ImageReader
+    parameters: CrfParameters
+    alpha: float
+    paper: bool
+
+    def unary(self, seed: SeedMap) -> Floats:
+        """Negative log probabilities ``(1 + K, H, W)`` of background and classes."""
+        return maps_unary(seed.upsampled(), self.alpha, released=self.paper)
+
+    def colours(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The image as the colour kernel sees it."""
+        return clip_es_colours(pixels) if self.paper else pixels
+
+
+@dataclass(frozen=True)
+class NativeSolver:
+    """Decodes an image and runs the C++ engine on it, in a worker process: a crash there costs that image only."""
+
+    problem: Problem
+
+    def __call__(self, sample: Sample) -> Done[tuple[str, Floats]]:
+        """Solve one image: its id and posterior ``(1 + K, H, W)``.
+
+        Raises:
+            ImageError: it cannot be read, or does not fit its seeds.
+        """
+        from clipseed.refine.crf_native import native_crf
+
+        image = ImageLoader(self.problem.reader)(sample)
+        seed = _seeds(self.problem.source)[sample.id]
+        problem = misfit(seed, image.size, image.stamp)
+        if problem is not None:
+            raise problem
+        if not len(seed.classes):
+            return Done((sample.id, np.ones((1, *image.size), np.float32)))
+        posterior = native_crf(self.problem.unary(seed), self.problem.colours(image.pixels), self.problem.parameters)
+        return Done((sample.id, posterior))
 
 
 @dataclass(frozen=True)
@@ -302,16 +355,13 @@ class _CrfWork(Work[Any, Mask]):
             raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
         return [posterior.cpu().numpy() for posterior in found]
 
-    def _label_solved(self, items: Sequence[Solved]) -> list[Mask]:
-        return [self._labelled(self.seeds[item.image.sample.id], item.posterior) for item in items]
+    def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
+        return [self._labelled(self.seeds[key], posterior) for key, posterior in (item.result for item in items)]
 
     def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
-        keys = np.concatenate([[0], seed.classes + 1]).astype(np.uint8)
-        labels: LabelMask = keys[posterior.argmax(axis=0)]
+        labels = posterior_labels(posterior, seed.classes, self.options.confidence)
         if self.options.confidence is not None:
-            unsure = posterior.max(axis=0) < self.options.confidence
-            labels[unsure] = IGNORE
-            self.counters["unsure"] += int(unsure.sum())
+            self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
         self.counters["pixels"] += labels.size
         soft = replace(seed, cam=posterior[1:]) if self.options.soft else None
         return Mask(seed.id, labels, tuple(seed.classes.tolist()), seed.stamp, soft)

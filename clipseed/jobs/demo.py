@@ -15,21 +15,18 @@ from clipseed.data.dataset import DatasetOptions
 from clipseed.evaluate.sources import MaskFolder
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
 from clipseed.jobs.inspect import write_preview
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
-from clipseed.jobs.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
 from clipseed.report.overlay import contact_sheet, label_overlay, maps_overlay
 from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import StreamStats
 from clipseed.sam.options import FMA
 from clipseed.store.files import replacing, storage_errors
 from clipseed.store.reader import Seeds
+from clipseed.store.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
 from clipseed.toy.dataset import HELD_OUT_SEED, toy_scene
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)

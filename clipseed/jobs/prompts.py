@@ -22,7 +22,7 @@ from clipseed.data.vocabulary import ClassText, Vocabulary
 from clipseed.device import Precision
 from clipseed.errors import InputError, UsageError
 from clipseed.jobs.cam import DEFAULT_MAX_SIDE, StartOn
-from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features
+from clipseed.runtime.features import Feature, FeatureOptions, cut_units, stream_features
 from clipseed.runtime.interrupt import interruptible
 from clipseed.store.files import write_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,23 @@ from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.sources import MaskFolder
-from clipseed.formats.open import Kind, imported_masks
-from clipseed.jobs.engine import (
-    check_empty,
-    earlier_in_seeds,
-    one_by_one,
-    usable_cores,
-)
-from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at, seeds_at
-from clipseed.pseudo.rules import RuleOptions, Rules, decide
+from clipseed.formats.open import Kind, MaskImport, imported_masks, open_masks
+from clipseed.pseudo.rules import RuleOptions, Rules, decide, seed_labels, voted_labels
+from clipseed.runtime.images import earlier_in_seeds, misfit, one_by_one, usable_cores
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
-from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyPolicy, earlier_in, without_pixel
+from clipseed.runtime.work import Done, Work
+from clipseed.segments import Proposals, from_masks
+from clipseed.store.empty import Earlier, EmptyPolicy, check_empty, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.mask_cache import MaskCache, holds_cache
-from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
+from clipseed.store.mask_folder import Labelled, MaskWriter, read_mask_manifest
+from clipseed.store.mask_records import unpack_proposals
 from clipseed.store.masks import mask_note
 from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import UNIT_PATTERN
-from clipseed.types import IGNORE
+from clipseed.types import IGNORE, NO_CLASS
 
 _UNIT_SIZE = 64
 _WORTH_WORKERS = 200
@@ -234,12 +230,93 @@ def _manifest(
 
 
 @dataclass(frozen=True)
-class _Ahead:
-    """An image that is to be labelled by a thread of the run: nothing is decoded before."""
+class Seeded(Labelled):
+    """A finished image, with the number of its segments."""
 
-    sample: Sample
-    key: tuple[int, ...] = ()
-    cost: int = 1
+    masks: int = 0
+
+
+@lru_cache(maxsize=2)
+def seeds_at(path: Path) -> Seeds:
+    """Opened once per process."""
+    return Seeds(path, verify=False)
+
+
+@lru_cache(maxsize=2)
+def masks_at(path: Path, kind: Kind) -> MaskImport:
+    """Opened once per process."""
+    return MaskCache(path, verify=False) if holds_cache(path) else open_masks(path, kind)
+
+
+@lru_cache(maxsize=2)
+def _ids(path: Path, kind: Kind) -> frozenset[str]:
+    return masks_at(path, kind).ids()
+
+
+def forget() -> None:
+    """Close what is open: the next run of this process may find other files under these names."""
+    for opened in (seeds_at, masks_at, _ids):
+        opened.cache_clear()
+
+
+@dataclass(frozen=True)
+class Seeder:
+    """Labels one image, from opening its maps and masks to the finished label mask; runs in worker processes."""
+
+    source: Path
+    masks: Path
+    kind: Kind
+    rules: Rules
+    label_map: bool
+
+    def __call__(self, sample: Sample) -> Done[Seeded]:
+        """Label one image.
+
+        Raises:
+            ImageError: its maps or masks cannot be used.
+            StoreError: a file is damaged.
+        """
+        try:
+            return Done(self._voted(sample) if self.label_map else self._seeded(sample))
+        except InputError as error:  # one damaged file is no reason to stop
+            raise ImageError(str(error)) from error
+
+    def _voted(self, sample: Sample) -> Seeded:
+        labels = MaskFolder(self.source).read(sample.id)
+        stamp = mask_note(self.source / f"{sample.id}.png").image
+        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]), stamp)
+        found = voted_labels(self.rules, labels, proposals.masks)
+        classes = sample.labels
+        if classes is None:
+            classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
+        return Seeded(sample.id, found, classes, stamp, len(proposals))
+
+    def _seeded(self, sample: Sample) -> Seeded:
+        seed = seeds_at(self.source)[sample.id]
+        problem = misfit(seed, seed.size)
+        if problem is not None:
+            raise problem
+        proposals, asked = self._proposals(sample.id, seed.size, seed.stamp)
+        labels = seed_labels(self.rules, seed, proposals, asked)
+        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), seed.stamp, len(proposals))
+
+    def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Proposals, Any]:
+        """Masks of an image, none where there are none, and the class that each was asked for.
+
+        Raises:
+            ImageError: they cannot be used, or were made from another image.
+        """
+        if self.rules.method == "pixel" or identifier not in _ids(self.masks, self.kind):
+            found = from_masks(np.zeros((0, *size), bool))
+            return found, np.zeros(0, np.int32)
+        masks = masks_at(self.masks, self.kind)
+        if isinstance(masks, MaskCache):
+            record = masks.record(identifier, size)
+            if record.stamp.differs(stamp):
+                raise ImageError(f"{self.masks}: its segments are those of another image; run clipseed sam-masks again")
+            return unpack_proposals(record), record.class_id
+        found = masks.read(identifier, size)
+        return found, np.full(len(found), NO_CLASS, np.int32)
 
 
 class _SeedWork(Work[Any, Seeded]):
@@ -261,18 +338,18 @@ class _SeedWork(Work[Any, Seeded]):
         return {}
 
     @property
-    def loader(self) -> Callable[[Sample], Seeded | _Ahead]:
-        """Label images in workers."""
-        return self._seeder if self.workers else _Ahead
+    def loader(self) -> Callable[[Sample], Done[Any]]:
+        """Label images in workers; without them samples are handed on as they are, and threads label."""
+        return self._seeder if self.workers else Done
 
-    def compute(self, items: Sequence[Seeded | _Ahead]) -> list[Seeded | ImageError]:
+    def compute(self, items: Sequence[Done[Any]]) -> list[Seeded | ImageError]:
         """What was labelled."""
-        return [self._labelled(item) for item in items]
+        return [self._labelled(item.result) for item in items]
 
-    def _labelled(self, item: Seeded | _Ahead) -> Seeded | ImageError:
-        if isinstance(item, _Ahead):
+    def _labelled(self, item: Seeded | Sample) -> Seeded | ImageError:
+        if isinstance(item, Sample):
             try:
-                item = self._seeder(item.sample)
+                item = self._seeder(item).result
             except ImageError as error:
                 return error
         self.counters["pixels"] += item.labels.size

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from clipseed.data.types import Sample
@@ -85,6 +86,15 @@ class Work(ABC, Generic[T, R]):
         stats.counters = sum(self._counted, Counter())
         self._start_counting()
         return stats
+
+
+@dataclass(frozen=True)
+class Done(Generic[Result_co]):
+    """What a loader gives that did all the work itself: nothing is computed together with anything else any more."""
+
+    result: Result_co
+    key: tuple[int, ...] = ()
+    cost: int = 1
 
 
 Recipe = Callable[[], Work[Any, R]]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.errors import StoreError
+from clipseed.errors import StoreError, UsageError
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
 
@@ -317,3 +317,9 @@ def earlier_in(
         return known(identifier, class_id) or (stage.name, stage.why(len(classes)))
 
     return earlier
+
+
+def check_empty(policy: str) -> None:
+    """Raise :class:`~clipseed.errors.UsageError` for a ``--empty`` that means nothing."""
+    if policy not in EMPTY_POLICIES:
+        raise UsageError(f"--empty {policy}: choose one of {', '.join(EMPTY_POLICIES)}")

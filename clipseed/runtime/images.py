@@ -1,4 +1,4 @@
-"""What all commands that stream images through the model have in common: views, sizes of units and batches."""
+"""Images on their way to the network: how they are decoded, at which size, how many together, how many ahead."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from clipseed.data.dataset import ImageFinder, image_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ImageError, UsageError
+from clipseed.errors import ImageError
 from clipseed.runtime.threads import OneByOne
-from clipseed.store.empty import EMPTY_POLICIES, Earlier, earlier_in, empty_maps
+from clipseed.store.empty import Earlier, earlier_in, empty_maps
 from clipseed.store.manifest import Manifest
 from clipseed.store.reader import Seeds
 from clipseed.store.records import SeedMap
@@ -94,12 +94,6 @@ def usable_cores() -> int:
 def one_by_one(device: torch.device, largest: int) -> OneByOne | None:
     """On a CPU, images of up to ``largest`` cost on one core each, over the cores that torch may use; else batches."""
     return OneByOne(min(torch.get_num_threads(), usable_cores()), largest) if device.type == "cpu" else None
-
-
-def check_empty(policy: str) -> None:
-    """Raise :class:`~clipseed.errors.UsageError` for a ``--empty`` that means nothing."""
-    if policy not in EMPTY_POLICIES:
-        raise UsageError(f"--empty {policy}: choose one of {', '.join(EMPTY_POLICIES)}")
 
 
 @dataclass(frozen=True)

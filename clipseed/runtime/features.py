@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
 from clipseed.data.types import ImageReader, Sample
-from clipseed.jobs.engine import (
+from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.images import (
     LoadedViews,
     ViewLoader,
     batches_in_flight,
@@ -21,7 +22,6 @@ from clipseed.jobs.engine import (
     token_budget,
     unit_size_for,
 )
-from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.stream import BatchSize, StreamStats, run_stream
 from clipseed.store.units import Unit
 
