@@ -133,20 +133,23 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed"])
+@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed", "crf", "refine"])
 def test_a_shard_of_nothing_but_broken_images_files_its_report(
     command: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So the other shards can finish the output."""
     small = ["--points-per-side", "2", "--crop-layers", "0", "--checkpoint", "toy"]
-    if command == "sam-seed":
+    from_maps = command in ("sam-seed", "crf", "refine")
+    if from_maps:
         assert main([*CAM, "--allow-skipped"]) == 0
     words = {
         "cam": [*CAM, "--out", "out.h5"],
         "sam-masks": ["sam-masks", "--dataset", "folder", "--images", "photos", *small, "--out", "out.h5"],
         "sam-seed": ["sam-seed", "cams.h5", "--method", "pixel", "--out", "out"],
+        "crf": ["crf", "cams.h5", "--device", "cpu", "--out", "out"],
+        "refine": ["refine", "par", "cams.h5", "--device", "cpu", "--out", "out.h5"],
     }[command]
-    if command == "sam-seed":
+    if from_maps:
         spoil_maps(photos / "cams.h5")
     else:
         (photos / "split.txt").write_text("2\n")
