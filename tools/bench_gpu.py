@@ -57,16 +57,15 @@ from clipseed.defaults import CAM_MAX_SIDE, PATCH_TEMPERATURE  # noqa: E402
 from clipseed.jobs.cam import CamOptions, CamRecipe, CamWork, run_cam  # noqa: E402
 from clipseed.jobs.crf import CrfOptions, run_crf  # noqa: E402
 from clipseed.jobs.demo import GRID  # noqa: E402
-from clipseed.jobs.engine import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
-from clipseed.jobs.refine import run_refine  # noqa: E402
-from clipseed.jobs.refine_options import RefineOptions  # noqa: E402
-from clipseed.jobs.sam_masks import run_sam_masks  # noqa: E402
-from clipseed.jobs.sam_options import SamMasksOptions  # noqa: E402
+from clipseed.jobs.refine import RefineOptions, run_refine  # noqa: E402
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks  # noqa: E402
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed  # noqa: E402
 from clipseed.refine.caa import CaaOptions, caa  # noqa: E402
 from clipseed.refine.crf import dense_crf  # noqa: E402
 from clipseed.refine.par import refine_par  # noqa: E402
 from clipseed.runtime.decode import DecodePool  # noqa: E402
+from clipseed.runtime.images import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
+from clipseed.runtime.run import RunOptions  # noqa: E402
 from clipseed.store.mask_cache import MaskCache  # noqa: E402
 from clipseed.store.masks import read_mask  # noqa: E402
 from clipseed.store.reader import Seeds  # noqa: E402
@@ -180,19 +179,19 @@ def check(bench: Bench) -> dict[str, Any]:
 
     def maps(folder: Path, where: str, precision: Any) -> Path:
         out = folder / f"cam-{precision}.h5"
-        run_cam(CamOptions(data, out, device=where, precision=precision, workers=0))
+        run_cam(CamOptions(data, out, run=RunOptions(device=where, precision=precision, workers=0)))
         return out
 
     def refine(method: Any, folder: Path, where: str, precision: Any) -> Path:
         out = folder / f"{method}-{precision}.h5"
         source = cpu / "cam-fp32.h5"
-        run_refine(RefineOptions(method, source, out, device=where, precision=precision, workers=0))
+        run_refine(RefineOptions(method, source, out, run=RunOptions(device=where, precision=precision, workers=0)))
         return out
 
     def segments(folder: Path, where: str, precision: str) -> Path:
         out = folder / f"masks-{precision}.h5"
-        run_sam_masks(SamMasksOptions(out, seeds=cpu / "cam-fp32.h5", proposals=GRID, device=where,
-                                      precision=precision, workers=0))  # fmt: skip
+        run_sam_masks(SamMasksOptions(out, seeds=cpu / "cam-fp32.h5", proposals=GRID,
+                                      run=RunOptions(device=where, precision=precision, workers=0)))  # fmt: skip
         return out
 
     def labels(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
@@ -211,7 +210,7 @@ def check(bench: Bench) -> dict[str, Any]:
             yield name, lambda m=method, r=reference: map_differences(r, refine(m, there, device, "fp32"))  # type: ignore[misc]
 
         def crf(where: str) -> Callable[[Path], object]:
-            return lambda out: run_crf(CrfOptions(spread, out, device=where, workers=0))
+            return lambda out: run_crf(CrfOptions(spread, out, run=RunOptions(device=where, workers=0)))
 
         crf_cpu = labels(cpu, "crf", crf("cpu"))
         yield "crf", lambda: label_differences(crf_cpu, labels(there, "crf", crf(device)))
@@ -221,7 +220,7 @@ def check(bench: Bench) -> dict[str, Any]:
             yield "sam-masks auto", lambda: segment_differences(reference, segments(there, device, "auto"))
 
         def seeds(source: Path, masks: Path) -> Callable[[Path], object]:
-            return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, workers=0))
+            return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, run=RunOptions(workers=0)))
 
         seeded = labels(cpu, "seeds", seeds(spread, reference))
         ours = seeds(there / "caa-fp32.h5", there / "masks-fp32.h5")
@@ -298,8 +297,8 @@ def cam_work(bench: Bench, refine: Any = None, device: str | None = None, precis
     """What ``clipseed cam`` computes with."""
     model, weights = weights_of(bench)
     options = CamOptions(
-        DatasetOptions("folder", images=bench.folder), bench.folder / "none.h5", model, weights,
-        device or str(bench.device), precision or bench.precision, refine=refine,
+        DatasetOptions("folder", images=bench.folder), bench.folder / "none.h5", model, weights, refine=refine,
+        run=RunOptions(device=device or str(bench.device), precision=precision or bench.precision),
     )  # fmt: skip
     return CamRecipe(options, load_vocabulary("toy" if bench.tiny else "voc"), FileReader())()
 
@@ -596,15 +595,15 @@ def files(bench: Bench) -> dict[str, Any]:
             break
         seen: list[tuple[float, int]] = []
 
-        def start(image_set: Any, todo: int, done: int, seen: list[tuple[float, int]] = seen) -> Any:
+        def start(todo: int, done: int, seen: list[tuple[float, int]] = seen) -> Any:
             seen.append((time.perf_counter(), 0))
             return lambda number, stats: seen.append((time.perf_counter(), number))
 
         options = CamOptions(
-            data, bench.folder / f"{name}.h5", model, weights, str(bench.device), bench.precision,  # type: ignore[arg-type]
-            refine=refinement, overwrite=True,  # type: ignore[arg-type]
+            data, bench.folder / f"{name}.h5", model, weights, refine=refinement,  # type: ignore[arg-type]
+            run=RunOptions(device=str(bench.device), precision=bench.precision, overwrite=True),
         )  # fmt: skip
-        report = run_cam(options, start)
+        report = run_cam(options, lambda image_set, start=start: start)
         found[name] = {
             **steady(seen),
             "with_start": report.stats.computed / report.seconds,

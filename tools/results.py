@@ -22,20 +22,19 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.demo import GRID
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
 from clipseed.pseudo.rules import RuleOptions
 from clipseed.refine.crf import CLIP_ES, IRN
+from clipseed.runtime.run import RunOptions
 from clipseed.store.manifest import package_versions
 from clipseed.store.masks import read_mask, voc_palette
 from clipseed.store.reader import open_seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = ("gradcam", "softmax-gradcam", "maskclip", "svc", "naclip")
@@ -50,17 +49,17 @@ class Toy:
     def cam(self, name: str, method: str = "softmax-gradcam", classes: str = "toy", paper: bool = False) -> Path:
         out = self.folder / f"{name}.h5"
         data = DatasetOptions("toy", classes=classes, limit=self.limit)
-        run_cam(CamOptions(data, out, method=method, paper=paper, overwrite=True))  # type: ignore[arg-type]
+        run_cam(CamOptions(data, out, method=method, paper=paper, run=RunOptions(overwrite=True)))  # type: ignore[arg-type]
         return out
 
     def refine(self, source: Path, method: str, **given: object) -> Path:
         out = source.with_name(f"{source.stem}-{method}{'-'.join(map(str, given.values()))}.h5")
-        run_refine(RefineOptions(method, source, out, overwrite=True, **given))  # type: ignore[arg-type]
+        run_refine(RefineOptions(method, source, out, run=RunOptions(overwrite=True), **given))  # type: ignore[arg-type]
         return out
 
     def crf(self, source: Path, name: str, **given: object) -> Path:
         out = self.folder / name
-        run_crf(CrfOptions(source, out, overwrite=True, **given))  # type: ignore[arg-type]
+        run_crf(CrfOptions(source, out, run=RunOptions(overwrite=True), **given))  # type: ignore[arg-type]
         return out
 
     def words(self, name: str, *, synonyms: bool, background: bool) -> str:
@@ -133,7 +132,7 @@ def with_segments(toy: Toy, made: dict[str, Path]) -> list[str]:
     """What the tiny SAM's segments make of the refined maps."""
     caa = made["+ CAA"]
     masks = toy.folder / "masks.h5"
-    run_sam_masks(SamMasksOptions(masks, seeds=caa, proposals=GRID, overwrite=True))
+    run_sam_masks(SamMasksOptions(masks, seeds=caa, proposals=GRID, run=RunOptions(overwrite=True)))
     rows = ["| labels | mIoU |", "| --- | --- |", f"| + CAA, best threshold | {100 * miou(caa).scores.miou:.1f} |"]
     for name, source, rules in (
         ("segments, FMA-WSSS's seeding", caa, RuleOptions("fma")),
@@ -143,7 +142,7 @@ def with_segments(toy: Toy, made: dict[str, Path]) -> list[str]:
         ("+ CRF, then votes of its labels", made["+ CAA + CRF"], RuleOptions("vote")),
     ):
         out = toy.folder / f"seeds-{len(rows)}"
-        run_sam_seed(SamSeedOptions(source, masks, out, rules=rules, workers=0, overwrite=True))
+        run_sam_seed(SamSeedOptions(source, masks, out, rules=rules, run=RunOptions(workers=0, overwrite=True)))
         rows.append(f"| {name} | {100 * miou(out).scores.miou:.1f} |")
     return rows
 
@@ -188,7 +187,7 @@ def blobs(data: DatasetOptions, out: Path, sigma: float) -> Path:
                     "ground_truth": images.ground_truth, **images.source},
     }  # fmt: skip
     with SeedWriter(out, manifest, "float16", 64, overwrite=True) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return out
 
@@ -197,7 +196,7 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     """The table on photographs; images of five of them go to the working folder."""
     maps = blobs(DatasetOptions("voc", root=devkit), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
-    run_refine(RefineOptions("par", maps, par, overwrite=True))
+    run_refine(RefineOptions("par", maps, par, run=RunOptions(overwrite=True)))
     made = {"blurred ground truth": maps, "+ PAR": par}
     for name, given in {
         "+ CRF, CLIP-ES's kernels": {"parameters": CLIP_ES},
@@ -207,7 +206,7 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
         "+ PAR + CRF, CLIP-ES's kernels": {"parameters": CLIP_ES},
     }.items():
         out = folder / f"crf-{len(made)}"
-        run_crf(CrfOptions(par if "PAR" in name else maps, out, overwrite=True, **given))  # type: ignore[arg-type]
+        run_crf(CrfOptions(par if "PAR" in name else maps, out, run=RunOptions(overwrite=True), **given))  # type: ignore[arg-type]
         made[name] = out
     rows = ["| step | mIoU | threshold |", "| --- | --- | --- |"]
     for name, path in made.items():
@@ -216,7 +215,7 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     rows += ["", "| kernels | pixels on which the torch solver and pydensecrf give the same label |", "| --- | --- |"]
     for name, parameters in (("+ CRF, CLIP-ES's kernels", CLIP_ES), ("+ CRF, IRN's kernels", IRN)):
         native = folder / f"native-{made[name].name}"
-        run_crf(CrfOptions(maps, native, solver="pydensecrf", parameters=parameters, overwrite=True))
+        run_crf(CrfOptions(maps, native, engine="pydensecrf", parameters=parameters, run=RunOptions(overwrite=True)))
         rows.append(f"| {name.split(', ')[1]} | {100 * agreement(made[name], native):.5f} % |")
     columns = [maps, par, made["+ CRF, CLIP-ES's kernels"]]
     show(devkit / "SegmentationClass", columns, folder / "photographs.png", 5)
@@ -237,9 +236,9 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
     """The table on photographs with segments that people drew; images of six of them go to the working folder."""
     maps = blobs(DatasetOptions("coco", root=coco), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
-    run_refine(RefineOptions("par", maps, par, overwrite=True))
-    run_sam_masks(SamMasksOptions(folder / "masks.h5", seeds=maps, existing=existing, overwrite=True))
-    run_crf(CrfOptions(maps, folder / "crf", alpha=2.0, overwrite=True))
+    run_refine(RefineOptions("par", maps, par, run=RunOptions(overwrite=True)))
+    run_sam_masks(SamMasksOptions(folder / "masks.h5", seeds=maps, existing=existing, run=RunOptions(overwrite=True)))
+    run_crf(CrfOptions(maps, folder / "crf", alpha=2.0, run=RunOptions(overwrite=True)))
     made = {"blurred ground truth": maps, "+ PAR": par, "+ CRF, background (1 - max)^2": folder / "crf"}
     for name, source, rules in (
         ("+ segments, FMA-WSSS's seeding", maps, RuleOptions("fma")),
@@ -249,7 +248,7 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
         ("+ CRF, then votes of its labels", folder / "crf", RuleOptions("vote")),
     ):
         out = folder / f"seeds-{len(made)}"
-        run_sam_seed(SamSeedOptions(source, folder / "masks.h5", out, rules=rules, overwrite=True))
+        run_sam_seed(SamSeedOptions(source, folder / "masks.h5", out, rules=rules, run=RunOptions(overwrite=True)))
         made[name] = out
     rows = ["| step | mIoU | threshold |", "| --- | --- | --- |"]
     for name, path in made.items():

@@ -25,7 +25,7 @@ from clipseed.defaults import MODEL as MODEL_NAME
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.evaluate_options import EvaluateOptions
+    from clipseed.jobs.evaluate import EvaluateOptions
 
 _MOST_WORKERS = 1024
 ANY = "any"
@@ -175,7 +175,7 @@ class ScoringArguments:
         Raises:
             UsageError: ``--alpha`` is no list of numbers.
         """
-        from clipseed.jobs.evaluate_options import EvaluateOptions
+        from clipseed.jobs.evaluate import EvaluateOptions
 
         alphas = () if self.alpha is None else numbers(self.alpha, "--alpha")
         return EvaluateOptions(

@@ -61,13 +61,15 @@ def crf(
     )  # fmt: skip
     options = CrfOptions(
         source=run.source(source, "crf"), out=out, solver=solver, parameters=parameters, alpha=alpha,
-        confidence=confidence, soft=soft, empty=empty, paper=paper, images=images, root=root, device=device,
-        **run.parsed(),
+        confidence=confidence, soft=soft, empty=empty, paper=paper, images=images, root=root,
+        run=run.options(device=device),
     )  # fmt: skip
     with run.console:
         done = run_crf(options, run.start)
     computed = done.stats.computed
     unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
-    summary = f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    summary = (
+        f"{done.out}: {done.done_before + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    )
     facts = {"source": str(done.source), "ignored_share": done.unsure, "solver": done.solver}
     return run.finish(done, summary, facts, done.empty)

@@ -13,7 +13,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code
 
 if TYPE_CHECKING:
-    from clipseed.jobs.evaluate_options import EvaluateReport
+    from clipseed.jobs.evaluate import EvaluateReport
 
 
 @grouped
@@ -35,8 +35,8 @@ def evaluate(
       clipseed evaluate --gt SegmentationClass
     """
     from clipseed.jobs.evaluate import evaluate as run_evaluate
-    from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")

@@ -16,8 +16,7 @@ from clipseed.cli._run import empty_reasons
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.inspect import Inspection
-    from clipseed.jobs.inspect_masks import MaskInspection
+    from clipseed.jobs.inspect import Inspection, MaskInspection
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,9 @@ def inspect(
     output: shared.OutputArguments,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
-    from clipseed.jobs.inspect import inspect_seeds, write_preview
-    from clipseed.jobs.inspect_masks import is_mask_cache
-    from clipseed.jobs.stages import newest_output
+    from clipseed.jobs.inspect import inspect_seeds, is_mask_cache, write_preview
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     for name, value in (("id", id), ("images", images), ("root", root)):
         if value and preview is None:
@@ -99,7 +97,7 @@ def _print(found: Inspection) -> None:
 
 def show(path: Path, look: Look | None, *, verify: bool, output: shared.OutputArguments) -> int:
     """Print what a mask cache holds, and write a preview where one is asked for; returns the exit code."""
-    from clipseed.jobs.inspect_masks import inspect_masks, write_mask_preview
+    from clipseed.jobs.inspect import inspect_masks, write_mask_preview
 
     found = inspect_masks(path, verify=verify)
     if output.json:

@@ -16,7 +16,7 @@ from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, Sa
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.sam_options import SamMasksReport
+    from clipseed.jobs.sam_masks import SamMasksReport
 
 _grid_option = partial(typer.Option, rich_help_panel="Grid (default: the preset's)")
 _prompt_option = partial(typer.Option, rich_help_panel="Prompts instead of a grid")
@@ -105,8 +105,7 @@ def sam_masks(
       clipseed sam-masks --dataset coco --import annotations/panoptic_val2017.json
     """
     from clipseed.data.image_listing import ListingOptions
-    from clipseed.jobs.sam_masks import run_sam_masks
-    from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
+    from clipseed.jobs.sam_masks import SamMasksOptions, proposal_options, run_sam_masks
 
     run = prepare("sam-masks", running, output)
     data = None
@@ -126,8 +125,10 @@ def sam_masks(
     options = SamMasksOptions(
         out=out, data=data, seeds=seeds, images=None if data else where.images, root=None if data else where.root,
         checkpoint=checkpoint, model=model, factory=sam_factory, proposals=proposals, max_side=max_side,
-        existing=existing, existing_kind=import_kind, prompt=prompt, device=device, precision=precision,
-        batch_size=shared.auto_or_number(batch_size, "--batch-size"), **run.parsed(),
+        existing=existing, existing_kind=import_kind, prompt=prompt,
+        run=run.options(
+            device=device, precision=precision, batch_size=shared.auto_or_number(batch_size, "--batch-size")
+        ),
     )  # fmt: skip
     with run.console:
         done = run_sam_masks(options, run.start, run.loading)
@@ -143,7 +144,7 @@ def _refuse_without_dataset(**given: Any) -> None:
 def _finish(run: Running, done: SamMasksReport) -> int:
     stats = done.stats
     computed, counters = stats.computed, stats.counters
-    summary = f"{done.out}: {done.found + computed} of {done.total} images, {computed} done now{rate(done)}"
+    summary = f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} done now{rate(done)}"
     if computed:
         empty = f", {counters['without']} images without any" if counters["without"] else ""
         bytes_each = counters["bytes"] / max(1, done.masks)

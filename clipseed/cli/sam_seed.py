@@ -82,7 +82,8 @@ def sam_seed(
     run = prepare("sam-seed", running, output)
     options = SamSeedOptions(
         source=run.source(source, "sam-seed"), masks=masks, masks_kind=masks_kind, out=out, empty=empty,
-        rules=RuleOptions(method, preset, alpha, uncovered, without_masks, min_confidence, paper), **run.parsed(),
+        rules=RuleOptions(method, preset, alpha, uncovered, without_masks, min_confidence, paper),
+        run=run.options(),
     )  # fmt: skip
     with run.console:
         done = run_sam_seed(options, run.start)
@@ -92,9 +93,8 @@ def sam_seed(
             f"listed in {done.missing_file}"
         )
     computed, without = done.stats.computed, done.stats.counters["without"]
-    summary = (
-        f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)} ({done.method})"
-    )
+    there = f"{done.done_before + computed} of {done.total} masks"
+    summary = f"{done.out}: {there}, {computed} made now{rate(done)} ({done.method})"
     if done.method != "pixel" and without:
         summary += f", {without} of them from no segment"
     if done.unsure:

@@ -4,59 +4,107 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipseed.data.dataset import relocated
-from clipseed.data.stamps import UNKNOWN, FileStamp
+from clipseed.data.stamps import FileStamp
+from clipseed.data.types import ImageReader, Sample
 from clipseed.defaults import CRF_ALPHA, CrfSolver, EmptyPolicy
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, UsageError
-from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
-from clipseed.jobs.engine import (
+from clipseed.pseudo.posterior import maps_unary, posterior_labels
+from clipseed.refine.crf import CLIP_ES, CrfParameters, clip_es_colours, dense_crf
+from clipseed.runtime.images import (
     LARGE_IMAGE,
     ImageLoader,
     LoadedImage,
     batches_in_flight,
-    count_empty,
     default_workers,
     earlier_in_seeds,
     misfit,
     one_by_one,
-    open_engine,
     recorded_reader,
-    refuse_if_nothing,
     seed_sample,
     usable_cores,
 )
-from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
-from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyLabels
+from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Done, Work
+from clipseed.store.empty import Earlier
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_folder import MaskWriter
-from clipseed.store.reader import Seeds
+from clipseed.store.mask_folder import Labelled, MaskWriter
+from clipseed.store.reader import Seeds, open_seeds
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.shards import WHOLE, Shard
+from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished
-from clipseed.types import IGNORE, LabelMask
-
-if TYPE_CHECKING:
-    from clipseed.runtime.cluster import ClusterOptions
+from clipseed.types import IGNORE
 
 _UNIT_SIZE = 16
 _PIXEL_BUDGET = {"cpu": 200_000}
 _GPU_PIXEL_BUDGET = 6_000_000
+
+
+Floats = npt.NDArray[np.float32]
+
+
+@lru_cache(maxsize=2)
+def _seeds(path: Path) -> Seeds:
+    """Opened once per worker process."""
+    return open_seeds(path, verify=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the CRF of an image is given; survives pickling, because one solver runs in worker processes."""
+
+    source: Path
+    reader: ImageReader
+    parameters: CrfParameters
+    alpha: float
+    paper: bool
+
+    def unary(self, seed: SeedMap) -> Floats:
+        """Negative log probabilities ``(1 + K, H, W)`` of background and classes."""
+        return maps_unary(seed.upsampled(), self.alpha, released=self.paper)
+
+    def colours(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The image as the colour kernel sees it."""
+        return clip_es_colours(pixels) if self.paper else pixels
+
+
+@dataclass(frozen=True)
+class NativeSolver:
+    """Decodes an image and runs the C++ solver on it, in a worker process: a crash there costs that image only."""
+
+    problem: Problem
+
+    def __call__(self, sample: Sample) -> Done[tuple[str, Floats]]:
+        """Solve one image: its id and posterior ``(1 + K, H, W)``.
+
+        Raises:
+            ImageError: it cannot be read, or does not fit its seeds.
+        """
+        from clipseed.refine.crf_native import native_crf
+
+        image = ImageLoader(self.problem.reader)(sample)
+        seed = _seeds(self.problem.source)[sample.id]
+        problem = misfit(seed, image.size, image.stamp)
+        if problem is not None:
+            raise problem
+        if not len(seed.classes):
+            return Done((sample.id, np.ones((1, *image.size), np.float32)))
+        posterior = native_crf(self.problem.unary(seed), self.problem.colours(image.pixels), self.problem.parameters)
+        return Done((sample.id, posterior))
 
 
 @dataclass(frozen=True)
@@ -85,36 +133,15 @@ class CrfOptions:
     paper: bool | None = None
     images: Path | None = None
     root: Path | None = None
-    device: str = "auto"
-    workers: int | None = None
-    overwrite: bool = False
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
 
-@dataclass
-class CrfReport:
+@dataclass(kw_only=True)
+class CrfReport(RunReport):
     """What a run did."""
 
     source: Path
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
     solver: str
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
-    empty: EmptyLabels | None = None
-
-    @property
-    def unsure(self) -> float:
-        """Share of pixels that became 255 in this run."""
-        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
-
-
-Start = Callable[[int, int], Advance]
 
 
 def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
@@ -124,38 +151,17 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     _check(options)
-    began = time.perf_counter()
     with Seeds(options.source) as seeds:
         manifest = _manifest(options, relocated(seeds.manifest, options.images, options.root))
         with (
-            contextlib.closing(open_engine(partial(_CrfWork, options), options.cluster)) as engine,
+            contextlib.closing(open_engine(partial(_CrfWork, options), options.run.cluster)) as engine,
             _Sinks(options, manifest, earlier_in_seeds(seeds)) as sinks,
         ):
             sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
-            tasks, mine = _tasks(seeds, sinks, options.shard)
-            found = len(sinks.done.intersection(mine))
-            hint = f"interrupted; run the same command again to go on ({options.out} has what is done)"
-            with interruptible(lambda: hint):
-                advance = start(sum(len(task.samples) for task in tasks), found) if start else None
-                stats = engine.run(tasks, lambda task, masks: sinks.write(task.index, masks), advance)
-            count_empty(stats, sinks.masks)
-            refuse_if_nothing(stats, sinks.done, options.shard)
-            with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-                finished = sinks.finish(list(seeds), stats.skipped, mine)
-        return CrfReport(
-            options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.solver,
-            sinks.notes, finished.skipped_file, finished.open_shards, finished.empty,
-        )  # fmt: skip
-
-
-def _tasks(seeds: Seeds, sinks: _Sinks, shard: Shard) -> tuple[list[Task], list[str]]:
-    """Units of the shard with what is missing of them, and all ids of the shard."""
-    ids = list(seeds)
-    units = [(k, ids[start : start + _UNIT_SIZE]) for k, start in enumerate(range(0, len(ids), _UNIT_SIZE))]
-    mine = [(k, keys) for k, keys in units if shard.takes(k)]
-    missing = ((k, [key for key in keys if key not in sinks.done]) for k, keys in mine)
-    tasks = [Task(k, tuple(seed_sample(seeds, key) for key in keys)) for k, keys in missing if keys]
-    return tasks, [key for _, keys in mine for key in keys]
+            samples = [seed_sample(seeds, key) for key in seeds]
+            done = run(engine, sinks, samples, start, shard=options.run.shard)
+            done.stats.counters["unsure"] += sinks.masks.ignored
+        return CrfReport(**vars(done), source=options.source, solver=options.solver)
 
 
 def _check(options: CrfOptions) -> None:
@@ -174,8 +180,7 @@ def _check(options: CrfOptions) -> None:
     for (one, first), (other, second) in combinations(named, 2):
         if first == second:
             raise UsageError(f"{one} and {other} are both {first}; give each its own place")
-    if options.workers is not None and options.workers < 0:
-        raise UsageError("--workers: give auto or a number from 0")
+    options.run.check()
 
 
 def _paper(options: CrfOptions, source: Manifest) -> bool:
@@ -204,14 +209,10 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A finished image: its mask, the classes of its seeds, and its posterior where it is kept."""
+class Mask(Labelled):
+    """A finished image, with its posterior where it is kept."""
 
-    id: str
-    classes: tuple[int, ...]
-    labels: LabelMask
-    soft: SeedMap | None
-    stamp: FileStamp = UNKNOWN
+    soft: SeedMap | None = None
 
 
 class _Sinks:
@@ -219,17 +220,19 @@ class _Sinks:
 
     def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
         self.masks = MaskWriter(
-            options.out, manifest, overwrite=options.overwrite, shard=options.shard, empty=options.empty,
-            earlier=earlier,
+            options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
+            empty=options.empty, earlier=earlier,
         )  # fmt: skip
+        self.out = self.folder = options.out
+        self._shard = options.run.shard
         self._soft = (
             SeedWriter(
                 options.soft,
                 manifest,
                 "float16",
                 _UNIT_SIZE,
-                overwrite=options.overwrite,
-                shard=options.shard,
+                overwrite=options.run.overwrite,
+                shard=options.run.shard,
                 earlier=earlier,
             )
             if options.soft
@@ -265,17 +268,26 @@ class _Sinks:
             self._soft.forget_unlike(classes)
             self._soft.follow(classes.keys(), stamp)
 
-    def write(self, index: int, results: Sequence[Mask]) -> None:
-        for mask in results:
-            self.masks.write(mask.id, mask.labels, mask.classes, mask.stamp)
-        if self._soft:
-            soft = [mask.soft for mask in results if mask.soft is not None and mask.id not in self._soft.done]
-            self._soft.write(index, soft)
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        return self.masks.left_out
 
-    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]], mine: Sequence[str]) -> Finished:
+    def own(self, items: Sequence[str]) -> list[str]:
+        return self.masks.own(items)
+
+    def units(self, samples: Sequence[Sample]) -> list[Unit]:
+        return missing_units(samples, _UNIT_SIZE, self._shard, self.done)
+
+    def write(self, unit: Unit, records: Sequence[Mask]) -> None:
+        self.masks.write(unit, records)
+        if self._soft:
+            soft = [mask.soft for mask in records if mask.soft is not None and mask.id not in self._soft.done]
+            self._soft.write(unit, soft)
+
+    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
         if self._soft:
             self._soft.finish(ids, skipped)
-        return self.masks.finish(skipped, mine)
+        return self.masks.finish(ids, skipped)
 
 
 class _CrfWork(Work[Any, Mask]):
@@ -289,8 +301,8 @@ class _CrfWork(Work[Any, Mask]):
         paper = _paper(options, self.seeds.manifest)
         self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
         self.native = options.solver == "pydensecrf"
-        self.device = pick_device("cpu" if self.native else options.device)
-        workers = options.workers
+        self.device = pick_device("cpu" if self.native else options.run.device)
+        workers = options.run.workers
         if workers is None:
             workers = usable_cores() if self.native else default_workers(self.device)
         # The C++ solver never runs in this process, where its crash would be ours.
@@ -339,16 +351,13 @@ class _CrfWork(Work[Any, Mask]):
             raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
         return [posterior.cpu().numpy() for posterior in found]
 
-    def _label_solved(self, items: Sequence[Solved]) -> list[Mask]:
-        return [self._labelled(self.seeds[item.image.sample.id], item.posterior) for item in items]
+    def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
+        return [self._labelled(self.seeds[key], posterior) for key, posterior in (item.result for item in items)]
 
     def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
-        keys = np.concatenate([[0], seed.classes + 1]).astype(np.uint8)
-        labels: LabelMask = keys[posterior.argmax(axis=0)]
+        labels = posterior_labels(posterior, seed.classes, self.options.confidence)
         if self.options.confidence is not None:
-            unsure = posterior.max(axis=0) < self.options.confidence
-            labels[unsure] = IGNORE
-            self.counters["unsure"] += int(unsure.sum())
+            self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
         self.counters["pixels"] += labels.size
         soft = replace(seed, cam=posterior[1:]) if self.options.soft else None
-        return Mask(seed.id, tuple(seed.classes.tolist()), labels, soft, seed.stamp)
+        return Mask(seed.id, labels, tuple(seed.classes.tolist()), seed.stamp, soft)

@@ -15,20 +15,18 @@ from clipseed.data.dataset import DatasetOptions
 from clipseed.evaluate.sources import MaskFolder
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
 from clipseed.jobs.inspect import write_preview
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
-from clipseed.jobs.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
 from clipseed.report.overlay import contact_sheet, label_overlay, maps_overlay
+from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import StreamStats
 from clipseed.sam.options import FMA
 from clipseed.store.files import replacing, storage_errors
 from clipseed.store.reader import Seeds
+from clipseed.store.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
 from clipseed.toy.dataset import HELD_OUT_SEED, toy_scene
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)
@@ -113,27 +111,27 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = DatasetOptions(dataset="toy", limit=scenes)
+    data, how = DatasetOptions(dataset="toy", limit=scenes), RunOptions(device=device, overwrite=True)
 
     def cam(method: Method) -> Work:
         def work(source: Path, out: Path, progress: Progress) -> StreamStats:
-            options = CamOptions(data=data, out=out, method=method, device=device, overwrite=True)
-            return run_cam(options, lambda image_set, todo, done: progress(todo)).stats
+            options = CamOptions(data=data, out=out, method=method, run=how)
+            return run_cam(options, lambda image_set: lambda todo, done: progress(todo)).stats
 
         return work
 
     def caa(source: Path, out: Path, progress: Progress) -> StreamStats:
-        options = RefineOptions("caa", source, out, device=device, overwrite=True)
+        options = RefineOptions("caa", source, out, run=how)
         return run_refine(options, lambda todo, done: progress(todo)).stats
 
     def crf(source: Path, out: Path, progress: Progress) -> StreamStats:
-        options = CrfOptions(source, out, device=device, overwrite=True)
+        options = CrfOptions(source, out, run=how)
         return run_crf(options, lambda todo, done: progress(todo)).stats
 
     def sam(source: Path, out: Path, progress: Progress) -> StreamStats:
-        segments = SamMasksOptions(folder / MASKS_OUTPUT, seeds=source, proposals=GRID, device=device, overwrite=True)
+        segments = SamMasksOptions(folder / MASKS_OUTPUT, seeds=source, proposals=GRID, run=how)
         run_sam_masks(segments, lambda todo, done: progress(todo, ": segments"))
-        options = SamSeedOptions(source, folder / MASKS_OUTPUT, out, workers=0, overwrite=True)
+        options = SamSeedOptions(source, folder / MASKS_OUTPUT, out, run=RunOptions(workers=0, overwrite=True))
         return run_sam_seed(options, lambda todo, done: progress(todo, ": seeding")).stats
 
     maps, refined = folder / CAM_OUTPUT, folder / "cams-caa.h5"

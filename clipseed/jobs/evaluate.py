@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,11 +16,11 @@ import numpy as np
 
 from clipseed.data.paths import is_file, is_folder, never_ends
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
+from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
-from clipseed.evaluate.confusion import Counts, check_labels, confusion, score
+from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
 from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
 from clipseed.store.manifest import Manifest
 from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.reader import Seeds
@@ -28,11 +28,86 @@ from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.records import SeedMap
 from clipseed.types import IGNORE, LabelMask
 
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Everything ``clipseed evaluate`` can be told.
+
+    Attributes:
+        threshold: One constant background score instead of the sweep.
+        alphas: CLIP-ES's background exponents instead of constant scores.
+        pred_ignore: What a predicted 255 is: an error, background, or a pixel left out of the score.
+        resize_pred: Bring predictions to the ground truth's size instead of refusing other sizes.
+    """
+
+    prediction: Path
+    gt: str | None = None
+    classes: str | None = None
+    split: str | None = None
+    threshold: float | None = None
+    alphas: tuple[float, ...] = ()
+    pred_ignore: PredIgnore = "error"
+    resize_pred: bool = False
+
+
+@dataclass
+class EvaluateReport:
+    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction."""
+
+    prediction: str
+    ground_truth: str
+    split: str
+    images: int
+    names: tuple[str, ...]
+    scores: Scores
+    counts: Counts
+    threshold: float | None = None
+    alpha: float | None = None
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    missing_predictions: list[str] = field(default_factory=list)
+    missing_ground_truth: list[str] = field(default_factory=list)
+    split_given: bool = False
+    excluded_pixels: int = 0
+
+    @property
+    def unscored(self) -> int:
+        """How many predictions, and images of a split that the user named, were not scored."""
+        return len(self.missing_ground_truth) + (len(self.missing_predictions) if self.split_given else 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``: fractions, ``None`` where there is no value."""
+        scores = self.scores
+        return {
+            "miou": _number(scores.miou),
+            "miou_foreground": _number(scores.miou_foreground),
+            "miou_all": _number(scores.miou_all),
+            "class_iou": {name: _number(iou) for name, iou in zip(self.names, scores.class_iou, strict=True)},
+            "pixel_accuracy": _number(scores.pixel_accuracy),
+            "mean_accuracy": _number(scores.mean_accuracy),
+            "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
+            "images": self.images,
+            "pixels": scores.pixels,
+            "excluded_pixels": self.excluded_pixels,
+            "split": self.split,
+            "threshold": self.threshold,
+            "alpha": self.alpha,
+            "curve": [{"setting": setting, "miou": _number(miou)} for setting, miou in self.curve],
+            "prediction": self.prediction,
+            "ground_truth": self.ground_truth,
+            "missing_predictions": self.missing_predictions,
+            "missing_ground_truth": self.missing_ground_truth,
+        }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
 T = TypeVar("T")
 
 
 Advance = Callable[[int], None]
-Start = Callable[[int], Advance]
+StartScoring = Callable[[int], Advance]
 Each = Callable[[str, Counts, LabelMask, LabelMask], None]
 
 
@@ -41,7 +116,7 @@ def holds_masks(path: Path) -> bool:
     return is_folder(path) and not any(path.glob(UNIT_PATTERN))
 
 
-def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | None = None) -> EvaluateReport:
+def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: Each | None = None) -> EvaluateReport:
     """Score a seeds output or a folder of masks.
 
     Args:
@@ -129,7 +204,9 @@ class _Sweep(Protocol):
     def matrices(self) -> list[Counts]: ...
 
 
-def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None, each: Each | None) -> EvaluateReport:
+def _evaluate_seeds(
+    options: EvaluateOptions, seeds: Seeds, start: StartScoring | None, each: Each | None
+) -> EvaluateReport:
     manifest: Manifest = seeds.manifest
     vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(seeds.path), "classes")
     if options.classes and load_vocabulary(options.classes).class_names != vocabulary.class_names:
@@ -188,7 +265,7 @@ def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> LabelM
     return np.where(strength.astype(np.float64) > edge, strongest, 0).astype(np.uint8)
 
 
-def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | None) -> EvaluateReport:
+def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: Each | None) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
         raise UsageError(f"--threshold and --alpha apply to seeds; {options.prediction} holds finished masks")
     manifest = read_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to

@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 
 from clipseed.data.dataset import image_finder, relocated
-from clipseed.errors import ImageError, InputError
-from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay
+from clipseed.data.paths import is_folder, never_ends
+from clipseed.errors import ImageError, InputError, StoreError
+from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_overlay
+from clipseed.segments import enlarged
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
 from clipseed.store.files import replacing
+from clipseed.store.formats import format_of
 from clipseed.store.manifest import Manifest
-from clipseed.store.reader import Seeds
+from clipseed.store.mask_cache import MaskCache
+from clipseed.store.mask_records import mask_format, unpack_proposals
+from clipseed.store.reader import Seeds, class_names
+from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.types import NO_CLASS
 
 
 @dataclass(frozen=True)
@@ -142,3 +149,133 @@ def _row(seeds: Seeds, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     for class_id, heat in zip(seed.classes, seed.upsampled(), strict=True):
         row.append((seeds.class_names[class_id], heat_overlay(image, heat)))
     return row
+
+
+_LEVELS = ("sub-part", "part", "whole")
+_COLOURS = 254
+
+
+@dataclass(frozen=True)
+class MaskInspection:
+    """A summary of a mask cache.
+
+    Attributes:
+        without_masks: Images that have none.
+        shrunk: Images whose masks are smaller than themselves.
+        per_image: Fewest, median and most masks of an image.
+        bytes_per_image: Of the files.
+        bytes_per_mask: Of the compressed masks alone.
+        levels: Number of masks by level.
+        per_class: Class name to number of masks, where they were asked for.
+    """
+
+    path: Path
+    manifest: Manifest
+    files: int
+    bytes: int
+    images: int
+    without_masks: int
+    shrunk: int
+    masks: int
+    per_image: tuple[int, float, int]
+    bytes_per_image: float
+    bytes_per_mask: float
+    levels: dict[str, int]
+    per_class: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def is_mask_cache(path: Path) -> bool:
+    """Whether a file or folder of units holds masks rather than seeds; false where nothing can be read."""
+    files = sorted(path.glob(UNIT_PATTERN)) if is_folder(path) else [path]
+    if never_ends(files[0] if files else path):
+        return False
+    try:
+        return bool(files) and format_of(files[0]).name == mask_format().name
+    except StoreError:
+        return False
+
+
+def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
+    """Summarise a mask cache.
+
+    Args:
+        path: A file, or a folder of units.
+        verify: Check all checksums, whatever the size.
+
+    Raises:
+        StoreError: missing, not ours, or damaged.
+    """
+    with MaskCache(path, verify=True if verify else None) as cache:
+        files = cache.files
+        counts = np.concatenate([np.diff(file.index["mask_offset"]) for file in files])
+        codes = sum(int(file.index["rle_offset"][-1]) for file in files)
+        shrunk = sum(int((file.index["size"] != file.grids).any(axis=1).sum()) for file in files)
+        names = class_names(cache.manifest, path) if cache.manifest["vocabulary"] else ()
+        try:
+            level = np.concatenate([file.file["level"][...] for file in files])
+            class_id = np.concatenate([file.file["class_id"][...] for file in files])
+        except OSError as error:
+            raise StoreError(f"{path}: damaged, its levels and classes cannot be read back") from error
+        size = sum(file.path.stat().st_size for file in files)
+        asked = np.bincount(class_id[class_id != NO_CLASS], minlength=len(names))
+        return MaskInspection(
+            path=path,
+            manifest=cache.manifest,
+            files=len(files),
+            bytes=size,
+            images=len(cache),
+            without_masks=int((counts == 0).sum()),
+            shrunk=shrunk,
+            masks=int(counts.sum()),
+            per_image=(int(counts.min()), float(np.median(counts)), int(counts.max())) if len(counts) else (0, 0, 0),
+            bytes_per_image=size / max(1, len(cache)),
+            bytes_per_mask=codes / max(1, int(counts.sum())),
+            levels={name: int((level == number).sum()) for number, name in enumerate(_LEVELS)},
+            per_class={name: int(count) for name, count in zip(names, asked, strict=False) if count},
+        )
+
+
+def write_mask_preview(
+    path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
+    root: Path | None = None,
+) -> list[str]:  # fmt: skip
+    """Write some images with their masks in colours, small ones on top, to a PNG; returns their ids.
+
+    Raises:
+        InputError: no such id, or none of the images can be found any more.
+        StoreError: the cache is damaged, or ``out`` cannot be written.
+    """
+    with MaskCache(path) as cache:
+        dataset = relocated(cache.manifest, images, root)["dataset"]
+        find = image_finder(dataset, exif=bool(cache.manifest["options"].get("exif")))
+        unknown = [key for key in ids if key not in cache]
+        if unknown:
+            raise InputError(f"{path}: holds no image {unknown[0]!r}")
+        keys = list(cache)
+        chosen = list(ids) or keys[:: max(1, len(keys) // max(1, count))][:count]
+        rows, problems = [], []
+        for key in chosen:
+            try:
+                rows.append(_mask_row(cache, key, np.asarray(find(key))))
+            except ImageError as error:
+                problems.append(str(error))
+        if not rows:
+            raise InputError(f"{path}: nothing to show: {problems[0] if problems else 'it holds no image'}")
+        with replacing(out) as temporary:
+            contact_sheet(rows).save(temporary, format="PNG")
+        return chosen
+
+
+def _mask_row(cache: MaskCache, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
+    record = cache[key]
+    if image.shape[:2] != record.size:
+        raise ImageError(f"{key}: the image has another size now")
+    proposals = unpack_proposals(record)
+    colours = np.zeros(record.grid, np.uint8)
+    for index in np.argsort(-proposals.area, kind="stable"):
+        colours[proposals.masks[index]] = index % _COLOURS + 1
+    return [(key, image), (f"{len(record)} masks", label_overlay(image, enlarged(colours, record.size)))]

@@ -13,8 +13,7 @@ from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.types import check_id
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import ImageError, StoreError, UsageError
-from clipseed.jobs.evaluate import Start, evaluate, holds_masks
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate, holds_masks
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.page import Entry, render_page
 from clipseed.store.files import write_text
@@ -80,7 +79,7 @@ def _shown(examples: list[Example]) -> list[dict[str, Any]]:
     return [{"id": example.id, "miou": example.score} for example in examples]
 
 
-def write_report(options: ReportOptions, start: Callable[[str], Start] | None = None) -> ReportResult:
+def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | None = None) -> ReportResult:
     """Score every input and write the page about them.
 
     Args:

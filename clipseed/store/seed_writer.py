@@ -19,6 +19,7 @@ from clipseed.store.manifest import Manifest
 from clipseed.store.record_file import RecordFile
 from clipseed.store.records import SeedMap, classes_of, seed_format
 from clipseed.store.shards import WHOLE, Shard
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter, some
 
 
@@ -51,9 +52,9 @@ class SeedWriter(RecordWriter[SeedMap]):
             if self._done[identifier] == path:
                 self._empty.add(identifier, classes_of(file, row).tolist(), empty.get(identifier, ()))
 
-    def write(self, index: int, records: Sequence[SeedMap]) -> None:
+    def write(self, unit: Unit, records: Sequence[SeedMap]) -> None:
         """As :meth:`~clipseed.store.writer.RecordWriter.write`."""
-        super().write(index, records)
+        super().write(unit, records)
         for record in records:
             self._empty.add(record.id, record.classes.tolist(), empty_maps(record.classes.tolist(), record.cam))
 

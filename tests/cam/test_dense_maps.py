@@ -365,12 +365,15 @@ def test_a_softmax_keeps_only_the_weights_of_feature_subtraction() -> None:
 def test_every_method_can_be_chosen(tmp_path: Path) -> None:
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.cam import CamOptions, run_cam
+    from clipseed.runtime.run import RunOptions
     from clipseed.store.reader import open_seeds
 
     assert set(DENSE_METHODS) < set(METHODS)
     for method in DENSE_METHODS:
         data = DatasetOptions(dataset="toy", limit=3)
-        report = run_cam(CamOptions(data, tmp_path / f"{method}.h5", device="cpu", method=method, flip=True))
+        report = run_cam(
+            CamOptions(data, tmp_path / f"{method}.h5", method=method, flip=True, run=RunOptions(device="cpu"))
+        )
         assert report.stats.computed == 3
         with open_seeds(report.out) as seeds:
             assert seeds.manifest["method"] == method

@@ -20,8 +20,8 @@ from clipseed.data.labels import read_labels
 from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary
 from clipseed.defaults import TAG_THRESHOLD
 from clipseed.errors import InputError
-from clipseed.jobs import features
-from clipseed.jobs.tags import labels_csv
+from clipseed.jobs.cam import labels_csv
+from clipseed.runtime import features
 from clipseed.store.reader import open_seeds
 from clipseed.toy.dataset import save_devkit
 from clipseed.toy.shapes import CLASS_NAMES
@@ -269,7 +269,7 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_an_interrupted_pass_keeps_its_tags(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipseed.jobs import tags
+    from clipseed.jobs import cam as tags
 
     monkeypatch.setattr(tags, "cut_units", lambda samples, _: [samples[k : k + 2] for k in range(0, len(samples), 2)])
     encode, calls = features.image_features, []

@@ -18,11 +18,11 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import confusion, score
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 VOC = load_vocabulary("voc")
 NAMES = ("background", *VOC.class_names)
@@ -304,7 +304,7 @@ def seeds(tmp_path: Path) -> tuple[Path, Path, list[tuple[SeedMap, np.ndarray]]]
         "options": {"paper": False},
     }
     with SeedWriter(tmp_path / "cams.h5", manifest, "float16", 4) as writer:
-        writer.write(0, [seed for seed, _ in cases])
+        writer.write(Unit(0), [seed for seed, _ in cases])
         writer.finish([seed.id for seed, _ in cases])
     return tmp_path / "cams.h5", tmp_path / "root", cases
 

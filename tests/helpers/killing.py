@@ -23,7 +23,8 @@ import torch
 torch.set_num_threads(1)
 
 from clipseed.cli.main import main  # noqa: E402
-from clipseed.jobs import cam, crf, engine, refine, sam_masks, sam_seed, sam_seeder  # noqa: E402
+from clipseed.jobs import cam, crf, refine, sam_masks, sam_seed  # noqa: E402
+from clipseed.runtime import images as engine  # noqa: E402
 from clipseed.store.mask_cache import MaskCache  # noqa: E402
 from clipseed.store.masks import read_mask  # noqa: E402
 from clipseed.store.reader import open_seeds  # noqa: E402
@@ -125,7 +126,7 @@ if __name__ == "__main__":
     refine._Spreading.refined = slowed(refine._Spreading.refined)
     crf._CrfWork._solve = slowed(crf._CrfWork._solve)
     sam_masks.generate = slowed(sam_masks.generate)
-    sam_seeder.Seeder.__call__ = slowed(sam_seeder.Seeder.__call__)
+    sam_seed.Seeder.__call__ = slowed(sam_seed.Seeder.__call__)
     out = folder / "out"
     out.mkdir()
     duration = whole_run(words)

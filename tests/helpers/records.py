@@ -13,6 +13,7 @@ from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_records import MaskRecord, mask_format
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter
 
 SIZE, GRID = (48, 64), (24, 32)
@@ -33,7 +34,7 @@ def small_manifest(images: Path, vocabulary: str = "voc") -> dict[str, Any]:
 
 def write_seeds(path: Path, seeds: list[SeedMap], manifest: dict[str, Any]) -> Path:
     with SeedWriter(path, manifest, "float16", 64) as writer:
-        writer.write(0, seeds)
+        writer.write(Unit(0), seeds)
         writer.finish([seed.id for seed in seeds])
     return path
 
@@ -66,6 +67,6 @@ def write_cache(path: Path, records: list[MaskRecord], vocabulary: str | None = 
     manifest = {"kind": "sam-masks", "method": "grid", "options": {}, "source": {}, "model": {}, "dataset": {},
                 "vocabulary": words}  # fmt: skip
     with RecordWriter(path, manifest, mask_format(), 64) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path

@@ -276,7 +276,8 @@ def test_kill_dash_nine(stage: str, tmp_path: Path) -> None:
     """Killed in the middle, the same command goes on, and the result is that of an undisturbed run."""
     cams = refined_cams(tmp_path, 24)
     code = (
-        "import sys, time, clipseed.jobs.crf as crf, clipseed.jobs.refine as refine, clipseed.jobs.engine as engine\n"
+        "import sys, time, clipseed.jobs.crf as crf, clipseed.jobs.refine as refine\n"
+        "import clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 4\n"
         "def slow(function):\n"

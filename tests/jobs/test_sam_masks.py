@@ -26,7 +26,7 @@ from clipseed.errors import StoreError
 from clipseed.formats.open import open_masks
 from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
-from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
+from clipseed.jobs.inspect import inspect_masks, is_mask_cache, write_mask_preview
 from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_pixels
@@ -36,12 +36,14 @@ from clipseed.segments import Proposals, from_masks
 from clipseed.store.mask_cache import MaskCache
 from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals, unpack_proposals
 from clipseed.store.records import SeedMap
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter
 
 from helpers.images import photo
 from helpers.program import environment
 from helpers.records import bump, small_manifest, write_seeds
 from helpers.sam import SWAY, backend_of, blob_sam, tiny_sam, tiny_sam_config
+from helpers.samples import samples
 
 FACTORY = ("--sam-factory", "helpers.sam:blobs", "--device", "cpu")
 FEW = ("--preset", "stock", "--points-per-side", "3")
@@ -105,8 +107,8 @@ def test_records_come_back(counts: tuple[int, ...], tmp_path: Path) -> None:
     records = [random_record(f"p/{k}", k, count) for k, count in enumerate(counts)]
     ids = [record.id for record in records]
     with RecordWriter(tmp_path / "masks.h5", MANIFEST, mask_format(), 2) as writer:
-        for unit in writer.units(ids):
-            writer.write(unit.index, [record for record in records if record.id in unit.ids])
+        for unit in writer.units(samples(ids)):
+            writer.write(unit, [record for record in records if record.id in unit.ids])
         writer.finish(ids)
     with MaskCache(tmp_path / "masks.h5", verify=True) as cache:
         assert list(cache) == ids
@@ -436,7 +438,7 @@ def cache_file(tmp_path: Path) -> Path:
     path = tmp_path / "masks.h5"
     records = [random_record(str(k), k, 4) for k in range(3)]
     with RecordWriter(path, MANIFEST, mask_format(), 64) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 

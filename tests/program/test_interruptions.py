@@ -29,7 +29,7 @@ def command(tmp_path: Path, tiny_weights: Path) -> list[str]:
     (tmp_path / "labels.txt").write_text("".join(f"{k:03d} {k % 2}\n" for k in range(IMAGES)))
     (tmp_path / "classes.txt").write_text("rust\ncrack\n")
     code = (
-        "import os, sys, time, clipseed.jobs.cam as job, clipseed.jobs.engine as engine\n"
+        "import os, sys, time, clipseed.jobs.cam as job, clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 5\n"
         "compute = job.compute_cams\n"

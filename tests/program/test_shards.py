@@ -12,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Runner
 
 from clipseed.cli.main import main
 from clipseed.device import local_device
 from clipseed.errors import StoreError, UsageError
-from clipseed.jobs import crf, engine
+from clipseed.jobs import crf
+from clipseed.runtime import images as engine
 from clipseed.runtime.launch import Launch, find_shard
 from clipseed.store.reader import open_seeds
 from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.shards import Shard, ShardReports, lock_output
 
-from helpers.program import Runner
+from helpers.samples import samples
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
@@ -116,7 +118,7 @@ def test_shards_cover_everything_once(tmp_path: Path) -> None:
     seen: list[str] = []
     for k in range(4):
         with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(k, 4)) as writer:
-            mine = [key for unit in writer.units(ids) for key in unit.ids]
+            mine = [key for unit in writer.units(samples(ids)) for key in unit.ids]
             assert mine == writer.own(ids)
             seen += mine
     assert sorted(seen) == ids
@@ -193,7 +195,7 @@ def test_torchrun(run: Run, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     assert run(*CAM, cwd=tmp_path / "whole").returncode == 0
     (tmp_path / "program.py").write_text(
-        "import sys, clipseed.jobs.engine as engine\n"
+        "import sys, clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 3\n"
         "sys.exit(main(sys.argv[1:]))"

@@ -15,7 +15,7 @@ from PIL import Image
 import clipseed
 from clipseed.cli.main import main
 from clipseed.data.types import Sample
-from clipseed.jobs.crf_problem import NativeSolver, Problem
+from clipseed.jobs.crf import NativeSolver, Problem
 from clipseed.refine.crf import CLIP_ES, PRESETS, CrfParameters, clip_es_unary, crf_parameters, dense_crf
 from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool

@@ -21,8 +21,7 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.errors import InputError, StoreError, UsageError
 from clipseed.evaluate.confusion import confusion, score
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.jobs.report import ReportOptions, ReportResult, write_report
 from clipseed.report.charts import HUES, confusion_chart, curve_chart
 from clipseed.report.gallery import Gallery
@@ -32,6 +31,7 @@ from clipseed.report.thumbnails import THUMBNAIL
 from clipseed.store.masks import voc_palette, write_mask
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 from helpers.images import photo
 
@@ -141,7 +141,7 @@ def write_seeds(path: Path, records: list[SeedMap], names: tuple[str, ...], **ma
         **manifest,
     }
     with SeedWriter(path, content, "float32", 64) as writer:
-        writer.write(0, records)
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 

@@ -16,8 +16,9 @@ from clipseed.data.types import Sample
 from clipseed.errors import ClipseedError, ImageError, UsageError, WeightsError
 from clipseed.runtime import cluster as runtime
 from clipseed.runtime.cluster import ClusterOptions, OnRay, plan_workers
-from clipseed.runtime.stream import BatchSize, StreamStats, Task
+from clipseed.runtime.stream import BatchSize, StreamStats
 from clipseed.runtime.work import Work
+from clipseed.store.units import Unit
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")
@@ -82,12 +83,12 @@ class Recipe:
         return Doubling(self.pause)
 
 
-def units(*ids: str, size: int = 3) -> list[Task]:
+def units(*ids: str, size: int = 3) -> list[Unit]:
     samples = [Sample(key, Path(key), None) for key in ids]
-    return [Task(k, tuple(samples[start : start + size])) for k, start in enumerate(range(0, len(ids), size))]
+    return [Unit(k, tuple(samples[start : start + size])) for k, start in enumerate(range(0, len(ids), size))]
 
 
-def run(recipe: Recipe, tasks: list[Task], options: ClusterOptions | None = None) -> tuple[dict[int, Any], StreamStats]:
+def run(recipe: Recipe, tasks: list[Unit], options: ClusterOptions | None = None) -> tuple[dict[int, Any], StreamStats]:
     found: dict[int, Any] = {}
     engine: OnRay[str] = OnRay(recipe, options or ClusterOptions())
     try:
@@ -155,7 +156,7 @@ def test_a_node_is_lost(nodes: Any) -> None:
     nodes.wait_for_nodes()
     engine: OnRay[str] = OnRay(Recipe(pause=0.15), ClusterOptions(workers=3))
 
-    def write(task: Task, results: Sequence[str]) -> None:
+    def write(task: Unit, results: Sequence[str]) -> None:
         written.append(task.index)
         found[task.index] = list(results)
         if len(written) == 6:

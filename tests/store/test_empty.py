@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from clipseed.cli.main import main
-from clipseed.jobs import crf, engine
+from clipseed.jobs import crf
+from clipseed.runtime import images as engine
 from clipseed.store import empty
 from clipseed.store.empty import (
     NOTHING_COMPETES,
@@ -29,6 +30,7 @@ from clipseed.store.reader import open_seeds
 from clipseed.store.record_file import SeedFile
 from clipseed.store.records import SeedMap
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 from helpers.records import GRID, SIZE, rectangles, seed_map, small_manifest, write_cache, write_seeds
 
@@ -256,9 +258,9 @@ def test_shards_made_before(tmp_path: Path) -> None:
     manifest = small_manifest(tmp_path)
     full, nothing = seed_map("a", (3,), 0), SeedMap("a", np.array([3], np.int32), np.zeros((1, 6, 8), np.float32), SIZE)
     with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:
-        writer.write(0, [full])
+        writer.write(Unit(0), [full])
         assert writer.finish(["a"]).empty.labels == ()
     with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:
         writer.forget_unlike({"a": (5,)})
-        writer.write(0, [nothing])
+        writer.write(Unit(0), [nothing])
         assert [item.label for item in writer.finish(["a"]).empty.labels] == ["boat"]

@@ -23,12 +23,12 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.data.dataset import image_finder
 from clipseed.errors import ClipseedError, ImageError, InputError, StoreError
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.jobs.inspect import inspect_seeds
 from clipseed.store.mask_folder import read_mask_manifest
 from clipseed.store.masks import mask_note, read_mask, write_mask
 from clipseed.store.reader import open_seeds
+from clipseed.store.units import Unit
 
 from helpers.images import photo
 from helpers.seeds_files import DATASETS, MANIFEST, arrays, seeds_file
@@ -449,15 +449,15 @@ def test_pipes_never_block(tmp_path: Path) -> None:
 
 def test_ids_of_foreign_seeds_lead_nowhere(tmp_path: Path) -> None:
     """Seeds are data from elsewhere: their ids must not read images or write masks outside the folders given."""
-    from clipseed.store.mask_folder import MaskWriter
+    from clipseed.store.mask_folder import Labelled, MaskWriter
 
     (tmp_path / "photos").mkdir()
     photo(0, 8, 8).save(tmp_path / "secret.png")
     find = image_finder({"name": "folder", "images": str(tmp_path / "photos")})
-    with MaskWriter(tmp_path / "masks", {"kind": "crf"}) as writer:
+    with MaskWriter(tmp_path / "masks", {"kind": "crf"}, 16) as writer:
         for identifier in ("../secret", str(tmp_path / "secret"), "a/../../secret", "x\0y", "a\nb"):
             with pytest.raises(ImageError, match="the image id"):
                 find(identifier)
             with pytest.raises(InputError, match="the image id"):
-                writer.write(identifier, np.zeros((8, 8), np.uint8), ())
+                writer.write(Unit(0), [Labelled(identifier, np.zeros((8, 8), np.uint8), ())])
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "secret.png", "masks"}

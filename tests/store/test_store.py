@@ -25,6 +25,9 @@ from clipseed.store.reader import Seeds, open_seeds
 from clipseed.store.record_file import SeedFile, write_unit
 from clipseed.store.records import SeedMap, seed_format
 from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
+
+from helpers.samples import samples
 
 MANIFEST: dict[str, Any] = {
     "kind": "cam", "method": "m", "options": {"scales": [1.0]}, "model": {"sha256": "ab"},
@@ -53,8 +56,8 @@ def store(path: Path, records: list[SeedMap], **options: Any) -> None:
     with SeedWriter(
         path, options.pop("manifest", MANIFEST), "float16", options.pop("unit_size", 3), **options
     ) as writer:
-        for unit in writer.units(ids):
-            writer.write(unit.index, [record for record in records if record.id in unit.ids])
+        for unit in writer.units(samples(ids)):
+            writer.write(unit, [record for record in records if record.id in unit.ids])
         writer.finish(ids)
 
 
@@ -91,8 +94,8 @@ def test_any_ragged_content(
     path = tmp_path_factory.mktemp("store") / "cams.h5"
     ids = [record.id for record in records]
     with SeedWriter(path, MANIFEST, dtype, unit_size) as writer:
-        for unit in writer.units(ids):
-            writer.write(unit.index, [record for record in records if record.id in unit.ids])
+        for unit in writer.units(samples(ids)):
+            writer.write(unit, [record for record in records if record.id in unit.ids])
         writer.finish(ids)
     with open_seeds(path) as seeds:
         assert list(seeds) == ids
@@ -123,12 +126,12 @@ def test_identical_whatever_the_units_and_interruptions(tmp_path: Path) -> None:
     store(tmp_path / "b.h5", RECORDS, unit_size=5)
     ids = [record.id for record in RECORDS]
     with SeedWriter(tmp_path / "c.h5", MANIFEST, "float16", 2) as writer:
-        writer.write(0, RECORDS[:2])  # and then the process dies
+        writer.write(Unit(0), RECORDS[:2])  # and then the process dies
     with SeedWriter(tmp_path / "c.h5", MANIFEST, "float16", 99) as writer:
         assert writer.done == frozenset(ids[:2])
-        assert [unit.index for unit in writer.units(ids)] == [1, 2]  # the unit size of the first run is kept
-        writer.write(1, RECORDS[2:4])
-        writer.write(2, RECORDS[4:])
+        assert [unit.index for unit in writer.units(samples(ids))] == [1, 2]  # the unit size of the first run is kept
+        writer.write(Unit(1), RECORDS[2:4])
+        writer.write(Unit(2), RECORDS[4:])
         writer.finish(ids)
     contents = {name: (tmp_path / name).read_bytes() for name in ("a.h5", "b.h5", "c.h5")}
     assert contents["a.h5"] == contents["b.h5"] == contents["c.h5"]
@@ -146,12 +149,12 @@ def test_a_finished_file_can_grow(tmp_path: Path) -> None:
 def test_skipped_images_are_filled_in_later(tmp_path: Path) -> None:
     ids = [record.id for record in RECORDS]
     with SeedWriter(tmp_path / "out", MANIFEST, "float16", 3) as writer:
-        writer.write(0, [RECORDS[0], RECORDS[2]])
-        writer.write(1, RECORDS[3:])
+        writer.write(Unit(0), [RECORDS[0], RECORDS[2]])
+        writer.write(Unit(1), RECORDS[3:])
     with SeedWriter(tmp_path / "out", MANIFEST, "float16", 3) as writer:
-        (unit,) = writer.units(ids)
+        (unit,) = writer.units(samples(ids))
         assert (unit.index, unit.ids) == (0, ("b/c",))
-        writer.write(0, [RECORDS[1]])
+        writer.write(Unit(0), [RECORDS[1]])
     assert sorted(path.name for path in (tmp_path / "out").glob("*.h5")) == [
         "unit-000000-1.h5", "unit-000000.h5", "unit-000001.h5",
     ]  # fmt: skip
@@ -243,13 +246,13 @@ def test_flipped_data_is_found_even_without_the_whole_file_check(tmp_path: Path)
 def test_a_damaged_shard_is_computed_again(tmp_path: Path) -> None:
     ids = [record.id for record in RECORDS]
     with SeedWriter(tmp_path / "cams.h5", MANIFEST, "float16", 3) as writer:
-        writer.write(0, RECORDS[:3])
-        writer.write(1, RECORDS[3:])
+        writer.write(Unit(0), RECORDS[:3])
+        writer.write(Unit(1), RECORDS[3:])
     shard = tmp_path / "cams.h5.parts" / "unit-000001.h5"
     shard.write_bytes(shard.read_bytes()[:900])
     with SeedWriter(tmp_path / "cams.h5", MANIFEST, "float16", 3) as writer:
         assert "computed again" in writer.notes[0]
-        assert [unit.index for unit in writer.units(ids)] == [1]
+        assert [unit.index for unit in writer.units(samples(ids))] == [1]
 
 
 def test_not_a_seeds_file(tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_inconsistent_offsets_are_refused(tmp_path: Path) -> None:
 
 def test_unfinished_output_says_so(tmp_path: Path) -> None:
     with SeedWriter(tmp_path / "cams.h5", MANIFEST, "float16", 3) as writer:
-        writer.write(0, RECORDS[:3])
+        writer.write(Unit(0), RECORDS[:3])
     with pytest.raises(StoreError, match="not finished yet"):
         open_seeds(tmp_path / "cams.h5")
     assert len(open_seeds(tmp_path / "cams.h5.parts")) == 3
@@ -361,8 +364,8 @@ def test_full_disk(tmp_path: Path) -> None:
             SeedWriter(mount / "cams.h5", MANIFEST, "float16", 2) as writer,
             pytest.raises(StoreError, match="the disk is full"),
         ):
-            for unit in writer.units(ids):
-                writer.write(unit.index, [record for record in records if record.id in unit.ids])
+            for unit in writer.units(samples(ids)):
+                writer.write(unit, [record for record in records if record.id in unit.ids])
         stored = len(writer.done)
         assert 0 < stored < 12
         with (
