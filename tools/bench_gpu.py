@@ -66,9 +66,9 @@ from clipseed.refine.par import refine_par  # noqa: E402
 from clipseed.runtime.decode import DecodePool  # noqa: E402
 from clipseed.runtime.images import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
 from clipseed.runtime.run import RunOptions  # noqa: E402
-from clipseed.store.mask_cache import MaskCache  # noqa: E402
-from clipseed.store.masks import read_mask  # noqa: E402
-from clipseed.store.reader import Seeds  # noqa: E402
+from clipseed.store.cams import CamSet  # noqa: E402
+from clipseed.store.label_masks import read_label_mask  # noqa: E402
+from clipseed.store.segments import SegmentSet  # noqa: E402
 
 MODEL = "ViT-B-16-quickgelu"
 """OpenAI's, which are the default, have QuickGELU."""
@@ -222,9 +222,9 @@ def check(bench: Bench) -> dict[str, Any]:
         def seeds(source: Path, masks: Path) -> Callable[[Path], object]:
             return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, run=RunOptions(workers=0)))
 
-        seeded = labels(cpu, "seeds", seeds(spread, reference))
+        seeded = labels(cpu, "CAMs", seeds(spread, reference))
         ours = seeds(there / "caa-fp32.h5", there / "masks-fp32.h5")
-        yield "sam-seed", lambda: label_differences(seeded, labels(there, "seeds", ours))
+        yield "sam-seed", lambda: label_differences(seeded, labels(there, "CAMs", ours))
 
     for name, step in steps():
         note(name, step())
@@ -236,9 +236,9 @@ def check(bench: Bench) -> dict[str, Any]:
 def map_differences(one: Path, other: Path) -> dict[str, float]:
     """Largest difference of a value, and share of patches (or pixels) whose strongest label is another."""
     largest, changed, places = 0.0, 0, 0
-    with Seeds(one) as first, Seeds(other) as second:
+    with CamSet(one) as first, CamSet(other) as second:
         for key in first:
-            a, b = (np.asarray(seeds[key].cam, np.float32) for seeds in (first, second))
+            a, b = (np.asarray(seeds[key].maps, np.float32) for seeds in (first, second))
             if not len(a):
                 continue
             largest = max(largest, float(np.abs(a - b).max()))
@@ -252,7 +252,7 @@ def label_differences(one: Path, other: Path) -> dict[str, float]:
     """Share of pixels with another label."""
     unequal = pixels = 0
     for path in sorted(one.rglob("*.png")):
-        a, b = read_mask(path), read_mask(other / path.relative_to(one))
+        a, b = read_label_mask(path), read_label_mask(other / path.relative_to(one))
         unequal += int((a != b).sum())
         pixels += a.size
     return {"unequal": unequal / max(1, pixels)}
@@ -262,7 +262,7 @@ def segment_differences(one: Path, other: Path) -> dict[str, float]:
     """How much of the segments is lost, either way: 1 - mean IoU with the best match."""
     scores: list[float] = []
     counts = [0, 0]
-    with MaskCache(one) as first, MaskCache(other) as second:
+    with SegmentSet(one) as first, SegmentSet(other) as second:
         for key in first:
             a, b = (cache[key].masks().reshape(len(cache[key]), -1).astype(np.float32) for cache in (first, second))
             counts = [counts[0] + len(a), counts[1] + len(b)]
@@ -374,7 +374,7 @@ def model(bench: Bench) -> dict[str, Any]:
         few = items[:2]
         on_cpu, here = (cam_work(bench, None, where, "fp32").compute(few) for where in ("cpu", str(bench.device)))
         found["fp32 beside the CPU"] = max(
-            float(np.abs(a.cam - b.cam).max()) for a, b in zip(on_cpu, here, strict=True)
+            float(np.abs(a.maps - b.maps).max()) for a, b in zip(on_cpu, here, strict=True)
         )
     return found
 
@@ -489,7 +489,7 @@ def refine(bench: Bench) -> dict[str, Any]:
     grid = grid_of(bench, work.clip.tower.patch)
     count = 3 if bench.tiny else max(1, token_budget(bench.device) // (grid[0] * grid[1] + 1))
     items = items_of(count, grid, work.clip.tower.patch)
-    cams = [torch.from_numpy(np.asarray(record.cam, np.float32)) for record in work.compute(items)]
+    cams = [torch.from_numpy(np.asarray(record.maps, np.float32)) for record in work.compute(items)]
     pixels = upload(items, bench.device)
     options = CaaOptions()
 

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.jobs.cam import CamOptions, CamRecipe
-from clipseed.runtime.cluster import ClusterOptions, OnRay
+from clipseed.runtime.cluster import ClusterOptions, RayEngine
 from clipseed.runtime.run import RunOptions
 from clipseed.store.units import Unit
 
@@ -41,7 +41,7 @@ class OfUnits:
 
 def with_actors(recipe: CamRecipe, tasks: list[Unit]) -> tuple[float, float, int]:
     began = time.perf_counter()
-    engine: OnRay[Any] = OnRay(recipe, ClusterOptions(cpus=1))
+    engine: RayEngine[Any] = RayEngine(recipe, ClusterOptions(cpus=1))
     ready = time.perf_counter()
     found: list[Any] = []
     engine.run(tasks, lambda _, results: found.extend(results))

@@ -185,7 +185,7 @@ def exit_code(console: Console, left_out: int, allowed: float) -> int:
 def warn_of_toy_weights(console: Console, weights: str | None, image_set: ImageSet) -> None:
     """Say that the built-in weights are of no use for other images than those of the built-in world."""
     from clipseed.clip.model import TOY_WEIGHTS
-    from clipseed.toy.dataset import is_toy_id
+    from clipseed.data.toy.dataset import is_toy_id
 
     # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
     if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):

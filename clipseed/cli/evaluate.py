@@ -21,14 +21,14 @@ def evaluate(
     *,
     prediction: Annotated[
         Optional[Path],
-        typer.Argument(help="Seeds (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
+        typer.Argument(help="CAMs (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
     ] = None,
     scoring: shared.ScoringArguments,
     csv: Annotated[Optional[Path], shared.output_option(help="Also write the table to this file.")] = None,
     allow_skipped: shared.AllowSkipped = None,
     output: shared.OutputArguments,
 ) -> int:
-    """Score seeds or masks against ground truth (mean intersection over union).
+    """Score CAMs or masks against ground truth (mean intersection over union).
 
     Example:
 

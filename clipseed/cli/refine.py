@@ -33,10 +33,10 @@ class SourceArguments:
     """What is refined, into what, and where its images are."""
 
     source: Annotated[
-        Optional[Path], typer.Argument(help="Seeds to refine (default: what the stage before left here).")
+        Optional[Path], typer.Argument(help="CAMs to refine (default: what the stage before left here).")
     ] = None
     out: Annotated[
-        Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).")
+        Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the CAMs).")
     ] = None
     images: shared.MovedImages = None
     root: shared.MovedRoot = None
@@ -77,7 +77,7 @@ def caa(
     affinity: AffinityArguments,
     paper: Annotated[
         Optional[bool],
-        shared.method_option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
+        shared.method_option("--paper/--no-paper", help="The released code with its quirks (default: as the CAMs)."),
     ] = None,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,

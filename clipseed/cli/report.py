@@ -27,7 +27,7 @@ def report(
         Optional[list[Path]],
         typer.Argument(
             metavar="SEEDS_OR_MASKS...",
-            help="Seeds (.h5 or folder of units) or folders of PNG masks; several are compared "
+            help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
             "(default: the newest stage).",
         ),
     ] = None,

@@ -24,7 +24,7 @@ _prompt_option = partial(typer.Option, rich_help_panel="Prompts instead of a gri
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArguments:
-    """A data set of which the images alone count, or where the images of seeds are."""
+    """A data set of which the images alone count, or where the images of CAMs are."""
 
     dataset: Annotated[
         Optional[DatasetName], shared.data_option(help="Labels are not needed (default: the images of --seeds).")
@@ -48,9 +48,11 @@ def sam_masks(
     where: ImageArguments,
     seeds: Annotated[
         Optional[Path],
-        shared.data_option(help="Take the images of these seeds (default: cams.h5), and prompts from their maps."),
+        shared.data_option(help="Take the images of these CAMs (default: cams.h5), and prompts from their maps."),
     ] = None,
-    out: Annotated[Path, shared.output_option(help="NAME.h5 for one file, or a folder for units.")] = Path("masks.h5"),
+    out: Annotated[Path, shared.output_option(help="NAME.h5 for one file, or a folder for units.")] = Path(
+        "segments.h5"
+    ),
     reading: shared.ReadingArguments,
     checkpoint: Annotated[
         Optional[str],
@@ -138,7 +140,7 @@ def sam_masks(
 def _refuse_without_dataset(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"--{name} belongs to --dataset; the images of --seeds are read as the seeds were")
+            raise UsageError(f"--{name} belongs to --dataset; the images of --seeds are read as the CAMs were")
 
 
 def _finish(run: Running, done: SamMasksReport) -> int:

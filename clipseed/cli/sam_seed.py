@@ -20,16 +20,16 @@ def sam_seed(
         Optional[Path],
         typer.Argument(
             metavar="[SEEDS]",
-            help="Seeds (default: what the stage before left here), or for vote a folder of label masks.",
+            help="CAMs (default: what the stage before left here), or for vote a folder of label masks.",
         ),
     ] = None,
     masks: Annotated[
         Path, shared.data_option(help="What clipseed sam-masks made, or masks in another format (folder, JSON).")
-    ] = Path("masks.h5"),
+    ] = Path("segments.h5"),
     masks_kind: Annotated[
         SegmentFormat, shared.data_option(metavar="FORMAT", help=f"That format: {shared.listed(SegmentFormat)}.")
     ] = "auto",
-    out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("seeds"),
+    out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("pseudo-sam"),
     method: Annotated[
         Optional[SeedMethod],
         shared.method_option(
@@ -66,7 +66,7 @@ def sam_seed(
     running: shared.RunArguments,
     output: shared.OutputArguments,
 ) -> int:
-    """Turn seeds and SAM's segments into label masks.
+    """Turn CAMs and SAM's segments into label masks.
 
     Masks are palette PNG of the image's size: 0 background, class index + 1, and 255 where it is asked for. Examples:
 

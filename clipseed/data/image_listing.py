@@ -102,7 +102,7 @@ def _folder(options: ListingOptions) -> _Listing:
 
 
 def _toy(options: ListingOptions) -> ImageListing:
-    from clipseed.toy.dataset import toy_set
+    from clipseed.data.toy.dataset import toy_set
 
     toy = toy_set(load_vocabulary("toy"))
     about: dict[str, str | int | None] = {

@@ -46,13 +46,13 @@ from clipseed.runtime.images import (
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize, StreamStats
-from clipseed.runtime.work import Deferred, Here, Work
+from clipseed.runtime.work import Deferred, LocalEngine, Work
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
 from clipseed.store.differences import differences
 from clipseed.store.empty import stage_of
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.writer import recorded_manifest
 
 
@@ -127,7 +127,7 @@ def run_cam(
 
 
 def _run(
-    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[SeedMap], start: StartOn | None,
+    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[Cam], start: StartOn | None,
     start_tags: Start | None,
 ) -> CamReport:  # fmt: skip
     about, shard = engine.about, options.run.shard
@@ -137,7 +137,7 @@ def _run(
         manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
     dtype = "float32" if options.paper else "float16"
     unit = dealt_unit(about["unit"], len(image_set.samples), shard.count * engine.hands)
-    with SeedWriter(
+    with CamWriter(
         options.out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, stage=stage
     ) as writer:
         reader = image_set.reader
@@ -147,7 +147,7 @@ def _run(
         if options.data.auto_labels:
 
             def tagger() -> tuple[FrozenClip, TextBank]:
-                work = engine.engine.work if isinstance(engine.engine, Here) else recipe()
+                work = engine.engine.work if isinstance(engine.engine, LocalEngine) else recipe()
                 assert isinstance(work, CamWork)
                 return work.clip, work.text
 
@@ -245,7 +245,7 @@ class CamRecipe:
         return CamWork(self)
 
 
-class CamWork(Work[LoadedViews, SeedMap]):
+class CamWork(Work[LoadedViews, Cam]):
     """Images to maps."""
 
     def __init__(self, recipe: CamRecipe) -> None:
@@ -282,7 +282,7 @@ class CamWork(Work[LoadedViews, SeedMap]):
         options = self._options
         return ViewLoader(self._reader, self.clip.tower.patch, options.scales, options.max_side, options.min_side)
 
-    def compute(self, items: Sequence[LoadedViews]) -> list[SeedMap]:
+    def compute(self, items: Sequence[LoadedViews]) -> list[Cam]:
         """Maps of a batch."""
         labels = [item.sample.labels or () for item in items]
         if not labels[0]:  # images that show no class need no model
@@ -303,7 +303,7 @@ class CamWork(Work[LoadedViews, SeedMap]):
                 maps = caa(stored, batch.attention, self._refinement)
             self.counters["recomputed"] += batch.recomputed
         return [
-            SeedMap(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size, item.stamp)
+            Cam(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size, item.stamp)
             for item, row, cam in zip(items, labels, maps, strict=True)
         ]
 
@@ -344,7 +344,7 @@ def tag_unlabelled(
     options: CamOptions,
     image_set: ImageSet,
     tagger: Callable[[], tuple[FrozenClip, TextBank]],
-    output: SeedWriter,
+    output: CamWriter,
     replaced: Collection[str] = (),
     start: Start | None = None,
 ) -> tuple[ImageSet, TagReport]:

@@ -1,4 +1,4 @@
-"""``clipseed crf``: seeds to label masks with a dense CRF over the classes present."""
+"""``clipseed crf``: CAMs to label masks with a dense CRF over the classes present."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from clipseed.runtime.images import (
     ImageLoader,
     LoadedImage,
     batches_in_flight,
+    cam_sample,
     default_workers,
-    earlier_in_seeds,
+    earlier_in_cams,
     misfit,
     one_by_one,
     recorded_reader,
-    seed_sample,
     usable_cores,
 )
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import CamSet, open_cams
 from clipseed.store.empty import Earlier
+from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_folder import Labelled, MaskWriter
-from clipseed.store.reader import Seeds, open_seeds
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished
 from clipseed.types import IGNORE
@@ -58,9 +58,9 @@ Floats = npt.NDArray[np.float32]
 
 
 @lru_cache(maxsize=2)
-def _seeds(path: Path) -> Seeds:
+def _seeds(path: Path) -> CamSet:
     """Opened once per worker process."""
-    return open_seeds(path, verify=False)
+    return open_cams(path, verify=False)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Problem:
     alpha: float
     paper: bool
 
-    def unary(self, seed: SeedMap) -> Floats:
+    def unary(self, seed: Cam) -> Floats:
         """Negative log probabilities ``(1 + K, H, W)`` of background and classes."""
         return maps_unary(seed.upsampled(), self.alpha, released=self.paper)
 
@@ -92,7 +92,7 @@ class NativeSolver:
         """Solve one image: its id and posterior ``(1 + K, H, W)``.
 
         Raises:
-            ImageError: it cannot be read, or does not fit its seeds.
+            ImageError: it cannot be read, or does not fit its CAMs.
         """
         from clipseed.refine.crf_native import native_crf
 
@@ -112,13 +112,13 @@ class CrfOptions:
     """Everything ``clipseed crf`` can be told.
 
     Attributes:
-        source: Seeds of patches or pixels.
+        source: CAMs of patches or pixels.
         alpha: Exponent of the background score ``(1 - max) ** alpha``; CLIP-ES: 1.
         confidence: Pixels whose largest posterior is below become 255; CLIP-ES: 0.95. ``None``: never.
-        soft: Seeds file for the posterior of the classes (that of the background is what is missing to 1).
+        soft: CAM file for the posterior of the classes (that of the background is what is missing to 1).
         empty: What becomes of the mask of an image in which some label got no pixel
-            (:class:`~clipseed.store.mask_folder.MaskWriter`).
-        paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the seeds were made.
+            (:class:`~clipseed.store.label_mask_writer.LabelMaskWriter`).
+        paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the CAMs were made.
         images, root: Where the images, or their data set, are now, if they have moved.
     """
 
@@ -145,20 +145,20 @@ class CrfReport(RunReport):
 
 
 def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
-    """Make masks of seeds; resumes what an earlier run began.
+    """Make masks of CAMs; resumes what an earlier run began.
 
     Raises:
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     _check(options)
-    with Seeds(options.source) as seeds:
+    with CamSet(options.source) as seeds:
         manifest = _manifest(options, relocated(seeds.manifest, options.images, options.root))
         with (
             contextlib.closing(open_engine(partial(_CrfWork, options), options.run.cluster)) as engine,
-            _Sinks(options, manifest, earlier_in_seeds(seeds)) as sinks,
+            _Sinks(options, manifest, earlier_in_cams(seeds)) as sinks,
         ):
             sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
-            samples = [seed_sample(seeds, key) for key in seeds]
+            samples = [cam_sample(seeds, key) for key in seeds]
             done = run(engine, sinks, samples, start, shard=options.run.shard)
             done.stats.counters["unsure"] += sinks.masks.ignored
         return CrfReport(**vars(done), source=options.source, solver=options.solver)
@@ -175,7 +175,7 @@ def _check(options: CrfOptions) -> None:
         raise UsageError(f"--alpha {options.alpha}: give an exponent from 0.01 to 100")
     if options.confidence is not None and not 0 < options.confidence <= 1:
         raise UsageError(f"--confidence {options.confidence}: give a probability above 0, up to 1 (0.95 in the paper)")
-    places = {"the seeds": options.source, "--out": options.out, "--soft": options.soft}
+    places = {"the CAMs": options.source, "--out": options.out, "--soft": options.soft}
     named = [(name, path.resolve()) for name, path in places.items() if path is not None]
     for (one, first), (other, second) in combinations(named, 2):
         if first == second:
@@ -212,21 +212,21 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
 class Mask(Labelled):
     """A finished image, with its posterior where it is kept."""
 
-    soft: SeedMap | None = None
+    soft: Cam | None = None
 
 
 class _Sinks:
     """Where results go: masks always, posteriors on request; an image is done when both have it."""
 
     def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
-        self.masks = MaskWriter(
+        self.masks = LabelMaskWriter(
             options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
             empty=options.empty, earlier=earlier,
         )  # fmt: skip
         self.out = self.folder = options.out
         self._shard = options.run.shard
         self._soft = (
-            SeedWriter(
+            CamWriter(
                 options.soft,
                 manifest,
                 "float16",
@@ -291,12 +291,12 @@ class _Sinks:
 
 
 class _CrfWork(Work[Any, Mask]):
-    """Seeds to masks."""
+    """CAMs to masks."""
 
     def __init__(self, options: CrfOptions) -> None:
         super().__init__()
         self.options = options
-        self.seeds = Seeds(options.source, verify=False)
+        self.seeds = CamSet(options.source, verify=False)
         reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
         paper = _paper(options, self.seeds.manifest)
         self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
@@ -340,7 +340,7 @@ class _CrfWork(Work[Any, Mask]):
             found[k] = self._labelled(seeds[k], posterior)
         return [result for result in found if result is not None]
 
-    def _posteriors(self, chosen: Sequence[tuple[SeedMap, LoadedImage]]) -> list[Floats]:
+    def _posteriors(self, chosen: Sequence[tuple[Cam, LoadedImage]]) -> list[Floats]:
         if not chosen:
             return []
         unaries = [torch.from_numpy(self.problem.unary(seed)).to(self.device) for seed, _ in chosen]
@@ -354,10 +354,10 @@ class _CrfWork(Work[Any, Mask]):
     def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
         return [self._labelled(self.seeds[key], posterior) for key, posterior in (item.result for item in items)]
 
-    def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
+    def _labelled(self, seed: Cam, posterior: Floats) -> Mask:
         labels = posterior_labels(posterior, seed.classes, self.options.confidence)
         if self.options.confidence is not None:
             self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
         self.counters["pixels"] += labels.size
-        soft = replace(seed, cam=posterior[1:]) if self.options.soft else None
+        soft = replace(seed, maps=posterior[1:]) if self.options.soft else None
         return Mask(seed.id, labels, tuple(seed.classes.tolist()), seed.stamp, soft)

@@ -12,7 +12,8 @@ import numpy as np
 
 from clipseed.cam.methods import Method
 from clipseed.data.dataset import DatasetOptions
-from clipseed.evaluate.sources import MaskFolder
+from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_scene
+from clipseed.evaluate.sources import LabelMaskFolder
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
@@ -24,10 +25,9 @@ from clipseed.report.overlay import contact_sheet, label_overlay, maps_overlay
 from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import StreamStats
 from clipseed.sam.options import FMA
+from clipseed.store.cams import CamSet
 from clipseed.store.files import replacing, storage_errors
-from clipseed.store.reader import Seeds
-from clipseed.store.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
-from clipseed.toy.dataset import HELD_OUT_SEED, toy_scene
+from clipseed.store.stages import CAM_OUTPUT, CRF_OUTPUT, SEED_OUTPUT, SEGMENTS_OUTPUT
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)
 """FMA-WSSS's settings for images of 200 pixels: fewer points, no crops."""
@@ -129,9 +129,9 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
         return run_crf(options, lambda todo, done: progress(todo)).stats
 
     def sam(source: Path, out: Path, progress: Progress) -> StreamStats:
-        segments = SamMasksOptions(folder / MASKS_OUTPUT, seeds=source, proposals=GRID, run=how)
+        segments = SamMasksOptions(folder / SEGMENTS_OUTPUT, seeds=source, proposals=GRID, run=how)
         run_sam_masks(segments, lambda todo, done: progress(todo, ": segments"))
-        options = SamSeedOptions(source, folder / MASKS_OUTPUT, out, run=RunOptions(workers=0, overwrite=True))
+        options = SamSeedOptions(source, folder / SEGMENTS_OUTPUT, out, run=RunOptions(workers=0, overwrite=True))
         return run_sam_seed(options, lambda todo, done: progress(todo, ": seeding")).stats
 
     maps, refined = folder / CAM_OUTPUT, folder / "cams-caa.h5"
@@ -156,8 +156,8 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
 def _write_previews(folder: Path, refined: Path) -> tuple[Path, Path]:
     """Overlays of some scenes: their truth, maps and pseudo-labels, and apart from it every map by itself."""
     labels, maps = folder / "pseudo-labels.png", folder / "maps.png"
-    kinds = (("CRF", MaskFolder(folder / CRF_OUTPUT)), ("SAM", MaskFolder(folder / SEED_OUTPUT)))
-    with Seeds(refined) as seeds:
+    kinds = (("CRF", LabelMaskFolder(folder / CRF_OUTPUT)), ("SAM", LabelMaskFolder(folder / SEED_OUTPUT)))
+    with CamSet(refined) as seeds:
         # Several classes show what the methods are for; the same scenes whatever their number.
         chosen = [key for key in seeds if len(seeds.classes(key)) > 1][:_SHOWN] or list(seeds)[:_SHOWN]
         rows = []

@@ -1,4 +1,4 @@
-"""``clipseed evaluate``: score seeds or masks against ground truth."""
+"""``clipseed evaluate``: score CAMs or masks against ground truth."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
-from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
+from clipseed.evaluate.sources import LabelMaskFolder, MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
+from clipseed.store.cam_records import Cam
+from clipseed.store.cams import CamSet
+from clipseed.store.label_mask_writer import read_label_mask_manifest
 from clipseed.store.manifest import Manifest
-from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.reader import Seeds
 from clipseed.store.record_set import UNIT_PATTERN
-from clipseed.store.records import SeedMap
 from clipseed.types import IGNORE, LabelMask
 
 
@@ -112,18 +112,18 @@ Each = Callable[[str, Counts, LabelMask, LabelMask], None]
 
 
 def holds_masks(path: Path) -> bool:
-    """Whether a prediction is a folder of masks, not seeds."""
+    """Whether a prediction is a folder of masks, not CAMs."""
     return is_folder(path) and not any(path.glob(UNIT_PATTERN))
 
 
 def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: Each | None = None) -> EvaluateReport:
-    """Score a seeds output or a folder of masks.
+    """Score a CAMs output or a folder of masks.
 
     Args:
         options: What to score against what.
         start: Called with the number of images; returns the progress callback.
         each: Called for every scored image with its id, its own confusion matrix, truth and prediction, at the
-            reported setting. Seeds are read a second time for it, as the best setting is known only after the first.
+            reported setting. CAMs are read a second time for it, as the best setting is known only after the first.
 
     Raises:
         UsageError: an option is missing or impossible.
@@ -131,11 +131,11 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
     """
     _check(options)
     if not is_folder(options.prediction) and not is_file(options.prediction) and not never_ends(options.prediction):
-        raise InputError(f"{options.prediction}: no such seeds file or mask folder")
+        raise InputError(f"{options.prediction}: no such CAM file or mask folder")
     if holds_masks(options.prediction):
         return _evaluate_masks(options, start, each)
-    with Seeds(options.prediction) as seeds:
-        return _evaluate_seeds(options, seeds, start, each)
+    with CamSet(options.prediction) as seeds:
+        return _evaluate_cams(options, seeds, start, each)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -199,18 +199,18 @@ def _report(
 class _Sweep(Protocol):
     settings: tuple[float, ...]
 
-    def update(self, seed: SeedMap, truth: LabelMask) -> None: ...
+    def update(self, seed: Cam, truth: LabelMask) -> None: ...
 
     def matrices(self) -> list[Counts]: ...
 
 
-def _evaluate_seeds(
-    options: EvaluateOptions, seeds: Seeds, start: StartScoring | None, each: Each | None
+def _evaluate_cams(
+    options: EvaluateOptions, seeds: CamSet, start: StartScoring | None, each: Each | None
 ) -> EvaluateReport:
     manifest: Manifest = seeds.manifest
     vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(seeds.path), "classes")
     if options.classes and load_vocabulary(options.classes).class_names != vocabulary.class_names:
-        raise UsageError(f"--classes {options.classes}: the seeds were made with other classes ({vocabulary.name})")
+        raise UsageError(f"--classes {options.classes}: the CAMs were made with other classes ({vocabulary.name})")
     names = ("background", *vocabulary.class_names)
     dataset = manifest.get("dataset")
     truth = find_ground_truth(options.gt, dataset)
@@ -224,13 +224,13 @@ def _evaluate_seeds(
         sweep = ThresholdSweep(len(names), settings, half=half)
     advance = start(len(match.ids) * (2 if each else 1)) if start else (lambda count: None)
 
-    def load(identifier: str) -> tuple[SeedMap, LabelMask]:
+    def load(identifier: str) -> tuple[Cam, LabelMask]:
         seed, mask = seeds[identifier], truth.read(identifier)
         check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
         if mask.shape != seed.size:
             if not options.resize_pred:
                 raise _size_error(identifier, seed.size, mask.shape)
-            seed = SeedMap(seed.id, seed.classes, seed.cam, (mask.shape[0], mask.shape[1]))
+            seed = Cam(seed.id, seed.classes, seed.maps, (mask.shape[0], mask.shape[1]))
         return seed, mask
 
     for seed, mask in _ahead(load, match.ids):
@@ -253,7 +253,7 @@ def _evaluate_seeds(
     return report
 
 
-def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> LabelMask:
+def _labels(seed: Cam, setting: float, *, power: bool, half: bool) -> LabelMask:
     """Mask ``(H, W)`` of one image at one setting of a sweep, pixel for pixel as the sweep counts it."""
     if power:
         return power_labels(seed, setting)
@@ -267,8 +267,8 @@ def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> LabelM
 
 def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: Each | None) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
-        raise UsageError(f"--threshold and --alpha apply to seeds; {options.prediction} holds finished masks")
-    manifest = read_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to
+        raise UsageError(f"--threshold and --alpha apply to CAMs; {options.prediction} holds finished masks")
+    manifest = read_label_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to
     if options.classes is not None:
         vocabulary = load_vocabulary(options.classes)
     elif "vocabulary" in manifest:
@@ -280,10 +280,10 @@ def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: 
         raise InputError(f"{options.prediction}: its manifest is damaged ('dataset' is no mapping)")
     if options.gt is None and dataset is None:
         raise UsageError("--gt: name the folder with the ground-truth masks")
-    predictions = MaskFolder(options.prediction)
+    predictions = LabelMaskFolder(options.prediction)
     predicted = sorted(predictions.ids())
     if not predicted:
-        raise InputError(f"{options.prediction}: neither seeds nor PNG masks in this folder")
+        raise InputError(f"{options.prediction}: neither CAMs nor PNG masks in this folder")
     names = ("background", *vocabulary.class_names)
     truth = find_ground_truth(options.gt, dataset)
     match = _match(options, predicted, truth, dataset)

@@ -1,4 +1,4 @@
-"""``clipseed inspect``: what a seeds output holds."""
+"""``clipseed inspect``: what a CAMs output holds."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from clipseed.data.paths import is_folder, never_ends
 from clipseed.errors import ImageError, InputError, StoreError
 from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_overlay
 from clipseed.segments import enlarged
+from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
 from clipseed.store.files import replacing
 from clipseed.store.formats import format_of
 from clipseed.store.manifest import Manifest
-from clipseed.store.mask_cache import MaskCache
-from clipseed.store.mask_records import mask_format, unpack_proposals
-from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.store.segment_records import segment_format, unpack_segments
+from clipseed.store.segments import SegmentSet
 from clipseed.types import NO_CLASS
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A summary of seeds.
+    """A summary of CAMs.
 
     Attributes:
         maps: Number of class activation maps.
@@ -56,8 +56,8 @@ class Inspection:
         }  # fmt: skip
 
 
-def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> Inspection:
-    """Summarise a seeds file or folder.
+def inspect_cams(path: Path, *, verify: bool = False, look_at: int = 2000) -> Inspection:
+    """Summarise a CAM file or folder.
 
     Args:
         path: What to look at.
@@ -67,7 +67,7 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
     Raises:
         StoreError: missing, not ours, or damaged.
     """
-    with Seeds(path, verify=True if verify else None) as seeds:
+    with CamSet(path, verify=True if verify else None) as seeds:
         names = seeds.class_names
         counts = np.zeros(len(names), np.int64)
         for file in seeds.files:
@@ -94,14 +94,14 @@ def inspect_seeds(path: Path, *, verify: bool = False, look_at: int = 2000) -> I
         )
 
 
-def _empty(seeds: Seeds, ids: list[str]) -> EmptyLabels:
-    """Labels of some images whose maps are empty, with the stages and reasons that are listed beside the seeds."""
+def _empty(seeds: CamSet, ids: list[str]) -> EmptyLabels:
+    """Labels of some images whose maps are empty, with the stages and reasons that are listed beside the CAMs."""
     listed = listed_earlier(read_empty(seeds.path), seeds.manifest)
     found = EmptyList(seeds.path, seeds.manifest, earlier=listed)
     for key in ids:
         seed = seeds[key]
         classes = seed.classes.tolist()
-        found.add(key, classes, empty_maps(classes, seed.cam))
+        found.add(key, classes, empty_maps(classes, seed.maps))
     return found.found()
 
 
@@ -113,9 +113,9 @@ def write_preview(
 
     Raises:
         InputError: no such id, or none of the images can be found any more.
-        StoreError: the seeds are damaged, or ``out`` cannot be written.
+        StoreError: the CAMs are damaged, or ``out`` cannot be written.
     """
-    with Seeds(path) as seeds:
+    with CamSet(path) as seeds:
         dataset = relocated(seeds.manifest, images, root)["dataset"]
         find = image_finder(dataset, exif=bool(seeds.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in seeds]
@@ -141,7 +141,7 @@ def _spread(keys: list[str], count: int) -> list[str]:
     return keys[::step][:count]
 
 
-def _row(seeds: Seeds, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
+def _row(seeds: CamSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     seed = seeds[key]
     if image.shape[:2] != seed.size:
         raise ImageError(f"{key}: the image has another size now")
@@ -156,8 +156,8 @@ _COLOURS = 254
 
 
 @dataclass(frozen=True)
-class MaskInspection:
-    """A summary of a mask cache.
+class SegmentInspection:
+    """A summary of a segments file.
 
     Attributes:
         without_masks: Images that have none.
@@ -188,19 +188,19 @@ class MaskInspection:
         return {**vars(self), "path": str(self.path)}
 
 
-def is_mask_cache(path: Path) -> bool:
-    """Whether a file or folder of units holds masks rather than seeds; false where nothing can be read."""
+def holds_segment_records(path: Path) -> bool:
+    """Whether a file or folder of units holds masks rather than CAMs; false where nothing can be read."""
     files = sorted(path.glob(UNIT_PATTERN)) if is_folder(path) else [path]
     if never_ends(files[0] if files else path):
         return False
     try:
-        return bool(files) and format_of(files[0]).name == mask_format().name
+        return bool(files) and format_of(files[0]).name == segment_format().name
     except StoreError:
         return False
 
 
-def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
-    """Summarise a mask cache.
+def inspect_segments(path: Path, *, verify: bool = False) -> SegmentInspection:
+    """Summarise a segments file.
 
     Args:
         path: A file, or a folder of units.
@@ -209,7 +209,7 @@ def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
     Raises:
         StoreError: missing, not ours, or damaged.
     """
-    with MaskCache(path, verify=True if verify else None) as cache:
+    with SegmentSet(path, verify=True if verify else None) as cache:
         files = cache.files
         counts = np.concatenate([np.diff(file.index["mask_offset"]) for file in files])
         codes = sum(int(file.index["rle_offset"][-1]) for file in files)
@@ -222,7 +222,7 @@ def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
             raise StoreError(f"{path}: damaged, its levels and classes cannot be read back") from error
         size = sum(file.path.stat().st_size for file in files)
         asked = np.bincount(class_id[class_id != NO_CLASS], minlength=len(names))
-        return MaskInspection(
+        return SegmentInspection(
             path=path,
             manifest=cache.manifest,
             files=len(files),
@@ -239,7 +239,7 @@ def inspect_masks(path: Path, *, verify: bool = False) -> MaskInspection:
         )
 
 
-def write_mask_preview(
+def write_segment_preview(
     path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
     root: Path | None = None,
 ) -> list[str]:  # fmt: skip
@@ -249,7 +249,7 @@ def write_mask_preview(
         InputError: no such id, or none of the images can be found any more.
         StoreError: the cache is damaged, or ``out`` cannot be written.
     """
-    with MaskCache(path) as cache:
+    with SegmentSet(path) as cache:
         dataset = relocated(cache.manifest, images, root)["dataset"]
         find = image_finder(dataset, exif=bool(cache.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in cache]
@@ -270,11 +270,11 @@ def write_mask_preview(
         return chosen
 
 
-def _mask_row(cache: MaskCache, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
+def _mask_row(cache: SegmentSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     record = cache[key]
     if image.shape[:2] != record.size:
         raise ImageError(f"{key}: the image has another size now")
-    proposals = unpack_proposals(record)
+    proposals = unpack_segments(record)
     colours = np.zeros(record.grid, np.uint8)
     for index in np.argsort(-proposals.area, kind="stable"):
         colours[proposals.masks[index]] = index % _COLOURS + 1

@@ -1,4 +1,4 @@
-"""``clipseed refine``: read seeds, look at the images again, store refined seeds."""
+"""``clipseed refine``: read CAMs, look at the images again, store refined CAMs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from clipseed.runtime.images import (
     LoadedViews,
     ViewLoader,
     batches_in_flight,
+    cam_sample,
     dealt_unit,
     decode_ahead,
     default_workers,
-    earlier_in_seeds,
+    earlier_in_cams,
     misfit,
     one_by_one,
     recorded_reader,
-    seed_sample,
     stacked,
     token_budget,
     unit_size_for,
@@ -54,11 +54,11 @@ from clipseed.runtime.images import (
 from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Deferred, Work
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import CamSet
 from clipseed.store.files import freshen
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.reader import Seeds
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
 from clipseed.store.writer import recorded_manifest
 
 Method = Literal["caa", "js", "par"]
@@ -79,9 +79,9 @@ class RefineOptions:
     """Everything ``clipseed refine`` can be told.
 
     Attributes:
-        source: The seeds to refine; images, model and vocabulary are those they were made with.
+        source: The CAMs to refine; images, model and vocabulary are those they were made with.
         box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
-        paper: Reproduce the released code; ``None``: as the seeds were made.
+        paper: Reproduce the released code; ``None``: as the CAMs were made.
         images, root, weights: Where the images, their data set and the weights are now, if they have moved.
     """
 
@@ -135,7 +135,7 @@ def refine_manifest(
     method: str, options: dict[str, Any], source: Manifest, model: dict[str, Any], weights: str,
     made_from: Path | None = None,
 ) -> Manifest:  # fmt: skip
-    """What decides refined seeds: the constants, and everything that decided the seeds they were made from.
+    """What decides refined CAMs: the constants, and everything that decided the CAMs they were made from.
 
     ``made_from`` is where those are, if they were stored at all.
     """
@@ -193,7 +193,7 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
     out = options.out or default_out(options.source, options.method)
     if out.resolve() == options.source.resolve():
         raise UsageError(f"--out {out}: is the file that is being refined")
-    with Seeds(options.source) as seeds, contextlib.closing(_open(options, out, seeds, loading)) as engine:
+    with CamSet(options.source) as seeds, contextlib.closing(_open(options, out, seeds, loading)) as engine:
         about, shard = engine.about, options.run.shard
         source = relocated(seeds.manifest, options.images, options.root)
         manifest = refine_manifest(
@@ -201,17 +201,17 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
         )
         dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
         unit = dealt_unit(about["unit"], len(seeds), shard.count * engine.hands)
-        with SeedWriter(
-            out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_seeds(seeds)
+        with CamWriter(
+            out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_cams(seeds)
         ) as writer:
             writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
             writer.follow(seeds.keys(), seeds.stamp)
-            done = run(engine, writer, [seed_sample(seeds, key) for key in seeds], start, shard=shard)
+            done = run(engine, writer, [cam_sample(seeds, key) for key in seeds], start, shard=shard)
         freshen(out, options.source)
         return RefineReport(**vars(done), source=options.source)
 
 
-def _open(options: RefineOptions, out: Path, seeds: Seeds, loading: Loading | None) -> Deferred[SeedMap]:
+def _open(options: RefineOptions, out: Path, seeds: CamSet, loading: Loading | None) -> Deferred[Cam]:
     """What can be refused is refused here, before workers start."""
     if options.method != "par" and seeds.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
@@ -257,10 +257,10 @@ def _constants(options: RefineOptions, source: Manifest, paper: bool) -> dict[st
     return caa_manifest(caa) | ({"temperature": options.temperature} if options.method == "js" else {})
 
 
-class _Refinement(Work[Any, SeedMap]):
-    """What the refinements share: streaming the images of stored seeds.
+class _Refinement(Work[Any, Cam]):
+    """What the refinements share: streaming the images of stored CAMs.
 
-    Seeds are opened again by whoever works on them, because workers of a cluster are other processes.
+    CAMs are opened again by whoever works on them, because workers of a cluster are other processes.
     """
 
     device: torch.device
@@ -268,21 +268,21 @@ class _Refinement(Work[Any, SeedMap]):
     def __init__(self, options: RefineOptions, device: torch.device) -> None:
         super().__init__()
         self.options, self.device = options, device
-        self.seeds = Seeds(options.source, verify=False)
+        self.seeds = CamSet(options.source, verify=False)
         self.reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
         self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
         self.ahead = decode_ahead(device, self.workers)
         self.queue = batches_in_flight(device)
         self.batch = BatchSize(options.run.batch_size, token_budget(device))
 
-    def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
-        """Refine images that fit their seeds."""
+    def refined(self, items: Sequence[Any], seeds: list[Cam]) -> list[Cam]:
+        """Refine images that fit their CAMs."""
         raise NotImplementedError
 
-    def compute(self, items: Sequence[Any]) -> list[SeedMap | ImageError]:
-        """Refine a batch, leaving out images that do not fit their seeds."""
+    def compute(self, items: Sequence[Any]) -> list[Cam | ImageError]:
+        """Refine a batch, leaving out images that do not fit their CAMs."""
         seeds = [self.seeds[item.sample.id] for item in items]
-        found: list[SeedMap | ImageError | None] = [
+        found: list[Cam | ImageError | None] = [
             misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
@@ -297,7 +297,7 @@ class _Spreading(_Refinement):
     """CAA and the class-distribution affinity: maps spread between patches."""
 
     def __init__(self, options: RefineOptions) -> None:
-        with Seeds(options.source, verify=False) as seeds:
+        with CamSet(options.source, verify=False) as seeds:
             source = seeds.manifest
         paper, name, weights = _settings(options, source)
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
@@ -326,15 +326,15 @@ class _Spreading(_Refinement):
         limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
         return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
 
-    def refined(self, items: Sequence[LoadedViews], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedViews], seeds: list[Cam]) -> list[Cam]:
         """Spread maps along attention."""
         if not len(seeds[0].classes):
             return seeds
         for item, seed in zip(items, seeds, strict=True):
-            if seed.cam.shape[1:] != item.grid:
+            if seed.maps.shape[1:] != item.grid:
                 raise InputError(f"{item.sample.id}: its maps are not on the patch grid of the model")
         pixels = stacked([item.views[0] for item in items], self.device)
-        cams = [torch.from_numpy(seed.cam) for seed in seeds]
+        cams = [torch.from_numpy(seed.maps) for seed in seeds]
         maps = self._maps(self.clip, pixels, cams)
         broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
         if broken and self.clip.exact is not self.clip:
@@ -342,7 +342,7 @@ class _Spreading(_Refinement):
             again = self._maps(self.clip.exact, pixels[broken], [cams[k] for k in broken])
             for k, found in zip(broken, again, strict=True):
                 maps[k] = found
-        return [replace(seed, cam=found.nan_to_num(0.0).numpy()) for seed, found in zip(seeds, maps, strict=True)]
+        return [replace(seed, maps=found.nan_to_num(0.0).numpy()) for seed, found in zip(seeds, maps, strict=True)]
 
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
         attention = patch_attention(clip.tower, pixels, self.caa.layers)
@@ -376,7 +376,7 @@ class _Par(_Refinement):
         """Decodes images at their own size."""
         return ImageLoader(self.reader)
 
-    def refined(self, items: Sequence[LoadedImage], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedImage], seeds: list[Cam]) -> list[Cam]:
         """Let maps follow colours."""
         if not len(seeds[0].classes):
             return seeds
@@ -388,4 +388,4 @@ class _Par(_Refinement):
         )
         refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
         found = refined.clamp_(0, 1).cpu().numpy()
-        return [replace(seed, cam=rows[: len(seed.classes)]) for seed, rows in zip(seeds, found, strict=True)]
+        return [replace(seed, maps=rows[: len(seed.classes)]) for seed, rows in zip(seeds, found, strict=True)]

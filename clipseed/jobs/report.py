@@ -16,10 +16,10 @@ from clipseed.errors import ImageError, StoreError, UsageError
 from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate, holds_masks
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.page import Entry, render_page
+from clipseed.store.cams import CamSet
 from clipseed.store.files import write_text
+from clipseed.store.label_mask_writer import read_label_mask_manifest
 from clipseed.store.manifest import Manifest
-from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.reader import Seeds
 
 MOST_SHOWN = 200
 """Most images of a kind; each takes about 120 kB of the page."""
@@ -30,7 +30,7 @@ class ReportOptions:
     """Everything ``clipseed report`` can be told.
 
     Attributes:
-        inputs: Seeds or folders of masks.
+        inputs: CAMs or folders of masks.
         scoring: How to score them; its ``prediction`` is replaced by each input in turn.
         out: The HTML file.
         images: Folder of the images, instead of what an input itself says.
@@ -97,7 +97,7 @@ def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | 
     for path, name in zip(options.inputs, names, strict=True):
         scoring = replace(options.scoring, prediction=path)
         if holds_masks(path) and not all_masks:
-            scoring = replace(scoring, threshold=None, alphas=())  # they are for the seeds beside the masks
+            scoring = replace(scoring, threshold=None, alphas=())  # they are for the CAMs beside the masks
         gallery = Gallery(options.worst, options.best)
         report = evaluate(scoring, start(name) if start else None, gallery.add)
         result.reports.append(report)
@@ -191,11 +191,11 @@ def _some(ids: list[str], count: int = 5) -> str:
 
 
 def _manifest(path: Path) -> Manifest | None:
-    """The manifest of seeds, or the one beside masks; ``None`` when there is none that can be read."""
+    """The manifest of CAMs, or the one beside masks; ``None`` when there is none that can be read."""
     if not holds_masks(path):
-        with Seeds(path, verify=False) as seeds:
+        with CamSet(path, verify=False) as seeds:
             return seeds.manifest
-    return read_mask_manifest(path)
+    return read_label_mask_manifest(path)
 
 
 class _Images:

@@ -24,15 +24,15 @@ from clipseed.data.types import ImageReader, Sample
 from clipseed.defaults import SAM_MAX_SIDE, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.device import pick_device
 from clipseed.errors import ClipseedError, ImageError, InputError, UsageError, WeightsError
-from clipseed.formats.open import MaskImport, imported_masks, open_masks
+from clipseed.formats.open import SegmentSource, imported_masks, open_segments
 from clipseed.pseudo.prompted_segments import prompted_masks
 from clipseed.runtime.images import (
     batches_in_flight,
+    cam_sample,
     default_workers,
     misfit,
     one_by_one,
     recorded_reader,
-    seed_sample,
 )
 from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
@@ -42,14 +42,14 @@ from clipseed.sam.generator import Limits, generate
 from clipseed.sam.load import load_sam, same_sam
 from clipseed.sam.model_backend import ModelBackend
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
+from clipseed.store.cams import CamSet
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
-from clipseed.store.reader import Seeds
+from clipseed.store.segment_records import SegmentRecord, pack_segments, segment_format
 from clipseed.store.writer import RecordWriter, recorded_manifest
 
 TOY = "toy"
 PRESETS: dict[SamPreset, ProposalOptions] = {"fma": FMA, "stock": STOCK}
-_TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "weights" / "sam.npz"
+_TOY_WEIGHTS = Path(__file__).parents[1] / "data" / "toy" / "weights" / "sam.npz"
 _WHERE = (
     "Meta's are sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth and sam_vit_h_4b8939.pth, at "
     "https://dl.fbaipublicfiles.com/segment_anything/NAME"
@@ -62,8 +62,8 @@ class SamMasksOptions:
 
     Attributes:
         out: ``NAME.h5`` or a folder.
-        data: A data set; ``None`` takes the images of ``seeds``.
-        seeds: Seeds whose images are meant, and whose maps prompt SAM.
+        data: A data set; ``None`` takes the images of ``CAMs``.
+        CAMs: CAMs whose images are meant, and whose maps prompt SAM.
         images, root: Where the images of the seeds, or their data set, are now, if they have moved.
         checkpoint: SAM's weights, or ``toy``; ``None``: ``toy`` for the toy set, else it is missing.
         model: ``auto``, or the size that the checkpoint must have.
@@ -167,14 +167,14 @@ def find_images(options: SamMasksOptions) -> tuple[ImageListing, Manifest | None
     """The images, and the manifest of the seeds that they come from.
 
     Raises:
-        ClipseedError: data set or seeds are missing, malformed or damaged.
+        ClipseedError: data set or CAMs are missing, malformed or damaged.
     """
     if options.data is not None:
         return list_data_set(options.data), None
     assert options.seeds is not None
-    with Seeds(options.seeds) as seeds:
+    with CamSet(options.seeds) as seeds:
         manifest = relocated(seeds.manifest, options.images, options.root)
-        samples = tuple(seed_sample(seeds, key) for key in seeds)
+        samples = tuple(cam_sample(seeds, key) for key in seeds)
     reader = recorded_reader(manifest)
     exif = bool(manifest["options"].get("exif"))
     return ImageListing(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
@@ -255,9 +255,9 @@ class ShrinkingLoader:
 
 
 @lru_cache(maxsize=2)
-def existing_masks(path: Path, kind: SegmentFormat) -> MaskImport:
+def existing_masks(path: Path, kind: SegmentFormat) -> SegmentSource:
     """Opened once per worker process."""
-    return open_masks(path, kind)
+    return open_segments(path, kind)
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class ExistingLoader:
     path: Path
     kind: SegmentFormat
 
-    def __call__(self, sample: Sample) -> Done[MaskRecord]:
+    def __call__(self, sample: Sample) -> Done[SegmentRecord]:
         """Read and compress one image's masks.
 
         Raises:
@@ -281,7 +281,7 @@ class ExistingLoader:
             proposals = existing_masks(self.path, self.kind).read(sample.id, size)
         except InputError as error:  # one damaged file is no reason to stop
             raise ImageError(str(error)) from error
-        return Done(replace(pack_proposals(sample.id, size, proposals), stamp=stamp))
+        return Done(replace(pack_segments(sample.id, size, proposals), stamp=stamp))
 
 
 _UNIT_SIZE = {"cpu": 8}
@@ -313,12 +313,12 @@ def run_sam_masks(
         about, shard = engine.about, options.run.shard
         manifest = masks_manifest(options, images, seeds, about)
         with RecordWriter(
-            options.out, manifest, mask_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
+            options.out, manifest, segment_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
         ) as writer:
             files = {sample.id: images.reader.file(sample) for sample in images.samples if sample.id in writer.done}
             writer.forget_replaced(files)
             if seeds is not None and options.seeds is not None:
-                with Seeds(options.seeds, verify=False) as source:
+                with CamSet(options.seeds, verify=False) as source:
                     writer.follow(source.keys(), source.stamp)
             report = SamMasksReport(**vars(run(engine, writer, images.samples, start, shard=shard)))
     if report.stats.counters["cramped"]:
@@ -350,7 +350,7 @@ class MasksRecipe:
             return None
         return _about_model(model, checkpoint, device)
 
-    def __call__(self) -> Work[Any, MaskRecord]:
+    def __call__(self) -> Work[Any, SegmentRecord]:
         """Load it."""
         if self.options.existing is not None:
             return _Existing(self)
@@ -367,7 +367,7 @@ def _about_model(model: dict[str, Any], checkpoint: Path | None, device: torch.d
     }
 
 
-class _Masks(Work[Any, MaskRecord]):
+class _Masks(Work[Any, SegmentRecord]):
     """What all sources of masks have in common."""
 
     def __init__(self, recipe: MasksRecipe, device: torch.device) -> None:
@@ -378,7 +378,7 @@ class _Masks(Work[Any, MaskRecord]):
         self.batch = BatchSize(1, 1)
         self.queue = batches_in_flight(device)
 
-    def counted(self, record: MaskRecord) -> MaskRecord:
+    def counted(self, record: SegmentRecord) -> SegmentRecord:
         """The record, after counting what is in it."""
         self.counters["masks"] += len(record)
         self.counters["without"] += int(not len(record))
@@ -400,12 +400,12 @@ class _Existing(_Masks):
         return {"model": {}, "weights": None, "device": "no model", "unit": _IMPORT_UNIT}
 
     @property
-    def loader(self) -> Callable[[Sample], Done[MaskRecord]]:
+    def loader(self) -> Callable[[Sample], Done[SegmentRecord]]:
         """Reads masks."""
         assert self.options.existing is not None
         return ExistingLoader(self._reader, self.options.existing.resolve(), self.options.existing_kind)
 
-    def compute(self, items: Sequence[Done[MaskRecord]]) -> list[MaskRecord]:
+    def compute(self, items: Sequence[Done[SegmentRecord]]) -> list[SegmentRecord]:
         """What was read."""
         return [self.counted(item.result) for item in items]
 
@@ -434,10 +434,10 @@ class _Segmenting(_Masks):
         return ShrinkingLoader(self._reader, self.options.max_side)
 
     @abstractmethod
-    def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
+    def masks(self, item: LoadedForSam, given: Any) -> SegmentRecord:
         """Masks of one image."""
 
-    def attempt(self, item: LoadedForSam, given: Any = None) -> MaskRecord | ImageError:
+    def attempt(self, item: LoadedForSam, given: Any = None) -> SegmentRecord | ImageError:
         """Masks of one image, or why there are none; what is wrong with more than this image is raised."""
         try:
             return self.counted(replace(self.masks(item, given), stamp=item.stamp))
@@ -458,30 +458,30 @@ class _Grid(_Segmenting):
         super().__init__(recipe)
         self._limits = Limits()
 
-    def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
+    def compute(self, items: Sequence[LoadedForSam]) -> list[SegmentRecord | ImageError]:
         """Masks of a batch, image by image: one has hundreds of prompts."""
         return [self.attempt(item) for item in items]
 
-    def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
-        """Proposals for one image."""
+    def masks(self, item: LoadedForSam, given: Any) -> SegmentRecord:
+        """Segments for one image."""
         before = self._limits.points, self._limits.crops
         proposals = generate(self.backend, item.pixels, self.options.proposals, self._limits)
         self.counters["cramped"] += int(before != (self._limits.points, self._limits.crops))
-        return pack_proposals(item.sample.id, item.size, proposals)
+        return pack_segments(item.sample.id, item.size, proposals)
 
 
 class _Prompted(_Segmenting):
-    """Masks of the classes that an image's seeds show."""
+    """Masks of the classes that an image's CAMs show."""
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe)
         assert self.options.seeds is not None
-        self.seeds = Seeds(self.options.seeds, verify=False)
+        self.seeds = CamSet(self.options.seeds, verify=False)
         together = self.options.run.batch_size or self.backend.crops_at_once
         self.batch = BatchSize(together, 1)
         self.ahead += together
 
-    def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
+    def compute(self, items: Sequence[LoadedForSam]) -> list[SegmentRecord | ImageError]:
         """Masks of a batch, encoded together."""
         encoded = [item for item in items if item.sample.labels]
         try:
@@ -493,7 +493,7 @@ class _Prompted(_Segmenting):
         found = {item.sample.id: embedding for item, embedding in zip(encoded, embeddings, strict=True)}
         return [self.attempt(item, found.get(item.sample.id)) for item in items]
 
-    def masks(self, item: LoadedForSam, given: Embedding | None) -> MaskRecord:
+    def masks(self, item: LoadedForSam, given: Embedding | None) -> SegmentRecord:
         """Answers to the prompts of one image."""
         assert self.options.prompt is not None
         seed = self.seeds[item.sample.id]
@@ -501,5 +501,5 @@ class _Prompted(_Segmenting):
         if problem is not None:
             raise problem
         embedding = given or Embedding((item.pixels.shape[0], item.pixels.shape[1]), None)
-        proposals, row = prompted_masks(self.backend, embedding, seed.cam, self.options.prompt, self.options.proposals)
-        return pack_proposals(item.sample.id, item.size, proposals, seed.classes[row].tolist())
+        proposals, row = prompted_masks(self.backend, embedding, seed.maps, self.options.prompt, self.options.proposals)
+        return pack_segments(item.sample.id, item.size, proposals, seed.classes[row].tolist())

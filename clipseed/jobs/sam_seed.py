@@ -1,4 +1,4 @@
-"""``clipseed sam-seed``: label masks out of class activation maps and the segments of a mask cache."""
+"""``clipseed sam-seed``: label masks out of class activation maps and the segments of a segments file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
 from clipseed.defaults import EmptyPolicy, SegmentFormat
 from clipseed.errors import ImageError, InputError, UsageError
-from clipseed.evaluate.sources import MaskFolder
-from clipseed.formats.open import MaskImport, imported_masks, open_masks
+from clipseed.evaluate.sources import LabelMaskFolder
+from clipseed.formats.open import SegmentSource, imported_masks, open_segments
 from clipseed.pseudo.rules import RuleOptions, Rules, decide, seed_labels, voted_labels
-from clipseed.runtime.images import earlier_in_seeds, misfit, one_by_one, usable_cores
+from clipseed.runtime.images import earlier_in_cams, misfit, one_by_one, usable_cores
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
-from clipseed.segments import Proposals, from_masks
+from clipseed.segments import Segments, from_masks
+from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import Earlier, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
+from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter, read_label_mask_manifest
+from clipseed.store.label_masks import label_mask_note
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_cache import MaskCache, holds_cache
-from clipseed.store.mask_folder import Labelled, MaskWriter, read_mask_manifest
-from clipseed.store.mask_records import unpack_proposals
-from clipseed.store.masks import mask_note
-from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.store.segment_records import unpack_segments
+from clipseed.store.segments import SegmentSet, holds_segments
 from clipseed.types import IGNORE, NO_CLASS
 
 _UNIT_SIZE = 64
@@ -47,12 +47,12 @@ class SamSeedOptions:
     """Everything ``clipseed sam-seed`` can be told.
 
     Attributes:
-        source: Seeds, or for voting a folder of label masks.
-        masks: A mask cache, or existing masks in another format.
+        source: CAMs, or for voting a folder of label masks.
+        masks: A segments file, or existing masks in another format.
         masks_kind: That format.
         rules: How images are labelled.
         empty: What becomes of the mask of an image in which some label got no pixel
-            (:class:`~clipseed.store.mask_folder.MaskWriter`).
+            (:class:`~clipseed.store.label_mask_writer.LabelMaskWriter`).
     """
 
     source: Path
@@ -108,7 +108,7 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
         contextlib.closing(open_engine(recipe, options.run.cluster)) as engine,
-        MaskWriter(
+        LabelMaskWriter(
             options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
             empty=options.empty, earlier=_earlier(options.source, source),
         ) as writer,
@@ -126,11 +126,11 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
 def _earlier(path: Path, source: _Source) -> Earlier:
     """Answers whether a label had come to nothing in the source already, and since which stage."""
     if not source.label_map:
-        return earlier_in_seeds(seeds_at(path.resolve()))
+        return earlier_in_cams(cams_at(path.resolve()))
 
     def there(key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        classes = mask_note(path / f"{key}.png").classes or ()
-        return classes, without_pixel(classes, MaskFolder(path).read(key))
+        classes = label_mask_note(path / f"{key}.png").classes or ()
+        return classes, without_pixel(classes, LabelMaskFolder(path).read(key))
 
     return earlier_in(path, source.manifest, there)
 
@@ -153,16 +153,16 @@ class _Source:
 
 def _look_at_source(path: Path) -> _Source:
     if not is_folder(path) or any(path.glob(UNIT_PATTERN)):
-        with Seeds(path) as seeds:
+        with CamSet(path) as seeds:
             classes = {key: tuple(seeds.classes(key).tolist()) for key in seeds}
             return _Source(seeds.manifest, classes, {key: seeds.stamp(key) for key in seeds}, False)
-    keys = sorted(MaskFolder(path).ids())
+    keys = sorted(LabelMaskFolder(path).ids())
     if not keys:
-        raise InputError(f"{path}: neither seeds nor PNG masks in this folder")
-    manifest = read_mask_manifest(path) or {}
+        raise InputError(f"{path}: neither CAMs nor PNG masks in this folder")
+    manifest = read_label_mask_manifest(path) or {}
     if "vocabulary" in manifest:
         class_names(manifest, path)
-    notes = {key: mask_note(path / f"{key}.png") for key in keys}
+    notes = {key: label_mask_note(path / f"{key}.png") for key in keys}
     stamps = {key: note.image for key, note in notes.items()}
     return _Source(manifest, {key: note.classes for key, note in notes.items()}, stamps, True)
 
@@ -171,12 +171,12 @@ def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict
     """Whether the masks were made for classes, what the manifest says about them, and the ids that they know."""
     if options.rules.method == "pixel":
         return False, {}, None
-    if not holds_cache(options.masks):
+    if not holds_segments(options.masks):
         found = masks_at(options.masks.resolve(), options.masks_kind)
         return False, dict(imported_masks(options.masks, options.masks_kind)), found.ids()
     if options.masks_kind != "auto":
-        raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a mask cache")
-    masks = MaskCache(options.masks)
+        raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a segments file")
+    masks = SegmentSet(options.masks)
     manifest = masks.manifest
     asked = bool(manifest["vocabulary"])
     if asked and not source.label_map:
@@ -237,15 +237,15 @@ class Seeded(Labelled):
 
 
 @lru_cache(maxsize=2)
-def seeds_at(path: Path) -> Seeds:
+def cams_at(path: Path) -> CamSet:
     """Opened once per process."""
-    return Seeds(path, verify=False)
+    return CamSet(path, verify=False)
 
 
 @lru_cache(maxsize=2)
-def masks_at(path: Path, kind: SegmentFormat) -> MaskImport:
+def masks_at(path: Path, kind: SegmentFormat) -> SegmentSource:
     """Opened once per process."""
-    return MaskCache(path, verify=False) if holds_cache(path) else open_masks(path, kind)
+    return SegmentSet(path, verify=False) if holds_segments(path) else open_segments(path, kind)
 
 
 @lru_cache(maxsize=2)
@@ -255,7 +255,7 @@ def _ids(path: Path, kind: SegmentFormat) -> frozenset[str]:
 
 def forget() -> None:
     """Close what is open: the next run of this process may find other files under these names."""
-    for opened in (seeds_at, masks_at, _ids):
+    for opened in (cams_at, masks_at, _ids):
         opened.cache_clear()
 
 
@@ -282,8 +282,8 @@ class Seeder:
             raise ImageError(str(error)) from error
 
     def _voted(self, sample: Sample) -> Seeded:
-        labels = MaskFolder(self.source).read(sample.id)
-        stamp = mask_note(self.source / f"{sample.id}.png").image
+        labels = LabelMaskFolder(self.source).read(sample.id)
+        stamp = label_mask_note(self.source / f"{sample.id}.png").image
         proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]), stamp)
         found = voted_labels(self.rules, labels, proposals.masks)
         classes = sample.labels
@@ -292,7 +292,7 @@ class Seeder:
         return Seeded(sample.id, found, classes, stamp, len(proposals))
 
     def _seeded(self, sample: Sample) -> Seeded:
-        seed = seeds_at(self.source)[sample.id]
+        seed = cams_at(self.source)[sample.id]
         problem = misfit(seed, seed.size)
         if problem is not None:
             raise problem
@@ -300,7 +300,7 @@ class Seeder:
         labels = seed_labels(self.rules, seed, proposals, asked)
         return Seeded(sample.id, labels, tuple(seed.classes.tolist()), seed.stamp, len(proposals))
 
-    def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Proposals, Any]:
+    def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Segments, Any]:
         """Masks of an image, none where there are none, and the class that each was asked for.
 
         Raises:
@@ -310,11 +310,11 @@ class Seeder:
             found = from_masks(np.zeros((0, *size), bool))
             return found, np.zeros(0, np.int32)
         masks = masks_at(self.masks, self.kind)
-        if isinstance(masks, MaskCache):
+        if isinstance(masks, SegmentSet):
             record = masks.record(identifier, size)
             if record.stamp.differs(stamp):
                 raise ImageError(f"{self.masks}: its segments are those of another image; run clipseed sam-masks again")
-            return unpack_proposals(record), record.class_id
+            return unpack_segments(record), record.class_id
         found = masks.read(identifier, size)
         return found, np.full(len(found), NO_CLASS, np.int32)
 

@@ -109,7 +109,7 @@ class Worker:
         return results, stats
 
 
-class OnRay(Generic[R]):
+class RayEngine(Generic[R]):
     """Runs work on a Ray cluster.
 
     Raises:

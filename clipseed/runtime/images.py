@@ -19,10 +19,10 @@ from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
 from clipseed.errors import ImageError
 from clipseed.runtime.threads import OneByOne
+from clipseed.store.cam_records import Cam
+from clipseed.store.cams import CamSet
 from clipseed.store.empty import Earlier, earlier_in, empty_maps
 from clipseed.store.manifest import Manifest
-from clipseed.store.reader import Seeds
-from clipseed.store.records import SeedMap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -203,36 +203,36 @@ class ImageLoader:
 
 
 def recorded_reader(manifest: Manifest) -> FoundReader:
-    """Opens the images that seeds were made from; see :func:`~clipseed.data.dataset.relocated`."""
+    """Opens the images that CAMs were made from; see :func:`~clipseed.data.dataset.relocated`."""
     dataset = manifest["dataset"]
     exif = bool(manifest["options"].get("exif"))
     return FoundReader(image_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
 
 
-def earlier_in_seeds(seeds: Seeds) -> Earlier:
-    """Answers whether a label's map had no positive value in these seeds already, and since which stage."""
+def earlier_in_cams(seeds: CamSet) -> Earlier:
+    """Answers whether a label's map had no positive value in these CAMs already, and since which stage."""
 
     def there(key: str) -> tuple[list[int], tuple[int, ...]]:
         seed = seeds[key]
         classes: list[int] = seed.classes.tolist()
-        return classes, empty_maps(classes, seed.cam)
+        return classes, empty_maps(classes, seed.maps)
 
     return earlier_in(seeds.path, seeds.manifest, there)
 
 
-def seed_sample(seeds: Seeds, key: str) -> Sample:
-    """An image of stored seeds, as the stream takes it; readers find its file by id."""
+def cam_sample(seeds: CamSet, key: str) -> Sample:
+    """An image of stored CAMs, as the stream takes it; readers find its file by id."""
     return Sample(key, Path(key), tuple(int(k) for k in seeds.classes(key)))
 
 
-def misfit(seed: SeedMap, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
-    """Why an image of this size, from this file, cannot be used with its seeds, or ``None``."""
+def misfit(seed: Cam, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
+    """Why an image of this size, from this file, cannot be used with its CAMs, or ``None``."""
     if seed.size != size:
         return ImageError(
-            f"the image is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
+            f"the image is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its CAMs were made"
         )
     if seed.stamp.differs(stamp):
         return ImageError("the image is another one than its maps were made from; run clipseed cam again")
-    if not np.isfinite(seed.cam).all():
-        return ImageError("its seeds hold NaN or infinity")
+    if not np.isfinite(seed.maps).all():
+        return ImageError("its CAMs hold NaN or infinity")
     return None

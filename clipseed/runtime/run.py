@@ -17,7 +17,7 @@ from clipseed.defaults import Precision
 from clipseed.errors import InputError, UsageError
 from clipseed.runtime.interrupt import interruptible
 from clipseed.runtime.stream import Advance, StreamStats
-from clipseed.runtime.work import Deferred, Engine, Here, Recipe
+from clipseed.runtime.work import Deferred, Engine, LocalEngine, Recipe
 from clipseed.store.empty import EmptyLabels
 from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.units import Unit
@@ -153,10 +153,10 @@ def open_engine(
         if loading:
             loading()
         if cluster is None:
-            return Here(recipe)
-        from clipseed.runtime.cluster import OnRay
+            return LocalEngine(recipe)
+        from clipseed.runtime.cluster import RayEngine
 
-        return OnRay(recipe, cluster)
+        return RayEngine(recipe, cluster)
 
     return Deferred(start, about)
 

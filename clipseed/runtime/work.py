@@ -185,7 +185,7 @@ class Deferred(Generic[R]):
             self._engine.close()
 
 
-class Here(Generic[R]):
+class LocalEngine(Generic[R]):
     """The engine that runs work in this process."""
 
     hands = 1

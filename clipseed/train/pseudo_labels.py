@@ -14,8 +14,8 @@ from torchvision.tv_tensors import Image, Mask
 from clipseed.data.images import read_image
 from clipseed.data.listing import list_images
 from clipseed.errors import InputError
-from clipseed.store.masks import read_mask
-from clipseed.store.reader import Seeds, open_seeds
+from clipseed.store.cams import CamSet, open_cams
+from clipseed.store.label_masks import read_label_mask
 from clipseed.train.augment import Augmentation, Scores
 from clipseed.train.data import Stacked
 
@@ -35,11 +35,11 @@ class PseudoLabels(Stacked):
 
     def __init__(self, images: Path, masks: Path, augmentation: Augmentation, soft: Path | None = None) -> None:
         self._augmentation, self._soft = augmentation, soft
-        self._seeds: Seeds | None = None  # opened by the process that reads it
+        self._seeds: CamSet | None = None  # opened by the process that reads it
         labels, pixels = list_images(masks), list_images(images)
         known = set(pixels)
         if soft is not None:
-            with open_seeds(soft) as seeds:
+            with open_cams(soft) as seeds:
                 known &= set(seeds)
         missing = sorted(labels.keys() - known)
         if missing:
@@ -60,7 +60,7 @@ class PseudoLabels(Stacked):
             ImageError: the image cannot be read.
         """
         identifier, path, mask = self._samples[index]
-        image, labels = read_image(path), read_mask(mask)
+        image, labels = read_image(path), read_label_mask(mask)
         if image.size != labels.shape[::-1]:
             raise InputError(f"{mask}: size {labels.shape[::-1]}, but its image has {image.size}")
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
@@ -74,7 +74,7 @@ class PseudoLabels(Stacked):
         """Score ``(H, W)`` of what a mask says about each pixel of an image."""
         assert self._soft is not None
         if self._seeds is None:
-            self._seeds = open_seeds(self._soft)
+            self._seeds = open_cams(self._soft)
         strongest: npt.NDArray[np.float32] = self._seeds[identifier].upsampled().max(axis=0, initial=0)
         return np.maximum(strongest, 1 - strongest).astype(np.float32, copy=False)
 

@@ -16,8 +16,8 @@ from clipseed.cli._run import prepare
 from clipseed.cli.main import main
 from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import refuse_unwritable
+from clipseed.store.toy_devkit import save_devkit
 from clipseed.store.units import Unit
-from clipseed.toy.dataset import save_devkit
 
 from helpers.images import photo
 
@@ -168,16 +168,16 @@ def test_a_shard_of_nothing_but_broken_images_files_its_report(
 
 
 def spoil_maps(path: Path) -> None:
-    """Seeds whose every map is not a number, with valid checksums."""
-    from clipseed.store.reader import Seeds
-    from clipseed.store.records import SeedMap
-    from clipseed.store.seed_writer import SeedWriter
+    """CAMs whose every map is not a number, with valid checksums."""
+    from clipseed.store.cam_records import Cam
+    from clipseed.store.cam_writer import CamWriter
+    from clipseed.store.cams import CamSet
 
-    with Seeds(path) as seeds:
+    with CamSet(path) as seeds:
         manifest, records = seeds.manifest, [seeds[key] for key in seeds]
     path.unlink()
-    with SeedWriter(path, manifest, "float16", 64) as writer:
-        writer.write(Unit(0), [SeedMap(r.id, r.classes, np.full_like(r.cam, np.nan), r.size) for r in records])
+    with CamWriter(path, manifest, "float16", 64) as writer:
+        writer.write(Unit(0), [Cam(r.id, r.classes, np.full_like(r.maps, np.nan), r.size) for r in records])
         writer.finish([r.id for r in records])
 
 

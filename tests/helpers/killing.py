@@ -25,9 +25,9 @@ torch.set_num_threads(1)
 from clipseed.cli.main import main  # noqa: E402
 from clipseed.jobs import cam, crf, refine, sam_masks, sam_seed  # noqa: E402
 from clipseed.runtime import images as engine  # noqa: E402
-from clipseed.store.mask_cache import MaskCache  # noqa: E402
-from clipseed.store.masks import read_mask  # noqa: E402
-from clipseed.store.reader import open_seeds  # noqa: E402
+from clipseed.store.cams import open_cams  # noqa: E402
+from clipseed.store.label_masks import read_label_mask  # noqa: E402
+from clipseed.store.segments import SegmentSet  # noqa: E402
 
 PAUSE = 0.02
 
@@ -76,10 +76,10 @@ def check(folder: Path) -> int:
     for path in files:
         if path.suffix == ".h5":
             with h5py.File(path) as file:
-                seeds = file.attrs["format"] == "clipseed-seeds"
-            (open_seeds if seeds else MaskCache)(path, verify=True).close()
+                seeds = file.attrs["format"] == "clipseed-CAMs"
+            (open_cams if seeds else SegmentSet)(path, verify=True).close()
         else:
-            read_mask(path)
+            read_label_mask(path)
     return len(files)
 
 

@@ -15,7 +15,7 @@ from clipseed.cli.main import main
 from clipseed.data.types import Sample
 from clipseed.errors import ClipseedError, ImageError, UsageError, WeightsError
 from clipseed.runtime import cluster as runtime
-from clipseed.runtime.cluster import ClusterOptions, OnRay, plan_workers
+from clipseed.runtime.cluster import ClusterOptions, RayEngine, plan_workers
 from clipseed.runtime.stream import BatchSize, StreamStats
 from clipseed.runtime.work import Work
 from clipseed.store.units import Unit
@@ -90,7 +90,7 @@ def units(*ids: str, size: int = 3) -> list[Unit]:
 
 def run(recipe: Recipe, tasks: list[Unit], options: ClusterOptions | None = None) -> tuple[dict[int, Any], StreamStats]:
     found: dict[int, Any] = {}
-    engine: OnRay[str] = OnRay(recipe, options or ClusterOptions())
+    engine: RayEngine[str] = RayEngine(recipe, options or ClusterOptions())
     try:
         stats = engine.run(tasks, lambda task, results: found.update({task.index: list(results)}))
     finally:
@@ -154,7 +154,7 @@ def test_a_node_is_lost(nodes: Any) -> None:
     written: list[int] = []
     extra = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    engine: OnRay[str] = OnRay(Recipe(pause=0.15), ClusterOptions(workers=3))
+    engine: RayEngine[str] = RayEngine(Recipe(pause=0.15), ClusterOptions(workers=3))
 
     def write(task: Unit, results: Sequence[str]) -> None:
         written.append(task.index)
@@ -185,16 +185,16 @@ def test_commands_give_the_output_of_one_process(
         monkeypatch.chdir(tmp_path / name)
         if more:
             extra = nodes.add_node(num_cpus=1)
-            original = runtime.OnRay._get
+            original = runtime.RayEngine._get
 
             def first_result_costs_a_node(self: Any, reference: Any, extra: Any = extra, get: Any = original) -> Any:
                 found = get(self, reference)
                 if isinstance(found, tuple):
-                    monkeypatch.setattr(runtime.OnRay, "_get", get)
+                    monkeypatch.setattr(runtime.RayEngine, "_get", get)
                     nodes.remove_node(extra, allow_graceful=False)
                 return found
 
-            monkeypatch.setattr(runtime.OnRay, "_get", first_result_costs_a_node)
+            monkeypatch.setattr(runtime.RayEngine, "_get", first_result_costs_a_node)
         for command in (cam, ["refine", "caa", "--device", "cpu"], crf):
             assert main([*command, *more]) == 0, capsys.readouterr().err
     here = {path.name: path.read_bytes() for path in (tmp_path / "here").rglob("*.*") if path.name != "manifest.json"}
@@ -219,7 +219,7 @@ def test_plans() -> None:
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'clipseed\[ray\]'"):
-        OnRay(Recipe(), ClusterOptions())
+        RayEngine(Recipe(), ClusterOptions())
 
 
 @pytest.mark.slow

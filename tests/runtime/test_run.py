@@ -16,7 +16,7 @@ from clipseed.runtime.interrupt import Interrupted
 from clipseed.runtime.run import open_engine, run
 from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
-from clipseed.store.mask_folder import Labelled, MaskWriter
+from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.shards import WHOLE, Shard
 
 from helpers.samples import samples
@@ -51,7 +51,9 @@ class Painting(Work[Any, Labelled]):
 
 def paint(out: Path, work: Callable[[], Painting] = Painting, shard: Shard = WHOLE, **given: Any) -> Any:
     engine = open_engine(work, None)
-    with MaskWriter(out, {"kind": "paint", "vocabulary": {"classes": [{"name": "car"}]}}, 3, shard=shard) as writer:
+    with LabelMaskWriter(
+        out, {"kind": "paint", "vocabulary": {"classes": [{"name": "car"}]}}, 3, shard=shard
+    ) as writer:
         return run(engine, writer, samples(IDS), shard=shard, **given)
 
 
@@ -66,7 +68,7 @@ def test_seconds_are_of_computing(tmp_path: Path) -> None:
     assert report.loading >= 0.5
     assert report.seconds < report.loading
     engine = open_engine(slowly, None, {"device": "canvas"})  # known before: loaded when there is something to do
-    with MaskWriter(tmp_path / "later", {"kind": "paint", "vocabulary": {"classes": []}}, 3) as writer:
+    with LabelMaskWriter(tmp_path / "later", {"kind": "paint", "vocabulary": {"classes": []}}, 3) as writer:
         assert engine.loading == 0
         later = run(engine, writer, [], None)
         assert (later.loading, later.total) == (0, 0)
@@ -103,7 +105,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted, match="of 10 images are safe"):
         paint(tmp_path / "out", start=stop)
     with monkeypatch.context() as patch:
-        patch.setattr(MaskWriter, "finish", stop)
+        patch.setattr(LabelMaskWriter, "finish", stop)
         with pytest.raises(Interrupted, match="interrupted while finishing .*Run the same command again"):
             paint(tmp_path / "out")
     assert paint(tmp_path / "out").done_before == 10

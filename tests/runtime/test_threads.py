@@ -26,8 +26,8 @@ from clipseed.runtime.stream import BatchSize, StreamStats, run_stream
 from clipseed.runtime.threads import OneByOne, let_waiting_threads_sleep, single_threads
 from clipseed.runtime.work import Work
 from clipseed.sam.options import FMA
-from clipseed.store.mask_cache import MaskCache
-from clipseed.store.reader import Seeds
+from clipseed.store.cams import CamSet
+from clipseed.store.segments import SegmentSet
 from clipseed.store.units import Unit
 
 from helpers.stream import Item, load, samples
@@ -231,28 +231,28 @@ def test_counts_of_all_threads_add_up_run_by_run() -> None:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("seeds") / "cams.h5"
+    out = tmp_path_factory.mktemp("pseudo-sam") / "cams.h5"
     run_cam(CamOptions(data=DatasetOptions(dataset="toy", limit=4), out=out))
     return out
 
 
 def crf_bytes(seeds: Path, folder: Path) -> Sized:
     run_crf(CrfOptions(seeds, folder / "masks", soft=folder / "soft.h5"))
-    with Seeds(folder / "soft.h5") as soft:
+    with CamSet(folder / "soft.h5") as soft:
         masks = {path.name: path.read_bytes() for path in (folder / "masks").glob("*.png")}
-        return masks, {key: soft[key].cam.tobytes() for key in soft}
+        return masks, {key: soft[key].maps.tobytes() for key in soft}
 
 
 def par_bytes(seeds: Path, folder: Path) -> Sized:
     run_refine(RefineOptions("par", seeds, folder / "par.h5"))
-    with Seeds(folder / "par.h5") as found:
-        return {key: found[key].cam.tobytes() for key in found}
+    with CamSet(folder / "par.h5") as found:
+        return {key: found[key].maps.tobytes() for key in found}
 
 
 def segment_bytes(seeds: Path, folder: Path) -> Sized:
     proposals = replace(FMA, points_per_side=6, crop_layers=0)
     run_sam_masks(SamMasksOptions(folder / "segments.h5", seeds=seeds, proposals=proposals))
-    with MaskCache(folder / "segments.h5") as found:
+    with SegmentSet(folder / "segments.h5") as found:
         return {key: (found[key].rle.tobytes(), found[key].iou.tobytes()) for key in found}
 
 

@@ -24,8 +24,8 @@ from clipseed.store.empty import (
     without_pixel,
 )
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
+from clipseed.store.label_masks import LabelMaskNote, label_mask_note, write_label_mask
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
-from clipseed.store.masks import MaskNote, mask_note, write_mask
 from clipseed.store.places import located, noted
 from clipseed.store.shards import WHOLE, Empty, Shard, ShardReports, lock_output
 from clipseed.store.units import Unit, missing_units, own_items
@@ -52,7 +52,7 @@ class Labelled:
     stamp: FileStamp = UNKNOWN
 
 
-class MaskWriter:
+class LabelMaskWriter:
     """Writes masks below a folder, the id being the path without suffix. Use as a context manager: it holds a lock.
 
     Masks appear under their name only when they are complete, so those that are there are done.
@@ -89,7 +89,7 @@ class MaskWriter:
         self.done: set[str] = set()
         self.notes: list[str] = []
 
-    def __enter__(self) -> MaskWriter:
+    def __enter__(self) -> LabelMaskWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder}: is a file; masks go to a folder")
         if self._overwrite and not self._shard.whole:
@@ -110,7 +110,7 @@ class MaskWriter:
         remove_leftovers(self.folder, lambda _: self._shard.whole)
         self._reports.take_back()
         plan = self.folder / MANIFEST
-        there = read_mask_manifest(self.folder)
+        there = read_label_mask_manifest(self.folder)
         found = self._masks()
         if there is None and not plan.exists():
             if found:
@@ -119,7 +119,7 @@ class MaskWriter:
             raise UsageError(f"--out {self.folder}: holds another command's output; choose another folder")
         elif self._overwrite:
             for path in found.values():
-                if mask_note(path).classes is not None:  # ours
+                if label_mask_note(path).classes is not None:  # ours
                     path.unlink()
         else:
             stored = self._recorded(plan)
@@ -143,7 +143,7 @@ class MaskWriter:
             classes: Of each image of the input; ``None``: not known.
             stamp: From an id to the image file that the input was made from.
         """
-        notes = {key: mask_note(self._path(key)) for key in self.done}
+        notes = {key: label_mask_note(self._path(key)) for key in self.done}
         relabelled, repainted, gone = set(), set(), set()
         for key, note in notes.items():
             if key not in classes:
@@ -203,7 +203,7 @@ class MaskWriter:
         if gone and self._policy == "ignore":
             self.ignored += int((labels == 0).sum())
             labels = background_to_ignore(labels)
-        write_mask(path, labels, MaskNote(classes, gone, image))
+        write_label_mask(path, labels, LabelMaskNote(classes, gone, image))
         self.done.add(identifier)
 
     @property
@@ -247,7 +247,7 @@ class MaskWriter:
         """Read off masks that are there which classes they were made for, and which got no pixel."""
         for key in ids:
             if key not in self._empty.classes:
-                note = mask_note(self._path(key))
+                note = label_mask_note(self._path(key))
                 if note.classes is not None:
                     self._empty.add(key, note.classes, note.empty)
 
@@ -262,7 +262,7 @@ class MaskWriter:
         self._release()
 
 
-def read_mask_manifest(folder: Path) -> Manifest | None:
+def read_label_mask_manifest(folder: Path) -> Manifest | None:
     """What is recorded beside masks; ``None`` where nothing can be read. Without ``vocabulary`` it is not ours."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
