@@ -190,7 +190,7 @@ def check(bench: Bench) -> dict[str, Any]:
 
     def segments(folder: Path, where: str, precision: str) -> Path:
         out = folder / f"masks-{precision}.h5"
-        run_sam_masks(SamMasksOptions(out, seeds=cpu / "cam-fp32.h5", proposals=GRID,
+        run_sam_masks(SamMasksOptions(out, cams=cpu / "cam-fp32.h5", proposals=GRID,
                                       run=RunOptions(device=where, precision=precision, workers=0)))  # fmt: skip
         return out
 

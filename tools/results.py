@@ -132,7 +132,7 @@ def with_segments(toy: Toy, made: dict[str, Path]) -> list[str]:
     """What the tiny SAM's segments make of the refined maps."""
     caa = made["+ CAA"]
     masks = toy.folder / "segments.h5"
-    run_sam_masks(SamMasksOptions(masks, seeds=caa, proposals=GRID, run=RunOptions(overwrite=True)))
+    run_sam_masks(SamMasksOptions(masks, cams=caa, proposals=GRID, run=RunOptions(overwrite=True)))
     rows = ["| labels | mIoU |", "| --- | --- |", f"| + CAA, best threshold | {100 * miou(caa).scores.miou:.1f} |"]
     for name, source, rules in (
         ("segments, FMA-WSSS's seeding", caa, RuleOptions("fma")),
@@ -237,9 +237,7 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
     maps = blobs(DatasetOptions("coco", root=coco), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
     run_refine(RefineOptions("par", maps, par, run=RunOptions(overwrite=True)))
-    run_sam_masks(
-        SamMasksOptions(folder / "segments.h5", seeds=maps, existing=existing, run=RunOptions(overwrite=True))
-    )
+    run_sam_masks(SamMasksOptions(folder / "segments.h5", cams=maps, existing=existing, run=RunOptions(overwrite=True)))
     run_crf(CrfOptions(maps, folder / "crf", alpha=2.0, run=RunOptions(overwrite=True)))
     made = {"blurred ground truth": maps, "+ PAR": par, "+ CRF, background (1 - max)^2": folder / "crf"}
     for name, source, rules in (

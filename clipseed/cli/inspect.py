@@ -33,7 +33,7 @@ class Look:
 @grouped
 def inspect(
     *,
-    seeds: Annotated[Optional[Path], typer.Argument(help="CAMs or segments file (default: the newest stage).")] = None,
+    cams: Annotated[Optional[Path], typer.Argument(help="CAMs or segments file (default: the newest stage).")] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
@@ -52,7 +52,7 @@ def inspect(
             raise UsageError(f"--{name} belongs to --preview")
     refuse_unwritable(preview, "--preview")
     look = Look(preview, count, tuple(id or ()), images, root) if preview is not None else None
-    chosen = seeds or newest_output(Path())
+    chosen = cams or newest_output(Path())
     if holds_segment_records(chosen):
         return show(chosen, look, verify=verify, output=output)
     found = inspect_cams(chosen, verify=verify)

@@ -125,7 +125,7 @@ def sam_masks(
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
     )  # fmt: skip
     options = SamMasksOptions(
-        out=out, data=data, seeds=seeds, images=None if data else where.images, root=None if data else where.root,
+        out=out, data=data, cams=seeds, images=None if data else where.images, root=None if data else where.root,
         checkpoint=checkpoint, model=model, factory=sam_factory, proposals=proposals, max_side=max_side,
         existing=existing, existing_kind=import_kind, prompt=prompt,
         run=run.options(

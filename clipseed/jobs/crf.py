@@ -58,7 +58,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @lru_cache(maxsize=2)
-def _seeds(path: Path) -> CamSet:
+def _cams(path: Path) -> CamSet:
     """Opened once per worker process."""
     return open_cams(path, verify=False)
 
@@ -73,9 +73,9 @@ class Problem:
     alpha: float
     paper: bool
 
-    def unary(self, seed: Cam) -> Floats:
+    def unary(self, cam: Cam) -> Floats:
         """Negative log probabilities ``(1 + K, H, W)`` of background and classes."""
-        return maps_unary(seed.upsampled(), self.alpha, released=self.paper)
+        return maps_unary(cam.upsampled(), self.alpha, released=self.paper)
 
     def colours(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The image as the colour kernel sees it."""
@@ -97,13 +97,13 @@ class NativeSolver:
         from clipseed.refine.crf_native import native_crf
 
         image = ImageLoader(self.problem.reader)(sample)
-        seed = _seeds(self.problem.source)[sample.id]
-        problem = misfit(seed, image.size, image.stamp)
+        cam = _cams(self.problem.source)[sample.id]
+        problem = misfit(cam, image.size, image.stamp)
         if problem is not None:
             raise problem
-        if not len(seed.classes):
+        if not len(cam.classes):
             return Done((sample.id, np.ones((1, *image.size), np.float32)))
-        posterior = native_crf(self.problem.unary(seed), self.problem.colours(image.pixels), self.problem.parameters)
+        posterior = native_crf(self.problem.unary(cam), self.problem.colours(image.pixels), self.problem.parameters)
         return Done((sample.id, posterior))
 
 
@@ -151,14 +151,14 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     _check(options)
-    with CamSet(options.source) as seeds:
-        manifest = _manifest(options, relocated(seeds.manifest, options.images, options.root))
+    with CamSet(options.source) as cams:
+        manifest = _manifest(options, relocated(cams.manifest, options.images, options.root))
         with (
             contextlib.closing(open_engine(partial(_CrfWork, options), options.run.cluster)) as engine,
-            _Sinks(options, manifest, earlier_in_cams(seeds)) as sinks,
+            _Sinks(options, manifest, earlier_in_cams(cams)) as sinks,
         ):
-            sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
-            samples = [cam_sample(seeds, key) for key in seeds]
+            sinks.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
+            samples = [cam_sample(cams, key) for key in cams]
             done = run(engine, sinks, samples, start, shard=options.run.shard)
             done.stats.counters["unsure"] += sinks.masks.ignored
         return CrfReport(**vars(done), source=options.source, solver=options.solver)
@@ -296,9 +296,9 @@ class _CrfWork(Work[Any, Mask]):
     def __init__(self, options: CrfOptions) -> None:
         super().__init__()
         self.options = options
-        self.seeds = CamSet(options.source, verify=False)
-        reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
-        paper = _paper(options, self.seeds.manifest)
+        self.cams = CamSet(options.source, verify=False)
+        reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
+        paper = _paper(options, self.cams.manifest)
         self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
         self.native = options.solver == "pydensecrf"
         self.device = pick_device("cpu" if self.native else options.run.device)
@@ -327,23 +327,23 @@ class _CrfWork(Work[Any, Mask]):
         return self._label_solved(items) if self.native else self._solve(items)
 
     def _solve(self, items: Sequence[LoadedImage]) -> list[Mask | ImageError]:
-        seeds = [self.seeds[item.sample.id] for item in items]
+        cams = [self.cams[item.sample.id] for item in items]
         found: list[Mask | ImageError | None] = [
-            misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
+            misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
-        if not len(seeds[0].classes):
-            posteriors = [np.ones((1, *seeds[k].size), np.float32) for k in fit]
+        if not len(cams[0].classes):
+            posteriors = [np.ones((1, *cams[k].size), np.float32) for k in fit]
         else:
-            posteriors = self._posteriors([(seeds[k], items[k]) for k in fit])
+            posteriors = self._posteriors([(cams[k], items[k]) for k in fit])
         for k, posterior in zip(fit, posteriors, strict=True):
-            found[k] = self._labelled(seeds[k], posterior)
+            found[k] = self._labelled(cams[k], posterior)
         return [result for result in found if result is not None]
 
     def _posteriors(self, chosen: Sequence[tuple[Cam, LoadedImage]]) -> list[Floats]:
         if not chosen:
             return []
-        unaries = [torch.from_numpy(self.problem.unary(seed)).to(self.device) for seed, _ in chosen]
+        unaries = [torch.from_numpy(self.problem.unary(cam)).to(self.device) for cam, _ in chosen]
         images = [torch.from_numpy(self.problem.colours(item.pixels).copy()).to(self.device) for _, item in chosen]
         try:
             found = dense_crf(unaries, images, self.problem.parameters)
@@ -352,12 +352,12 @@ class _CrfWork(Work[Any, Mask]):
         return [posterior.cpu().numpy() for posterior in found]
 
     def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
-        return [self._labelled(self.seeds[key], posterior) for key, posterior in (item.result for item in items)]
+        return [self._labelled(self.cams[key], posterior) for key, posterior in (item.result for item in items)]
 
-    def _labelled(self, seed: Cam, posterior: Floats) -> Mask:
-        labels = posterior_labels(posterior, seed.classes, self.options.confidence)
+    def _labelled(self, cam: Cam, posterior: Floats) -> Mask:
+        labels = posterior_labels(posterior, cam.classes, self.options.confidence)
         if self.options.confidence is not None:
             self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
         self.counters["pixels"] += labels.size
-        soft = replace(seed, maps=posterior[1:]) if self.options.soft else None
-        return Mask(seed.id, labels, tuple(seed.classes.tolist()), seed.stamp, soft)
+        soft = replace(cam, maps=posterior[1:]) if self.options.soft else None
+        return Mask(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, soft)

@@ -129,7 +129,7 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
         return run_crf(options, lambda todo, done: progress(todo)).stats
 
     def sam(source: Path, out: Path, progress: Progress) -> StreamStats:
-        segments = SamMasksOptions(folder / SEGMENTS_OUTPUT, seeds=source, proposals=GRID, run=how)
+        segments = SamMasksOptions(folder / SEGMENTS_OUTPUT, cams=source, proposals=GRID, run=how)
         run_sam_masks(segments, lambda todo, done: progress(todo, ": segments"))
         options = SamSeedOptions(source, folder / SEGMENTS_OUTPUT, out, run=RunOptions(workers=0, overwrite=True))
         return run_sam_seed(options, lambda todo, done: progress(todo, ": seeding")).stats
@@ -157,13 +157,13 @@ def _write_previews(folder: Path, refined: Path) -> tuple[Path, Path]:
     """Overlays of some scenes: their truth, maps and pseudo-labels, and apart from it every map by itself."""
     labels, maps = folder / "pseudo-labels.png", folder / "maps.png"
     kinds = (("CRF", LabelMaskFolder(folder / CRF_OUTPUT)), ("SAM", LabelMaskFolder(folder / SEED_OUTPUT)))
-    with CamSet(refined) as seeds:
+    with CamSet(refined) as cams:
         # Several classes show what the methods are for; the same scenes whatever their number.
-        chosen = [key for key in seeds if len(seeds.classes(key)) > 1][:_SHOWN] or list(seeds)[:_SHOWN]
+        chosen = [key for key in cams if len(cams.classes(key)) > 1][:_SHOWN] or list(cams)[:_SHOWN]
         rows = []
         for key in chosen:
-            scene, cam = toy_scene(HELD_OUT_SEED, key), seeds[key]
-            image, names = scene.image(), ", ".join(seeds.class_names[k] for k in cam.classes)
+            scene, cam = toy_scene(HELD_OUT_SEED, key), cams[key]
+            image, names = scene.image(), ", ".join(cams.class_names[k] for k in cam.classes)
             faint = (0.35 * image + 0.65 * 255).astype(np.uint8)  # strong colours are the classes' alone
             rows.append([
                 (names, image),

@@ -134,8 +134,8 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
         raise InputError(f"{options.prediction}: no such CAM file or mask folder")
     if holds_masks(options.prediction):
         return _evaluate_masks(options, start, each)
-    with CamSet(options.prediction) as seeds:
-        return _evaluate_cams(options, seeds, start, each)
+    with CamSet(options.prediction) as cams:
+        return _evaluate_cams(options, cams, start, each)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -199,22 +199,22 @@ def _report(
 class _Sweep(Protocol):
     settings: tuple[float, ...]
 
-    def update(self, seed: Cam, truth: LabelMask) -> None: ...
+    def update(self, cam: Cam, truth: LabelMask) -> None: ...
 
     def matrices(self) -> list[Counts]: ...
 
 
 def _evaluate_cams(
-    options: EvaluateOptions, seeds: CamSet, start: StartScoring | None, each: Each | None
+    options: EvaluateOptions, cams: CamSet, start: StartScoring | None, each: Each | None
 ) -> EvaluateReport:
-    manifest: Manifest = seeds.manifest
-    vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(seeds.path), "classes")
+    manifest: Manifest = cams.manifest
+    vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(cams.path), "classes")
     if options.classes and load_vocabulary(options.classes).class_names != vocabulary.class_names:
         raise UsageError(f"--classes {options.classes}: the CAMs were made with other classes ({vocabulary.name})")
     names = ("background", *vocabulary.class_names)
     dataset = manifest.get("dataset")
     truth = find_ground_truth(options.gt, dataset)
-    match = _match(options, list(seeds), truth, dataset)
+    match = _match(options, list(cams), truth, dataset)
     half = bool(manifest.get("options", {}).get("paper"))
     sweep: _Sweep
     if options.alphas:
@@ -225,16 +225,16 @@ def _evaluate_cams(
     advance = start(len(match.ids) * (2 if each else 1)) if start else (lambda count: None)
 
     def load(identifier: str) -> tuple[Cam, LabelMask]:
-        seed, mask = seeds[identifier], truth.read(identifier)
+        cam, mask = cams[identifier], truth.read(identifier)
         check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
-        if mask.shape != seed.size:
+        if mask.shape != cam.size:
             if not options.resize_pred:
-                raise _size_error(identifier, seed.size, mask.shape)
-            seed = Cam(seed.id, seed.classes, seed.maps, (mask.shape[0], mask.shape[1]))
-        return seed, mask
+                raise _size_error(identifier, cam.size, mask.shape)
+            cam = Cam(cam.id, cam.classes, cam.maps, (mask.shape[0], mask.shape[1]))
+        return cam, mask
 
-    for seed, mask in _ahead(load, match.ids):
-        sweep.update(seed, mask)
+    for cam, mask in _ahead(load, match.ids):
+        sweep.update(cam, mask)
         advance(1)
     matrices = sweep.matrices()
     means = [score(matrix).miou for matrix in matrices]
@@ -246,21 +246,21 @@ def _evaluate_cams(
     else:
         report.threshold = sweep.settings[best]
     if each:
-        for seed, mask in _ahead(load, match.ids):
-            labels = _labels(seed, sweep.settings[best], power=bool(options.alphas), half=half)
-            each(seed.id, confusion(mask, labels, len(names)), mask, labels)
+        for cam, mask in _ahead(load, match.ids):
+            labels = _labels(cam, sweep.settings[best], power=bool(options.alphas), half=half)
+            each(cam.id, confusion(mask, labels, len(names)), mask, labels)
             advance(1)
     return report
 
 
-def _labels(seed: Cam, setting: float, *, power: bool, half: bool) -> LabelMask:
+def _labels(cam: Cam, setting: float, *, power: bool, half: bool) -> LabelMask:
     """Mask ``(H, W)`` of one image at one setting of a sweep, pixel for pixel as the sweep counts it."""
     if power:
-        return power_labels(seed, setting)
-    if len(seed.classes) == 0:
-        return np.zeros(seed.size, np.uint8)
+        return power_labels(cam, setting)
+    if len(cam.classes) == 0:
+        return np.zeros(cam.size, np.uint8)
     kind = np.float16 if half else np.float32
-    strongest, strength = strongest_class(seed, seed.upsampled().astype(kind))
+    strongest, strength = strongest_class(cam, cam.upsampled().astype(kind))
     edge = float(np.float16(setting)) if half else setting
     return np.where(strength.astype(np.float64) > edge, strongest, 0).astype(np.uint8)
 

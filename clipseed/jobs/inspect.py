@@ -67,41 +67,41 @@ def inspect_cams(path: Path, *, verify: bool = False, look_at: int = 2000) -> In
     Raises:
         StoreError: missing, not ours, or damaged.
     """
-    with CamSet(path, verify=True if verify else None) as seeds:
-        names = seeds.class_names
+    with CamSet(path, verify=True if verify else None) as cams:
+        names = cams.class_names
         counts = np.zeros(len(names), np.int64)
-        for file in seeds.files:
+        for file in cams.files:
             found = file.class_counts
             counts[: len(found)] += found
-        grids = np.concatenate([file.grids for file in seeds.files])
-        ids = list(seeds)[:look_at]
+        grids = np.concatenate([file.grids for file in cams.files])
+        ids = list(cams)[:look_at]
         order = np.argsort(grids.prod(axis=1), kind="stable")
         ends = tuple((int(grids[k][0]), int(grids[k][1])) for k in (order[0], order[-1])) if len(grids) else None
-        without = int(sum((np.diff(file.class_offsets) == 0).sum() for file in seeds.files))
+        without = int(sum((np.diff(file.class_offsets) == 0).sum() for file in cams.files))
         return Inspection(
             path=path,
-            manifest=seeds.manifest,
-            files=len(seeds.files),
-            bytes=sum(file.path.stat().st_size for file in seeds.files),
-            images=len(seeds),
+            manifest=cams.manifest,
+            files=len(cams.files),
+            bytes=sum(file.path.stat().st_size for file in cams.files),
+            images=len(cams),
             without_class=without,
             maps=int(counts.sum()),
             per_class={name: int(count) for name, count in zip(names, counts, strict=True)},
             grid_range=ends if ends is None else (ends[0], ends[1]),
-            cam_dtype=seeds.files[0].cam_dtype,
-            empty=_empty(seeds, ids),
+            cam_dtype=cams.files[0].cam_dtype,
+            empty=_empty(cams, ids),
             checked=len(ids),
         )
 
 
-def _empty(seeds: CamSet, ids: list[str]) -> EmptyLabels:
+def _empty(cams: CamSet, ids: list[str]) -> EmptyLabels:
     """Labels of some images whose maps are empty, with the stages and reasons that are listed beside the CAMs."""
-    listed = listed_earlier(read_empty(seeds.path), seeds.manifest)
-    found = EmptyList(seeds.path, seeds.manifest, earlier=listed)
+    listed = listed_earlier(read_empty(cams.path), cams.manifest)
+    found = EmptyList(cams.path, cams.manifest, earlier=listed)
     for key in ids:
-        seed = seeds[key]
-        classes = seed.classes.tolist()
-        found.add(key, classes, empty_maps(classes, seed.maps))
+        cam = cams[key]
+        classes = cam.classes.tolist()
+        found.add(key, classes, empty_maps(classes, cam.maps))
     return found.found()
 
 
@@ -115,17 +115,17 @@ def write_preview(
         InputError: no such id, or none of the images can be found any more.
         StoreError: the CAMs are damaged, or ``out`` cannot be written.
     """
-    with CamSet(path) as seeds:
-        dataset = relocated(seeds.manifest, images, root)["dataset"]
-        find = image_finder(dataset, exif=bool(seeds.manifest["options"].get("exif")))
-        unknown = [key for key in ids if key not in seeds]
+    with CamSet(path) as cams:
+        dataset = relocated(cams.manifest, images, root)["dataset"]
+        find = image_finder(dataset, exif=bool(cams.manifest["options"].get("exif")))
+        unknown = [key for key in ids if key not in cams]
         if unknown:
             raise InputError(f"{path}: holds no image {unknown[0]!r}")
-        chosen = list(ids) or _spread([key for key in seeds if len(seeds[key].classes)], count)
+        chosen = list(ids) or _spread([key for key in cams if len(cams[key].classes)], count)
         rows, problems = [], []
         for key in chosen:
             try:
-                rows.append(_row(seeds, key, np.asarray(find(key))))
+                rows.append(_row(cams, key, np.asarray(find(key))))
             except ImageError as error:
                 problems.append(str(error))
         if not rows:
@@ -141,13 +141,13 @@ def _spread(keys: list[str], count: int) -> list[str]:
     return keys[::step][:count]
 
 
-def _row(seeds: CamSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
-    seed = seeds[key]
-    if image.shape[:2] != seed.size:
+def _row(cams: CamSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
+    cam = cams[key]
+    if image.shape[:2] != cam.size:
         raise ImageError(f"{key}: the image has another size now")
     row = [(key, image)]
-    for class_id, heat in zip(seed.classes, seed.upsampled(), strict=True):
-        row.append((seeds.class_names[class_id], heat_overlay(image, heat)))
+    for class_id, heat in zip(cam.classes, cam.upsampled(), strict=True):
+        row.append((cams.class_names[class_id], heat_overlay(image, heat)))
     return row
 
 

@@ -179,7 +179,7 @@ _PIXEL_UNIT = 64
 
 
 def run_refine(options: RefineOptions, start: Start | None = None, loading: Loading | None = None) -> RefineReport:
-    """Refine seeds; resumes what an earlier run began.
+    """Refine CAMs; resumes what an earlier run began.
 
     Args:
         options: What to do.
@@ -193,32 +193,32 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
     out = options.out or default_out(options.source, options.method)
     if out.resolve() == options.source.resolve():
         raise UsageError(f"--out {out}: is the file that is being refined")
-    with CamSet(options.source) as seeds, contextlib.closing(_open(options, out, seeds, loading)) as engine:
+    with CamSet(options.source) as cams, contextlib.closing(_open(options, out, cams, loading)) as engine:
         about, shard = engine.about, options.run.shard
-        source = relocated(seeds.manifest, options.images, options.root)
+        source = relocated(cams.manifest, options.images, options.root)
         manifest = refine_manifest(
             options.method, about["constants"], source, about["model"], about["weights"], options.source
         )
-        dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
-        unit = dealt_unit(about["unit"], len(seeds), shard.count * engine.hands)
+        dtype = "float32" if cams.manifest["options"].get("paper") else "float16"
+        unit = dealt_unit(about["unit"], len(cams), shard.count * engine.hands)
         with CamWriter(
-            out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_cams(seeds)
+            out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_cams(cams)
         ) as writer:
-            writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
-            writer.follow(seeds.keys(), seeds.stamp)
-            done = run(engine, writer, [cam_sample(seeds, key) for key in seeds], start, shard=shard)
+            writer.forget_unlike({key: tuple(cams.classes(key).tolist()) for key in cams})
+            writer.follow(cams.keys(), cams.stamp)
+            done = run(engine, writer, [cam_sample(cams, key) for key in cams], start, shard=shard)
         freshen(out, options.source)
         return RefineReport(**vars(done), source=options.source)
 
 
-def _open(options: RefineOptions, out: Path, seeds: CamSet, loading: Loading | None) -> Deferred[Cam]:
+def _open(options: RefineOptions, out: Path, cams: CamSet, loading: Loading | None) -> Deferred[Cam]:
     """What can be refused is refused here, before workers start."""
-    if options.method != "par" and seeds.manifest["method"] in ("par", "dense-crf"):
+    if options.method != "par" and cams.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
     if options.method == "par":
         return open_engine(partial(_Par, options), options.run.cluster)
-    about = None if options.run.overwrite else _known(options, out, seeds.manifest)
-    _, name, weights = _settings(options, seeds.manifest)
+    about = None if options.run.overwrite else _known(options, out, cams.manifest)
+    _, name, weights = _settings(options, cams.manifest)
     say = partial(loading, model_name(name, weights)) if loading else None
     return open_engine(partial(_Spreading, options), options.run.cluster, about, say)
 
@@ -268,26 +268,26 @@ class _Refinement(Work[Any, Cam]):
     def __init__(self, options: RefineOptions, device: torch.device) -> None:
         super().__init__()
         self.options, self.device = options, device
-        self.seeds = CamSet(options.source, verify=False)
-        self.reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
+        self.cams = CamSet(options.source, verify=False)
+        self.reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
         self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
         self.ahead = decode_ahead(device, self.workers)
         self.queue = batches_in_flight(device)
         self.batch = BatchSize(options.run.batch_size, token_budget(device))
 
-    def refined(self, items: Sequence[Any], seeds: list[Cam]) -> list[Cam]:
+    def refined(self, items: Sequence[Any], cams: list[Cam]) -> list[Cam]:
         """Refine images that fit their CAMs."""
         raise NotImplementedError
 
     def compute(self, items: Sequence[Any]) -> list[Cam | ImageError]:
         """Refine a batch, leaving out images that do not fit their CAMs."""
-        seeds = [self.seeds[item.sample.id] for item in items]
+        cams = [self.cams[item.sample.id] for item in items]
         found: list[Cam | ImageError | None] = [
-            misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
+            misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
         if fit:
-            results = self.refined([items[k] for k in fit], [seeds[k] for k in fit])
+            results = self.refined([items[k] for k in fit], [cams[k] for k in fit])
             for k, result in zip(fit, results, strict=True):
                 found[k] = result
         return [result for result in found if result is not None]
@@ -297,8 +297,8 @@ class _Spreading(_Refinement):
     """CAA and the class-distribution affinity: maps spread between patches."""
 
     def __init__(self, options: RefineOptions) -> None:
-        with CamSet(options.source, verify=False) as seeds:
-            source = seeds.manifest
+        with CamSet(options.source, verify=False) as cams:
+            source = cams.manifest
         paper, name, weights = _settings(options, source)
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
         self._constants = _constants(options, source, paper)
@@ -322,27 +322,27 @@ class _Spreading(_Refinement):
     @property
     def loader(self) -> ViewLoader:
         """Decodes images as the maps were made from them."""
-        recorded = self.seeds.manifest["options"]
+        recorded = self.cams.manifest["options"]
         limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
         return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
 
-    def refined(self, items: Sequence[LoadedViews], seeds: list[Cam]) -> list[Cam]:
+    def refined(self, items: Sequence[LoadedViews], cams: list[Cam]) -> list[Cam]:
         """Spread maps along attention."""
-        if not len(seeds[0].classes):
-            return seeds
-        for item, seed in zip(items, seeds, strict=True):
-            if seed.maps.shape[1:] != item.grid:
+        if not len(cams[0].classes):
+            return cams
+        for item, cam in zip(items, cams, strict=True):
+            if cam.maps.shape[1:] != item.grid:
                 raise InputError(f"{item.sample.id}: its maps are not on the patch grid of the model")
         pixels = stacked([item.views[0] for item in items], self.device)
-        cams = [torch.from_numpy(seed.maps) for seed in seeds]
-        maps = self._maps(self.clip, pixels, cams)
+        raw = [torch.from_numpy(cam.maps) for cam in cams]
+        maps = self._maps(self.clip, pixels, raw)
         broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
         if broken and self.clip.exact is not self.clip:
             self.counters["recomputed"] += len(broken)
-            again = self._maps(self.clip.exact, pixels[broken], [cams[k] for k in broken])
+            again = self._maps(self.clip.exact, pixels[broken], [raw[k] for k in broken])
             for k, found in zip(broken, again, strict=True):
                 maps[k] = found
-        return [replace(seed, maps=found.nan_to_num(0.0).numpy()) for seed, found in zip(seeds, maps, strict=True)]
+        return [replace(cam, maps=found.nan_to_num(0.0).numpy()) for cam, found in zip(cams, maps, strict=True)]
 
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
         attention = patch_attention(clip.tower, pixels, self.caa.layers)
@@ -362,7 +362,7 @@ class _Par(_Refinement):
 
     def about(self) -> dict[str, Any]:
         """Constants, the model that the maps come from, device, and images per unit."""
-        source, par = self.seeds.manifest, self.options.par
+        source, par = self.cams.manifest, self.options.par
         return {
             "constants": {**asdict(par), "dilations": list(par.dilations)},
             "model": source["model"],
@@ -376,11 +376,11 @@ class _Par(_Refinement):
         """Decodes images at their own size."""
         return ImageLoader(self.reader)
 
-    def refined(self, items: Sequence[LoadedImage], seeds: list[Cam]) -> list[Cam]:
+    def refined(self, items: Sequence[LoadedImage], cams: list[Cam]) -> list[Cam]:
         """Let maps follow colours."""
-        if not len(seeds[0].classes):
-            return seeds
-        maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(seed.upsampled()) for seed in seeds], batch_first=True)
+        if not len(cams[0].classes):
+            return cams
+        maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(cam.upsampled()) for cam in cams], batch_first=True)
         pixels = stacked([item.pixels for item in items], self.device)
         par = self.options.par
         refined = refine_par(
@@ -388,4 +388,4 @@ class _Par(_Refinement):
         )
         refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
         found = refined.clamp_(0, 1).cpu().numpy()
-        return [replace(seed, maps=rows[: len(seed.classes)]) for seed, rows in zip(seeds, found, strict=True)]
+        return [replace(cam, maps=rows[: len(cam.classes)]) for cam, rows in zip(cams, found, strict=True)]

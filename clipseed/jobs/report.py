@@ -108,7 +108,7 @@ def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | 
 
 def _check(options: ReportOptions) -> None:
     if not options.inputs:
-        raise UsageError("name at least one seeds file or mask folder")
+        raise UsageError("name at least one CAM file or folder of label masks")
     for name, count in (("--worst", options.worst), ("--best", options.best)):
         if not 0 <= count <= MOST_SHOWN:
             raise UsageError(f"{name} {count}: give a number from 0 to {MOST_SHOWN}")
@@ -193,8 +193,8 @@ def _some(ids: list[str], count: int = 5) -> str:
 def _manifest(path: Path) -> Manifest | None:
     """The manifest of CAMs, or the one beside masks; ``None`` when there is none that can be read."""
     if not holds_masks(path):
-        with CamSet(path, verify=False) as seeds:
-            return seeds.manifest
+        with CamSet(path, verify=False) as cams:
+            return cams.manifest
     return read_label_mask_manifest(path)
 
 
@@ -231,8 +231,8 @@ def _image_set(images: Path | None, truth: str, manifest: Manifest | None) -> di
         return {"images": str(images)}
     dataset = (manifest or {}).get("dataset")
     if isinstance(dataset, dict) and dataset.get("name") == "toy":
-        seed = str(dataset.get("toy_seed") or 0)
-        return {"name": "toy", "toy_seed": seed} if seed.isdecimal() and len(seed) < 20 else None
+        cam = str(dataset.get("toy_seed") or 0)
+        return {"name": "toy", "toy_seed": cam} if cam.isdecimal() and len(cam) < 20 else None
     if isinstance(dataset, dict) and dataset.get("images"):
         return dataset
     if truth.startswith("toy:"):

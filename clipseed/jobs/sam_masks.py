@@ -64,7 +64,7 @@ class SamMasksOptions:
         out: ``NAME.h5`` or a folder.
         data: A data set; ``None`` takes the images of ``CAMs``.
         CAMs: CAMs whose images are meant, and whose maps prompt SAM.
-        images, root: Where the images of the seeds, or their data set, are now, if they have moved.
+        images, root: Where the images of the CAMs, or their data set, are now, if they have moved.
         checkpoint: SAM's weights, or ``toy``; ``None``: ``toy`` for the toy set, else it is missing.
         model: ``auto``, or the size that the checkpoint must have.
         factory: ``module:function`` that makes another model, see :func:`~clipseed.sam.load.load_sam`.
@@ -72,13 +72,13 @@ class SamMasksOptions:
         max_side: Longer images are shrunk to it first, and their masks have that size; 0: never.
         existing: Masks that exist already, taken instead of a model's.
         existing_kind: Their format.
-        prompt: Ask for the classes of the seeds instead of everything.
+        prompt: Ask for the classes of the CAMs instead of everything.
         run: Its batch size is that of images encoded at once with ``prompt``.
     """
 
     out: Path
     data: ListingOptions | None = None
-    seeds: Path | None = None
+    cams: Path | None = None
     images: Path | None = None
     root: Path | None = None
     checkpoint: str | None = None
@@ -132,9 +132,9 @@ def proposal_options(preset: SamPreset, **overrides: Any) -> ProposalOptions:
 
 def check(options: SamMasksOptions) -> None:
     """Raise :class:`~clipseed.errors.UsageError` for what cannot be meant."""
-    if (options.data is None) == (options.seeds is None):
+    if (options.data is None) == (options.cams is None):
         raise UsageError("images come from --dataset or from --seeds; give one of them")
-    if options.prompt and options.seeds is None:
+    if options.prompt and options.cams is None:
         raise UsageError(f"--prompt {options.prompt} needs --seeds, the maps to take prompts from")
     if options.existing is not None and (options.prompt or options.checkpoint or options.factory):
         raise UsageError("--import takes masks as they are; --checkpoint, --sam-factory and --prompt need a model")
@@ -164,24 +164,24 @@ def find_checkpoint(options: SamMasksOptions, dataset: str) -> Path | None:
 
 
 def find_images(options: SamMasksOptions) -> tuple[ImageListing, Manifest | None]:
-    """The images, and the manifest of the seeds that they come from.
+    """The images, and the manifest of the CAMs that they come from.
 
     Raises:
         ClipseedError: data set or CAMs are missing, malformed or damaged.
     """
     if options.data is not None:
         return list_data_set(options.data), None
-    assert options.seeds is not None
-    with CamSet(options.seeds) as seeds:
-        manifest = relocated(seeds.manifest, options.images, options.root)
-        samples = tuple(cam_sample(seeds, key) for key in seeds)
+    assert options.cams is not None
+    with CamSet(options.cams) as cams:
+        manifest = relocated(cams.manifest, options.images, options.root)
+        samples = tuple(cam_sample(cams, key) for key in cams)
     reader = recorded_reader(manifest)
     exif = bool(manifest["options"].get("exif"))
     return ImageListing(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
 
 
 def masks_manifest(
-    options: SamMasksOptions, images: ImageListing, seeds: Manifest | None, about: dict[str, Any]
+    options: SamMasksOptions, images: ImageListing, cams: Manifest | None, about: dict[str, Any]
 ) -> Manifest:
     """Everything that decides the masks, and where the images are."""
     settings: dict[str, Any] = {"exif": images.exif}
@@ -193,8 +193,8 @@ def masks_manifest(
     elif options.prompt:
         settings["stability_offset"] = options.proposals.stability_offset
         settings["min_region_area"] = options.proposals.min_region_area
-        assert seeds is not None
-        source = {key: seeds[key] for key in ("kind", "method", "options", "model", "source") if key in seeds}
+        assert cams is not None
+        source = {key: cams[key] for key in ("kind", "method", "options", "model", "source") if key in cams}
     elif options.existing is not None:
         source = imported_masks(options.existing, options.existing_kind)
     return {
@@ -205,9 +205,9 @@ def masks_manifest(
         "model": about["model"],
         "weights": about["weights"],
         "max_pixels": images.max_pixels,
-        "vocabulary": seeds["vocabulary"] if seeds and options.prompt else {},
+        "vocabulary": cams["vocabulary"] if cams and options.prompt else {},
         "dataset": images.dataset,
-        **({"input": str(options.seeds.resolve())} if options.seeds is not None else {}),
+        **({"input": str(options.cams.resolve())} if options.cams is not None else {}),
         "versions": package_versions(),
     }
 
@@ -306,19 +306,19 @@ def run_sam_masks(
             reported instead.
     """
     check(options)
-    images, seeds = find_images(options)
+    images, cams = find_images(options)
     recipe = MasksRecipe(options, images.reader, str(images.dataset.get("name")))
     say = partial(loading, options.model_name) if loading and options.existing is None else None
     with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
         about, shard = engine.about, options.run.shard
-        manifest = masks_manifest(options, images, seeds, about)
+        manifest = masks_manifest(options, images, cams, about)
         with RecordWriter(
             options.out, manifest, segment_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
         ) as writer:
             files = {sample.id: images.reader.file(sample) for sample in images.samples if sample.id in writer.done}
             writer.forget_replaced(files)
-            if seeds is not None and options.seeds is not None:
-                with CamSet(options.seeds, verify=False) as source:
+            if cams is not None and options.cams is not None:
+                with CamSet(options.cams, verify=False) as source:
                     writer.follow(source.keys(), source.stamp)
             report = SamMasksReport(**vars(run(engine, writer, images.samples, start, shard=shard)))
     if report.stats.counters["cramped"]:
@@ -475,8 +475,8 @@ class _Prompted(_Segmenting):
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe)
-        assert self.options.seeds is not None
-        self.seeds = CamSet(self.options.seeds, verify=False)
+        assert self.options.cams is not None
+        self.cams = CamSet(self.options.cams, verify=False)
         together = self.options.run.batch_size or self.backend.crops_at_once
         self.batch = BatchSize(together, 1)
         self.ahead += together
@@ -496,10 +496,10 @@ class _Prompted(_Segmenting):
     def masks(self, item: LoadedForSam, given: Embedding | None) -> SegmentRecord:
         """Answers to the prompts of one image."""
         assert self.options.prompt is not None
-        seed = self.seeds[item.sample.id]
-        problem = misfit(seed, item.size, item.stamp)
+        cam = self.cams[item.sample.id]
+        problem = misfit(cam, item.size, item.stamp)
         if problem is not None:
             raise problem
         embedding = given or Embedding((item.pixels.shape[0], item.pixels.shape[1]), None)
-        proposals, row = prompted_masks(self.backend, embedding, seed.maps, self.options.prompt, self.options.proposals)
-        return pack_segments(item.sample.id, item.size, proposals, seed.classes[row].tolist())
+        proposals, row = prompted_masks(self.backend, embedding, cam.maps, self.options.prompt, self.options.proposals)
+        return pack_segments(item.sample.id, item.size, proposals, cam.classes[row].tolist())

@@ -153,9 +153,9 @@ class _Source:
 
 def _look_at_source(path: Path) -> _Source:
     if not is_folder(path) or any(path.glob(UNIT_PATTERN)):
-        with CamSet(path) as seeds:
-            classes = {key: tuple(seeds.classes(key).tolist()) for key in seeds}
-            return _Source(seeds.manifest, classes, {key: seeds.stamp(key) for key in seeds}, False)
+        with CamSet(path) as cams:
+            classes = {key: tuple(cams.classes(key).tolist()) for key in cams}
+            return _Source(cams.manifest, classes, {key: cams.stamp(key) for key in cams}, False)
     keys = sorted(LabelMaskFolder(path).ids())
     if not keys:
         raise InputError(f"{path}: neither CAMs nor PNG masks in this folder")
@@ -292,13 +292,13 @@ class Seeder:
         return Seeded(sample.id, found, classes, stamp, len(proposals))
 
     def _seeded(self, sample: Sample) -> Seeded:
-        seed = cams_at(self.source)[sample.id]
-        problem = misfit(seed, seed.size)
+        cam = cams_at(self.source)[sample.id]
+        problem = misfit(cam, cam.size)
         if problem is not None:
             raise problem
-        proposals, asked = self._proposals(sample.id, seed.size, seed.stamp)
-        labels = seed_labels(self.rules, seed, proposals, asked)
-        return Seeded(sample.id, labels, tuple(seed.classes.tolist()), seed.stamp, len(proposals))
+        proposals, asked = self._proposals(sample.id, cam.size, cam.stamp)
+        labels = seed_labels(self.rules, cam, proposals, asked)
+        return Seeded(sample.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(proposals))
 
     def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Segments, Any]:
         """Masks of an image, none where there are none, and the class that each was asked for.

@@ -1,4 +1,4 @@
-"""Seeds pixel by pixel, without masks: the baseline of FMA-WSSS, and what fills places that no mask covers.
+"""Label masks pixel by pixel, without segments: the baseline of FMA-WSSS, and what fills places that no mask covers.
 
 Shapes: K classes of an image; maps ``(K, h, w)`` on the patch grid or at the image's size ``(H, W)``.
 """

@@ -1,7 +1,7 @@
 """The engine that runs work on a Ray cluster: one worker per GPU, or several CPU workers per node.
 
 The process that was started keeps the output: it hands out units, takes their results and writes them, so locks,
-resuming and manifests are the same as without a cluster. Workers read images, weights and seeds themselves, by the
+resuming and manifests are the same as without a cluster. Workers read images, weights and CAMs themselves, by the
 same paths. A worker that is lost (its node died, the system killed it) costs the units in its hands; another does them.
 
 Actors are as fast as Ray Data here (measured, docs/scale.md) and let lost units be counted and nodes be compared.

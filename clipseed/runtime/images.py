@@ -209,30 +209,30 @@ def recorded_reader(manifest: Manifest) -> FoundReader:
     return FoundReader(image_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
 
 
-def earlier_in_cams(seeds: CamSet) -> Earlier:
+def earlier_in_cams(cams: CamSet) -> Earlier:
     """Answers whether a label's map had no positive value in these CAMs already, and since which stage."""
 
     def there(key: str) -> tuple[list[int], tuple[int, ...]]:
-        seed = seeds[key]
-        classes: list[int] = seed.classes.tolist()
-        return classes, empty_maps(classes, seed.maps)
+        cam = cams[key]
+        classes: list[int] = cam.classes.tolist()
+        return classes, empty_maps(classes, cam.maps)
 
-    return earlier_in(seeds.path, seeds.manifest, there)
+    return earlier_in(cams.path, cams.manifest, there)
 
 
-def cam_sample(seeds: CamSet, key: str) -> Sample:
+def cam_sample(cams: CamSet, key: str) -> Sample:
     """An image of stored CAMs, as the stream takes it; readers find its file by id."""
-    return Sample(key, Path(key), tuple(int(k) for k in seeds.classes(key)))
+    return Sample(key, Path(key), tuple(int(k) for k in cams.classes(key)))
 
 
-def misfit(seed: Cam, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
+def misfit(cam: Cam, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
     """Why an image of this size, from this file, cannot be used with its CAMs, or ``None``."""
-    if seed.size != size:
+    if cam.size != size:
         return ImageError(
-            f"the image is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its CAMs were made"
+            f"the image is {size[1]}x{size[0]} pixels now, {cam.size[1]}x{cam.size[0]} when its CAMs were made"
         )
-    if seed.stamp.differs(stamp):
+    if cam.stamp.differs(stamp):
         return ImageError("the image is another one than its maps were made from; run clipseed cam again")
-    if not np.isfinite(seed.maps).all():
+    if not np.isfinite(cam.maps).all():
         return ImageError("its CAMs hold NaN or infinity")
     return None

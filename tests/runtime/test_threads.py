@@ -251,7 +251,7 @@ def par_bytes(seeds: Path, folder: Path) -> Sized:
 
 def segment_bytes(seeds: Path, folder: Path) -> Sized:
     proposals = replace(FMA, points_per_side=6, crop_layers=0)
-    run_sam_masks(SamMasksOptions(folder / "segments.h5", seeds=seeds, proposals=proposals))
+    run_sam_masks(SamMasksOptions(folder / "segments.h5", cams=seeds, proposals=proposals))
     with SegmentSet(folder / "segments.h5") as found:
         return {key: (found[key].rle.tobytes(), found[key].iou.tobytes()) for key in found}
 
