@@ -14,7 +14,8 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.errors import UsageError
 from clipseed.jobs import sam_seed
-from clipseed.pseudo.pixels import Background, label_pixels
+from clipseed.pseudo.background import Background
+from clipseed.pseudo.pixels import label_pixels
 from clipseed.pseudo.prompted import label_from_prompted_masks
 from clipseed.pseudo.rules import RuleOptions, decide
 from clipseed.pseudo.seeding import PRESETS, seed_from_masks
