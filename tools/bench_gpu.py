@@ -224,9 +224,9 @@ def check(bench: Bench) -> dict[str, Any]:
         def seeds(source: Path, masks: Path) -> Callable[[Path], object]:
             return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, run=RunOptions(workers=0)))
 
-        seeded = labels(cpu, "CAMs", seeds(spread, reference))
+        seeded = labels(cpu, "pseudo-sam", seeds(spread, reference))
         ours = seeds(there / "caa-fp32.h5", there / "masks-fp32.h5")
-        yield "sam-seed", lambda: label_differences(seeded, labels(there, "CAMs", ours))
+        yield "sam-seed", lambda: label_differences(seeded, labels(there, "pseudo-sam", ours))
 
     for name, step in steps():
         note(name, step())

@@ -79,7 +79,7 @@ class Cam:
 def cam_format(cam_dtype: str = "float16") -> RecordFormat[Cam]:
     """The CAM file; ``cam_dtype`` (``float16`` or ``float32``) matters for writing only."""
     return RecordFormat(
-        name="clipseed-CAMs",
+        name="clipseed-cams",
         version=1,
         noun="CAM",
         ragged={"class_offset": ("class_id",), "cam_offset": ("cam",)},
