@@ -10,7 +10,7 @@ from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import Running, prepare, rate, warn_of_toy_weights
-from clipseed.data.background import GENERAL
+from clipseed.data.vocabulary import GENERAL
 from clipseed.defaults import TAG_THRESHOLD, CamMethod
 from clipseed.errors import UsageError
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from clipseed.data import coco, voc
 from clipseed.data.background import choose_background
-from clipseed.data.images import IMAGE_SUFFIXES, FileReader, read_image
+from clipseed.data.images import FileReader, read_image
 from clipseed.data.labels import Labels, read_labels
 from clipseed.data.listing import list_images, read_split
-from clipseed.data.paths import is_file, is_folder
+from clipseed.data.paths import IMAGE_SUFFIXES, is_file, is_folder
 from clipseed.data.types import ImageSet, Sample, check_id
 from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary
 from clipseed.defaults import MAX_PIXELS, DatasetName

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
+from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from clipseed.data.vocabulary import Vocabulary
 
 MAX_ID_BYTES = 1024
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from clipseed.errors import StoreError
 from clipseed.store.differences import differences
+from clipseed.version import __version__
 
 Manifest = dict[str, Any]
 
 
 def package_versions() -> dict[str, str]:
     """Versions of everything that has a part in the numbers."""
-    from clipseed import __version__
-
     names = ("torch", "open_clip_torch", "numpy", "pillow", "h5py", "opencv-python-headless", "segment-anything")
     versions = {"clipseed": __version__, "python": platform.python_version()}
     for name in names:
