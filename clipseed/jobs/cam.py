@@ -196,11 +196,7 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, model: dict[str, Any]
         "max_pixels": options.data.max_pixels,
         "vocabulary": image_set.vocabulary.as_dict(),
         "dataset": {
-            "name": image_set.name,
-            "root": str(image_set.root) if image_set.root else None,
-            "split": image_set.split,
-            "ground_truth": image_set.ground_truth,
-            **image_set.source,
+            **image_set.manifest,
             **(tag_settings(options) if options.data.auto_labels else {}),
         },
         "versions": package_versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,9 @@ class CamSet(RecordSet[Cam, CamFile]):
     def _file(self, path: Path, *, verify: bool) -> CamFile:
         return CamFile(path, verify=verify)
 
-    def _check(self) -> None:
-        names = class_names(self.manifest, self.path)
-        for file in self._files:
+    def _check(self, manifest: Manifest, files: Sequence[CamFile]) -> None:
+        names = class_names(manifest, self.path)
+        for file in files:
             if len(file.class_counts) > len(names):
                 raise StoreError(f"{file.path}: damaged, it has class {len(file.class_counts) - 1} of {len(names)}")
 

@@ -28,13 +28,11 @@ from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
+from clipseed.store.names import is_portable, parts_of, unit_files
 from clipseed.store.places import located, noted, same_places
 from clipseed.store.record_file import RecordFile, write_portable, write_unit
-from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.shards import WHOLE, Shard, ShardReports, Skipped, lock_output, unit_number
 from clipseed.store.units import Unit, missing_units, own_items
-
-_H5_SUFFIXES = {".h5", ".hdf5"}
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class RecordWriter(Generic[R]):
         shard: Shard = WHOLE,
     ) -> None:  # fmt: skip
         self.out = out
-        self.portable = out.suffix.lower() in _H5_SUFFIXES
-        self.folder = out.with_name(out.name + ".parts") if self.portable else out
+        self.portable = is_portable(out)
+        self.folder = parts_of(out) if self.portable else out
         self.manifest = noted(manifest, out)
         self._text = dumps(self.manifest)
         self._form, self._unit_size, self._shard = form, unit_size, shard
@@ -121,7 +119,7 @@ class RecordWriter(Generic[R]):
             remove_leftovers_of(self.out)
         self._reports.take_back()
         if self._overwrite:
-            for path in (*self.folder.glob(UNIT_PATTERN), self.folder / "manifest.json"):
+            for path in (*unit_files(self.folder), self.folder / "manifest.json"):
                 path.unlink(missing_ok=True)
             if self.portable:
                 self.out.unlink(missing_ok=True)
@@ -129,7 +127,7 @@ class RecordWriter(Generic[R]):
         if plan.is_file():
             self._read_plan(plan)
         # Units first: they are newer than a finished file that corrected labels or new images are added to.
-        for path in self._unit_files():
+        for path in unit_files(self.folder):
             if self._shard.takes(unit_number(path)):
                 self._take_stock(path)
         if self.portable and self.out.is_file():
@@ -153,9 +151,6 @@ class RecordWriter(Generic[R]):
             refuse_differences(stored["manifest"], self.manifest, str(self.folder))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
-
-    def _unit_files(self) -> list[Path]:
-        return sorted(self.folder.glob(UNIT_PATTERN))
 
     def _take_stock(self, path: Path) -> None:
         """Note which ids a finished file holds; a damaged unit is dropped and computed again."""
@@ -272,11 +267,11 @@ class RecordWriter(Generic[R]):
             return Finished(report if skipped else None, empty=self._empty_labels())
         if not self._reports.reported():  # ... and through with it
             self._release()
-            if self.portable and not self._unit_files():
+            if self.portable and not unit_files(self.folder):
                 shutil.rmtree(self.folder, ignore_errors=True)  # locking made it again
             return Finished(None, empty=self._empty_labels())
         everything: Skipped = self._reports.skipped()
-        for path in self._unit_files():
+        for path in unit_files(self.folder):
             if not self._shard.takes(unit_number(path)):
                 with RecordFile(path, self._form, verify=False) as file:
                     self._adopt(file, path)
@@ -319,7 +314,7 @@ class RecordWriter(Generic[R]):
 
 def recorded_manifest(out: Path) -> Manifest | None:
     """The manifest of an output of records that is there, finished or begun; ``None`` where none can be read."""
-    parts = out.with_name(out.name + ".parts") if out.suffix.lower() in _H5_SUFFIXES else out
+    parts = parts_of(out) if is_portable(out) else out
     try:
         if is_file(out):
             with h5py.File(out, "r", locking=False) as file:
@@ -358,7 +353,7 @@ def some(keys: Collection[str]) -> str:
 
 def _foreign(folder: Path) -> bool:
     """Whether something is in a folder, and it is no output of records."""
-    if not folder.is_dir() or not any(folder.iterdir()) or any(folder.glob(UNIT_PATTERN)):
+    if not folder.is_dir() or not any(folder.iterdir()) or unit_files(folder):
         return False
     try:
         return "unit_size" not in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
