@@ -36,8 +36,8 @@ class OtherSettings(StoreError):
     """An output exists with another manifest."""
 
 
-def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
-    """Refuse to add to an output that was made with other settings.
+def refuse_differences(stored: Manifest, wanted: Manifest, where: str, option: str = "--out") -> None:
+    """Refuse to add to an output that was made with other settings; ``option`` names another one.
 
     Raises:
         OtherSettings: naming what differs.
@@ -47,6 +47,6 @@ def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
         shown = "\n  ".join(changed[:12])
         more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
         raise OtherSettings(
-            f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
+            f"{where} was made with other settings; choose another {option}, or start again with --overwrite:"
             f"\n  {shown}{more}"
         )
