@@ -1,4 +1,4 @@
-"""Seeds from class activation maps and masks: each mask gets one label, then the masks are painted (FMA-WSSS, "SAMS").
+"""Label masks from class activation maps and segments: each mask gets one label, then the masks are painted (FMA-WSSS, "SAMS").
 
 Shapes: K classes of an image, S masks, C = 1 + K scores with background first; images are ``(H, W)``.
 
