@@ -14,13 +14,15 @@ from clipseed.cli._run import empty_reasons
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.inspect import CamInspection, SegmentInspection
+    from clipseed.jobs.inspect import AnyInspection, CamInspection, FeatureInspection, SegmentInspection
 
 
 @grouped
 def inspect(
     *,
-    cams: Annotated[Optional[Path], typer.Argument(help="CAMs or segments file (default: the newest stage).")] = None,
+    cams: Annotated[
+        Optional[Path], typer.Argument(help="CAMs, segments or features file (default: the newest stage).")
+    ] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
@@ -50,17 +52,22 @@ def inspect(
     return 0
 
 
-def _print(inspection: CamInspection | SegmentInspection) -> None:
-    from clipseed.jobs.inspect import CamInspection
+def _print(inspection: AnyInspection) -> None:
+    from clipseed.jobs.inspect import CamInspection, SegmentInspection
 
     manifest, data = inspection.manifest, inspection.manifest["dataset"]
+    per_class: dict[str, int] = {}
     if isinstance(inspection, CamInspection):
+        per_class = inspection.per_class
         counted, origin, content = "images", _cam_origin(manifest), _cam_content(inspection)
-    else:
+    elif isinstance(inspection, SegmentInspection):
+        per_class = inspection.per_class
         counted, origin, content = "masks", _segment_origin(manifest), _segment_content(inspection)
+    else:
+        counted, origin, content = "images", _feature_origin(manifest), _feature_content(inspection)
     rows = [
         ("file", f"{inspection.path} ({inspection.files} file(s), {inspection.bytes:,} bytes)"),
-        ("method", str(manifest.get("method"))),
+        *([("method", str(manifest["method"]))] if "method" in manifest else []),
         ("options", _pairs(manifest["options"])),
         *origin,
         ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
@@ -70,10 +77,10 @@ def _print(inspection: CamInspection | SegmentInspection) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
-    per_class = [(name, str(number)) for name, number in inspection.per_class.items() if number]
-    if per_class:
+    present = [(name, str(number)) for name, number in per_class.items() if number]
+    if present:
         typer.echo("")
-        print_table(("class", counted), per_class)
+        print_table(("class", counted), present)
 
 
 Rows = list[tuple[str, str]]
@@ -118,6 +125,18 @@ def _segment_content(segments: SegmentInspection) -> Rows:
         ("levels", ", ".join(f"{number} {name}" for name, number in segments.levels.items())),
         ("bytes", f"{segments.bytes_per_image:,.0f} per image; {segments.bytes_per_mask:,.0f} per compressed mask"),
     ]
+
+
+def _feature_origin(manifest: dict[str, Any]) -> Rows:
+    model = manifest["model"]
+    return [
+        ("model", f"{model.get('model')} {model.get('weights')} ({model.get('precision')})"),
+        ("weights SHA-256", str(model.get("sha256"))),
+    ]
+
+
+def _feature_content(features: FeatureInspection) -> Rows:
+    return [("images", str(features.images)), ("features", f"{features.length} values each")]
 
 
 def _pairs(part: object) -> str:

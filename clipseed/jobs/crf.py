@@ -44,7 +44,7 @@ from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import CamSet
 from clipseed.store.empty import Earlier
 from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
-from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.manifest import Manifest, label_manifest
 from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished
 from clipseed.types import IGNORE
@@ -183,23 +183,11 @@ def _paper(options: CrfOptions, source: Manifest) -> bool:
 
 def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
     paper = _paper(options, source)
-    kept = {key: source["options"].get(key) for key in ("exif", "max_side", "min_side")}
     made = {
         "alpha": options.alpha, "confidence": options.confidence, "paper": paper, "solver": options.solver,
         "empty": options.empty,
     }  # fmt: skip
-    return {
-        "kind": "crf",
-        "method": "dense-crf",
-        "options": {**kept, **asdict(options.parameters), **made},
-        "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
-        "model": source["model"],
-        "weights": source.get("weights"),
-        "vocabulary": source["vocabulary"],
-        "dataset": source["dataset"],
-        "input": str(options.source.resolve()),
-        "versions": package_versions(),
-    }
+    return label_manifest(source, options.source, "crf", "dense-crf", {**asdict(options.parameters), **made})
 
 
 @dataclass(frozen=True)

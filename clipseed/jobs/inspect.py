@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from clipseed.data.dataset import image_finder, relocated
-from clipseed.errors import ImageError, InputError, StoreError
+from clipseed.errors import ImageError, InputError, StoreError, UsageError
 from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_overlay
 from clipseed.segments import enlarged
 from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
+from clipseed.store.features import FeatureSet
 from clipseed.store.files import replacing
 from clipseed.store.manifest import Manifest
 from clipseed.store.open import Records, open_records
@@ -95,8 +96,18 @@ class SegmentInspection(Inspection):
     per_class: dict[str, int]
 
 
-def inspect_output(path: Path, *, verify: bool = False) -> CamInspection | SegmentInspection:
-    """Summarise CAMs or segments.
+@dataclass(frozen=True)
+class FeatureInspection(Inspection):
+    """A summary of a features file; ``length``: values of each feature, 0 where there is none."""
+
+    length: int
+
+
+AnyInspection = CamInspection | SegmentInspection | FeatureInspection
+
+
+def inspect_output(path: Path, *, verify: bool = False) -> AnyInspection:
+    """Summarise CAMs, segments or features.
 
     Args:
         path: A file, or a folder of units.
@@ -106,7 +117,9 @@ def inspect_output(path: Path, *, verify: bool = False) -> CamInspection | Segme
         StoreError: missing, not ours, or damaged.
     """
     with open_records(path, verify=True if verify else None) as records:
-        return _inspect_cams(records) if isinstance(records, CamSet) else _inspect_segments(records)
+        if isinstance(records, CamSet):
+            return _inspect_cams(records)
+        return _inspect_segments(records) if isinstance(records, SegmentSet) else _inspect_features(records)
 
 
 def _size(records: Records) -> dict[str, Any]:
@@ -177,6 +190,11 @@ def _inspect_segments(segments: SegmentSet) -> SegmentInspection:
     )
 
 
+def _inspect_features(features: FeatureSet) -> FeatureInspection:
+    first = next(iter(features.values()), None)
+    return FeatureInspection(**_size(features), length=0 if first is None else len(first.values))
+
+
 def write_preview(
     path: Path, out: Path, count: int = 4, ids: tuple[str, ...] = (), images: Path | None = None,
     root: Path | None = None,
@@ -184,10 +202,13 @@ def write_preview(
     """Write some images with their maps, or with their segments in colours, to a PNG; returns their ids.
 
     Raises:
+        UsageError: features.
         InputError: no such id, or none of the images can be found any more.
         StoreError: the records are damaged, or ``out`` cannot be written.
     """
     with open_records(path) as records:
+        if isinstance(records, FeatureSet):
+            raise UsageError("--preview: features are nothing to look at")
         dataset = relocated(records.manifest, images, root)["dataset"]
         find = image_finder(dataset, exif=bool(records.manifest["options"].get("exif")))
         unknown = [key for key in ids if key not in records]
@@ -211,7 +232,7 @@ def write_preview(
         return chosen
 
 
-def _worth_showing(records: Records) -> list[str]:
+def _worth_showing(records: CamSet | SegmentSet) -> list[str]:
     return [key for key in records if not isinstance(records, CamSet) or len(records.classes(key))]
 
 

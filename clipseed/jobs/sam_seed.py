@@ -18,7 +18,7 @@ from clipseed.data.types import Sample
 from clipseed.defaults import EmptyPolicy, SegmentFormat
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.formats.open import ForeignSegments
-from clipseed.pseudo.rules import RuleOptions, Rules, decide, seed_labels, voted_labels
+from clipseed.pseudo.rules import RuleOptions, Rules, decide, label_mask, voted_labels
 from clipseed.runtime.images import earlier_in_cams, misfit, one_by_one, usable_cores
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
@@ -30,7 +30,7 @@ from clipseed.store.empty import Earlier, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
-from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.manifest import Manifest, label_manifest
 from clipseed.store.open import Prediction, SegmentsOfAnyKind, open_prediction, open_segments_of_any_kind
 from clipseed.store.segment_records import unpack_segments
 from clipseed.store.segments import SegmentSet
@@ -92,7 +92,10 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
         inputs = _open(options, opened)
         name = (inputs.manifest.get("vocabulary") or {}).get("name")
         rules = decide(options.rules, str(name), label_map=inputs.label_map, asked=inputs.prompted)
-        manifest = _manifest(options, inputs, rules)
+        chosen = {**rules.manifest(), "empty": options.empty}
+        manifest = label_manifest(
+            inputs.manifest, options.source, "sam-seed", rules.method, chosen, masks=_segments_manifest(inputs.segments)
+        )
         missing = _missing(options, inputs)
         seeder = Seeder(inputs.source, inputs.segments, rules)
         recipe = partial(_SeedWork, options.run.workers, seeder, len(inputs.classes))
@@ -219,23 +222,6 @@ def _missing(options: SamSeedOptions, inputs: _Inputs) -> list[str]:
     return missing
 
 
-def _manifest(options: SamSeedOptions, inputs: _Inputs, rules: Rules) -> Manifest:
-    source = inputs.manifest
-    before = source.get("options") or {}
-    kept = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
-    origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
-    there: dict[str, Any] = {key: source[key] for key in ("model", "weights", "vocabulary", "dataset") if key in source}
-    return {
-        "kind": "sam-seed",
-        "method": rules.method,
-        "options": {**kept, **rules.manifest(), "empty": options.empty},
-        "source": {**origin, "masks": _segments_manifest(inputs.segments)},
-        **there,
-        "input": str(options.source.resolve()),
-        "versions": package_versions(),
-    }
-
-
 def _segments_manifest(segments: SegmentsOfAnyKind | None) -> dict[str, Any]:
     if segments is None:
         return {}
@@ -289,7 +275,7 @@ class Seeder:
         if problem is not None:
             raise problem
         segments, prompted_class = self._segments(cam.id, cam.size, cam.stamp)
-        labels = seed_labels(self.rules, cam, segments, prompted_class)
+        labels = label_mask(cam, self.rules, segments, prompted_class)
         return Seeded(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(segments))
 
     def _segments(

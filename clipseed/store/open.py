@@ -1,8 +1,8 @@
 """What a path holds, and opening it: the only place that asks.
 
-CAMs and segments are records, in one file or in a folder of units; label masks are a folder of PNG files; segments may
-also come from another program, in any format of :mod:`clipseed.formats.open`. CAMs and segments are told apart by what
-is in the files, never by their names.
+CAMs, segments and features are records, in one file or in a folder of units; label masks are a folder of PNG files;
+segments may also come from another program, in any format of :mod:`clipseed.formats.open`. Records are told apart by
+what is in the files, never by their names.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from clipseed.errors import InputError, StoreError, UsageError
 from clipseed.formats.open import ForeignSegments, open_segments
 from clipseed.store.cam_records import cam_format
 from clipseed.store.cams import CamFile, CamSet
+from clipseed.store.feature_records import feature_format
+from clipseed.store.features import FeatureSet
 from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.layout import RecordFormat
 from clipseed.store.names import is_portable, parts_of, unit_files
 from clipseed.store.segment_records import segment_format
 from clipseed.store.segments import SegmentSet
 
-Content = Literal["CAMs", "segments", "label masks"]
-Records = CamSet | SegmentSet
+Content = Literal["CAMs", "segments", "features", "label masks"]
+Records = CamSet | SegmentSet | FeatureSet
 Prediction = CamSet | LabelMaskFolder
 SegmentsOfAnyKind = SegmentSet | ForeignSegments
 
@@ -42,18 +44,21 @@ def content_of(path: Path) -> Content:
     if not files:
         return "CAMs"
     try:
-        return "segments" if _format_name(files[0]) == segment_format().name else "CAMs"
+        name = _format_name(files[0])
     except StoreError:
         return "CAMs"
+    contents: dict[str, Content] = {segment_format().name: "segments", feature_format().name: "features"}
+    return contents.get(name, "CAMs")
 
 
 def open_records(path: Path, *, verify: bool | None = None) -> Records:
-    """Open CAMs or segments.
+    """Open CAMs, segments or features.
 
     Raises:
-        StoreError: missing, unfinished, neither of the two, or damaged.
+        StoreError: missing, unfinished, none of them, or damaged.
     """
-    return SegmentSet(path, verify=verify) if content_of(path) == "segments" else CamSet(path, verify=verify)
+    readers: dict[Content, type[Records]] = {"segments": SegmentSet, "features": FeatureSet}
+    return readers.get(content_of(path), CamSet)(path, verify=verify)
 
 
 def open_prediction(path: Path, *, verify: bool | None = None) -> Prediction:
@@ -98,7 +103,7 @@ def record_files(path: Path) -> list[Path]:
 
 def known_formats() -> dict[str, RecordFormat[Any]]:
     """All formats of records by their name in the file."""
-    forms: tuple[RecordFormat[Any], ...] = (cam_format(), segment_format())
+    forms: tuple[RecordFormat[Any], ...] = (cam_format(), segment_format(), feature_format())
     return {form.name: form for form in forms}
 
 
