@@ -134,19 +134,20 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed", "crf", "refine"])
+@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed", "threshold", "crf", "refine"])
 def test_a_shard_of_nothing_but_broken_images_files_its_report(
     command: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So the other shards can finish the output."""
     small = ["--points-per-side", "2", "--crop-layers", "0", "--checkpoint", "toy"]
-    from_maps = command in ("sam-seed", "crf", "refine")
+    from_maps = command in ("sam-seed", "threshold", "crf", "refine")
     if from_maps:
         assert main([*CAM, "--allow-skipped"]) == 0
     words = {
         "cam": [*CAM, "--out", "out.h5"],
         "sam-masks": ["sam-masks", "--dataset", "folder", "--images", "photos", *small, "--out", "out.h5"],
         "sam-seed": ["sam-seed", "cams.h5", "--method", "pixel", "--out", "out"],
+        "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out"],
         "crf": ["crf", "cams.h5", "--device", "cpu", "--out", "out"],
         "refine": ["refine", "par", "cams.h5", "--device", "cpu", "--out", "out.h5"],
     }[command]

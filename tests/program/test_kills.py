@@ -20,6 +20,7 @@ COMMANDS = {
     "cam to shards": [*CAM, "--out", "out/cams"],
     "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
+    "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out/pseudo"],
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
     "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
 }
@@ -29,7 +30,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_25_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("refine", "crf", "sam-seed"):
+    if name in ("refine", "threshold", "crf", "sam-seed"):
         assert main([*CAM, "--limit", "45" if name == "refine" else "30", "--out", "cams.h5"]) == 0
     if name == "sam-seed":
         assert main([*SAM, *BLOBS, "--out", "segments.h5"]) == 0

@@ -176,7 +176,7 @@ def test_a_node_is_lost(nodes: Any) -> None:
 def test_commands_give_the_output_of_one_process(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """cam, refine and crf; a node dies in the middle of cam."""
+    """cam, refine, threshold and crf; a node dies in the middle of cam."""
     cam = ["cam", "--dataset", "toy", "--limit", "80", "--device", "cpu", "--max-side", "128", "--workers", "0"]
     cam += ["--background", "none"]  # so that some maps are empty
     crf = ["crf", "--confidence", "0.9", "--soft", "soft.h5", "--device", "cpu", "--iterations", "1"]
@@ -195,14 +195,21 @@ def test_commands_give_the_output_of_one_process(
                 return found
 
             monkeypatch.setattr(runtime.RayEngine, "_get", first_result_costs_a_node)
-        for command in (cam, ["refine", "caa", "--device", "cpu"], crf):
+        plain = ["threshold", "--alpha", "2", "--out", "plain"]
+        for command in (cam, ["refine", "caa", "--device", "cpu"], plain, crf):
             assert main([*command, *more]) == 0, capsys.readouterr().err
-    here = {path.name: path.read_bytes() for path in (tmp_path / "here").rglob("*.*") if path.name != "manifest.json"}
-    there = {path.name: path.read_bytes() for path in (tmp_path / "there").rglob("*.*") if path.name != "manifest.json"}
+    here = outputs(tmp_path / "here")
+    there = outputs(tmp_path / "there")
     assert here.keys() == there.keys()
-    assert len([name for name in here if not name.endswith(".csv")]) == 80 + 3
-    assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "empty.csv"}
+    assert len([name for name in here if not name.endswith(".csv")]) == 2 * 80 + 3
+    assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "plain/empty.csv", "pseudo/empty.csv"}
     assert [name for name in here if here[name] != there[name]] == []
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifests, which name their own places."""
+    files = [path for path in folder.rglob("*.*") if path.name != "manifest.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_plans() -> None:
