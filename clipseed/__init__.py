@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from clipseed.version import __version__
 
-__all__ = ["Cam", "CamSet", "ClipseedError", "FrozenClip", "Vocabulary", "load_vocabulary", "open_cams"]
+__all__ = [
+    "Cam",
+    "CamSet",
+    "ClipseedError",
+    "FrozenClip",
+    "Vocabulary",
+    "__version__",
+    "load_vocabulary",
+    "open_cams",
+]
 
 if TYPE_CHECKING:
     from clipseed.clip import FrozenClip

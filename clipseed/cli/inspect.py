@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -16,24 +14,15 @@ from clipseed.cli._run import empty_reasons
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.inspect import Inspection, SegmentInspection
-
-
-@dataclass(frozen=True)
-class Look:
-    """A preview as asked for: the PNG, how many images or which, and where they are now."""
-
-    out: Path
-    count: int
-    ids: tuple[str, ...]
-    images: Path | None
-    root: Path | None
+    from clipseed.jobs.inspect import AnyInspection, CamInspection, FeatureInspection, SegmentInspection
 
 
 @grouped
 def inspect(
     *,
-    cams: Annotated[Optional[Path], typer.Argument(help="CAMs or segments file (default: the newest stage).")] = None,
+    cams: Annotated[
+        Optional[Path], typer.Argument(help="CAMs, segments or features file (default: the newest stage).")
+    ] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
@@ -43,7 +32,7 @@ def inspect(
     output: shared.OutputArguments,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
-    from clipseed.jobs.inspect import holds_segment_records, inspect_cams, write_preview
+    from clipseed.jobs.inspect import inspect_output, write_preview
     from clipseed.store.files import refuse_unwritable
     from clipseed.store.stages import newest_output
 
@@ -51,91 +40,103 @@ def inspect(
         if value and preview is None:
             raise UsageError(f"--{name} belongs to --preview")
     refuse_unwritable(preview, "--preview")
-    look = Look(preview, count, tuple(id or ()), images, root) if preview is not None else None
     chosen = cams or newest_output(Path())
-    if holds_segment_records(chosen):
-        return show(chosen, look, verify=verify, output=output)
-    found = inspect_cams(chosen, verify=verify)
+    inspection = inspect_output(chosen, verify=verify)
     if output.json:
-        print_json(found.as_dict())
+        print_json(inspection.as_dict())
     else:
-        _print(found)
-    if look is not None:
-        shown = write_preview(chosen, look.out, look.count, look.ids, look.images, look.root)
-        Console(output.quiet).note(f"{look.out}: {', '.join(shown)}")
+        _print(inspection)
+    if preview is not None:
+        shown = write_preview(chosen, preview, count, tuple(id or ()), images, root)
+        Console(output.quiet).note(f"{preview}: {', '.join(shown)}")
     return 0
 
 
-def _print(found: Inspection) -> None:
-    manifest = found.manifest
-    model, data, words = manifest.get("model") or {}, manifest["dataset"], manifest["vocabulary"]
-    grids = "-"
-    if found.grid_range:
-        (h0, w0), (h1, w1) = found.grid_range
-        grids = f"{h0}x{w0} to {h1}x{w1} patches of {model.get('patch')} px, {found.cam_dtype}"
+def _print(inspection: AnyInspection) -> None:
+    from clipseed.jobs.inspect import CamInspection, SegmentInspection
+
+    manifest, data = inspection.manifest, inspection.manifest["dataset"]
+    per_class: dict[str, int] = {}
+    if isinstance(inspection, CamInspection):
+        per_class = inspection.per_class
+        counted, origin, content = "images", _cam_origin(manifest), _cam_content(inspection)
+    elif isinstance(inspection, SegmentInspection):
+        per_class = inspection.per_class
+        counted, origin, content = "masks", _segment_origin(manifest), _segment_content(inspection)
+    else:
+        counted, origin, content = "images", _feature_origin(manifest), _feature_content(inspection)
     rows = [
-        ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
-        ("method", str(manifest.get("method"))),
+        ("file", f"{inspection.path} ({inspection.files} file(s), {inspection.bytes:,} bytes)"),
+        *([("method", str(manifest["method"]))] if "method" in manifest else []),
         ("options", _pairs(manifest["options"])),
+        *origin,
+        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
+        *content,
+        ("versions", _pairs(manifest.get("versions"))),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+    present = [(name, str(number)) for name, number in per_class.items() if number]
+    if present:
+        typer.echo("")
+        print_table(("class", counted), present)
+
+
+Rows = list[tuple[str, str]]
+
+
+def _cam_origin(manifest: dict[str, Any]) -> Rows:
+    model, words = manifest.get("model") or {}, manifest["vocabulary"]
+    return [
         ("model", f"{model.get('model')} {model.get('weights')} ({model.get('blocks')} blocks, "
                   f"{model.get('precision')})"),
         ("weights SHA-256", str(model.get("sha256"))),
         ("vocabulary", f"{words.get('name')}, {len(words['classes'])} classes, "
                        f"{len(words.get('background') or ())} background words "
                        f"({words.get('background_from') or '-'})"),
-        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
-        ("images", f"{found.images} ({found.without_class} without a class)"),
-        ("maps", f"{found.maps}, {len(found.empty.labels)} empty among the first {found.checked} images"),
-        *(("", f"{number} {why}") for why, number in empty_reasons(found.empty)),
-        ("grids", grids),
-        ("versions", _pairs(manifest.get("versions"))),
     ]  # fmt: skip
-    _print_facts(rows)
-    typer.echo("")
-    print_table(("class", "images"), [(name, str(number)) for name, number in found.per_class.items() if number])
 
 
-def show(path: Path, look: Look | None, *, verify: bool, output: shared.OutputArguments) -> int:
-    """Print what a segments file holds, and write a preview where one is asked for; returns the exit code."""
-    from clipseed.jobs.inspect import inspect_segments, write_segment_preview
-
-    found = inspect_segments(path, verify=verify)
-    if output.json:
-        print_json(found.as_dict())
-    else:
-        _print_segments(found)
-    if look is not None:
-        shown = write_segment_preview(path, look.out, look.count, look.ids, look.images, look.root)
-        Console(output.quiet).note(f"{look.out}: {', '.join(shown)}")
-    return 0
-
-
-def _print_segments(found: SegmentInspection) -> None:
-    manifest, data = found.manifest, found.manifest["dataset"]
-    fewest, median, most = found.per_image
-    rows = [
-        ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
-        ("method", str(manifest.get("method"))),
-        ("options", _pairs(manifest["options"])),
-        ("source", _pairs({key: value for key, value in manifest["source"].items() if isinstance(value, str)})),
-        ("model", _pairs(manifest["model"])),
-        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
-        ("images", f"{found.images} ({found.without_masks} without masks, {found.shrunk} shrunk)"),
-        ("masks", f"{found.masks}; per image {fewest} to {most}, median {median:g}"),
-        ("levels", ", ".join(f"{number} {name}" for name, number in found.levels.items())),
-        ("bytes", f"{found.bytes_per_image:,.0f} per image; {found.bytes_per_mask:,.0f} per compressed mask"),
-        ("versions", _pairs(manifest.get("versions"))),
+def _cam_content(cams: CamInspection) -> Rows:
+    grids = "-"
+    if cams.grid_range:
+        (h0, w0), (h1, w1) = cams.grid_range
+        patch = (cams.manifest.get("model") or {}).get("patch")
+        grids = f"{h0}x{w0} to {h1}x{w1} patches of {patch} px, {cams.cam_dtype}"
+    return [
+        ("images", f"{cams.images} ({cams.without_class} without a class)"),
+        ("maps", f"{cams.maps}, {len(cams.empty.labels)} empty among the first {cams.checked} images"),
+        *(("", f"{number} {why}") for why, number in empty_reasons(cams.empty)),
+        ("grids", grids),
     ]
-    _print_facts(rows)
-    if found.per_class:
-        typer.echo("")
-        print_table(("class", "masks"), [(name, str(number)) for name, number in found.per_class.items()])
 
 
-def _print_facts(rows: Sequence[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+def _segment_origin(manifest: dict[str, Any]) -> Rows:
+    source = {key: value for key, value in manifest["source"].items() if isinstance(value, str)}
+    return [("source", _pairs(source)), ("model", _pairs(manifest["model"]))]
+
+
+def _segment_content(segments: SegmentInspection) -> Rows:
+    fewest, median, most = segments.per_image
+    return [
+        ("images", f"{segments.images} ({segments.without_masks} without masks, {segments.shrunk} shrunk)"),
+        ("masks", f"{segments.masks}; per image {fewest} to {most}, median {median:g}"),
+        ("levels", ", ".join(f"{number} {name}" for name, number in segments.levels.items())),
+        ("bytes", f"{segments.bytes_per_image:,.0f} per image; {segments.bytes_per_mask:,.0f} per compressed mask"),
+    ]
+
+
+def _feature_origin(manifest: dict[str, Any]) -> Rows:
+    model = manifest["model"]
+    return [
+        ("model", f"{model.get('model')} {model.get('weights')} ({model.get('precision')})"),
+        ("weights SHA-256", str(model.get("sha256"))),
+    ]
+
+
+def _feature_content(features: FeatureInspection) -> Rows:
+    return [("images", str(features.images)), ("features", f"{features.length} values each")]
 
 
 def _pairs(part: object) -> str:

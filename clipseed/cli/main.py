@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import typer
 
-from clipseed import __version__
 from clipseed.cli._exit import code_of, prepare_streams
 from clipseed.cli._options import with_values
 from clipseed.cli.cam import cam
@@ -24,6 +23,7 @@ from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
 from clipseed.runtime.threads import let_waiting_threads_sleep
+from clipseed.version import __version__
 
 EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
 130 and 143 interrupted (the same command goes on)."""

@@ -106,13 +106,13 @@ def sam_masks(
 
       clipseed sam-masks --dataset coco --import annotations/panoptic_val2017.json
     """
-    from clipseed.data.image_listing import ListingOptions
+    from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.sam_masks import SamMasksOptions, proposal_options, run_sam_masks
 
     run = prepare("sam-masks", running, output)
     data = None
     if where.dataset is not None:
-        data = ListingOptions(**vars(where), **vars(reading))
+        data = DatasetOptions(**vars(where), **vars(reading), images_only=True)
     else:
         _refuse_without_dataset(split=where.split, limit=reading.limit, exif=reading.exif or None)
     if where.dataset is None and seeds is None:

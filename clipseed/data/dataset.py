@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from clipseed.data import coco, voc
 from clipseed.data.background import choose_background
-from clipseed.data.images import IMAGE_SUFFIXES, FileReader, read_image
+from clipseed.data.images import FileReader, read_image
 from clipseed.data.labels import Labels, read_labels
 from clipseed.data.listing import list_images, read_split
-from clipseed.data.paths import is_file, is_folder
-from clipseed.data.types import ImageSet, Sample, check_id
-from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary
+from clipseed.data.paths import IMAGE_SUFFIXES, is_file, is_folder
+from clipseed.data.types import ImageReader, ImageSet, Sample, check_id
+from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary, parse_vocabulary
 from clipseed.defaults import MAX_PIXELS, DatasetName
 from clipseed.errors import ImageError, InputError, UsageError
 
@@ -34,7 +34,7 @@ class DatasetOptions:
 
     ``templates`` and ``background`` replace the vocabulary's own when given
     (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` images may lack
-    labels: the command finds them itself.
+    labels: the command finds them itself. With ``images_only`` none has labels, and no class list is needed.
     """
 
     dataset: str
@@ -43,6 +43,7 @@ class DatasetOptions:
     split: str | None = None
     labels: Path | None = None
     auto_labels: bool = False
+    images_only: bool = False
     classes: str | None = None
     templates: tuple[str, ...] = ()
     background: str | None = None
@@ -75,22 +76,51 @@ def open_dataset(options: DatasetOptions) -> ImageSet:
         image_set = replace(image_set, vocabulary=choose_background(image_set.vocabulary, options.background))
     if options.limit is not None:
         image_set = replace(image_set, samples=image_set.samples[: options.limit])
+    if options.images_only:
+        image_set = replace(image_set, samples=[Sample(one.id, one.path, None) for one in image_set.samples])
     return image_set
 
 
-def _reader(options: DatasetOptions) -> FileReader:
-    return FileReader(exif=options.exif, max_pixels=options.max_pixels)
+def recorded_set(manifest: Mapping[str, Any], samples: Sequence[Sample], reader: ImageReader, where: str) -> ImageSet:
+    """The images that an output was made from, as its manifest describes them.
+
+    Raises:
+        InputError: the manifest describes no classes.
+    """
+    dataset = dict(manifest["dataset"])
+    name, root, split, truth = (dataset.pop(key, None) for key in ("name", "root", "split", "ground_truth"))
+    return ImageSet(
+        name=str(name),
+        root=Path(str(root)) if root else None,
+        split=str(split),
+        samples=samples,
+        vocabulary=parse_vocabulary(manifest["vocabulary"], where, "classes"),
+        reader=reader,
+        ground_truth=None if truth is None else str(truth),
+        source=dataset,
+        exif=bool(manifest["options"].get("exif")),
+        max_pixels=manifest.get("max_pixels"),
+    )
+
+
+def _reading(options: DatasetOptions) -> dict[str, Any]:
+    """How the files of a data set are read."""
+    reader = FileReader(exif=options.exif, max_pixels=options.max_pixels)
+    return {"reader": reader, "exif": options.exif, "max_pixels": options.max_pixels}
 
 
 def _labels(options: DatasetOptions, vocabulary: Vocabulary) -> Labels | None:
+    """Labels by image id; ``None`` where the data set's own annotation is to be read."""
+    if options.images_only:
+        return {}
     return read_labels(options.labels, vocabulary) if options.labels else None
 
 
 def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
     """Image folder and label file, for the manifest; :func:`image_finder` reads them back."""
     named = {"labels": options.labels, "images": images}
-    found: dict[str, str | int] = {key: str(path.resolve()) for key, path in named.items() if path is not None}
-    return {"labels": "auto", **found} if options.auto_labels else found
+    places: dict[str, str | int] = {key: str(path.resolve()) for key, path in named.items() if path is not None}
+    return {"labels": "auto", **places} if options.auto_labels else places
 
 
 def _open_voc(options: DatasetOptions) -> ImageSet:
@@ -99,8 +129,8 @@ def _open_voc(options: DatasetOptions) -> ImageSet:
     split, samples = voc.read_devkit(root, options.split, vocabulary, _labels(options, vocabulary))
     truth = root / "SegmentationClass"
     return ImageSet(
-        "voc", root, split, samples, vocabulary, _reader(options), str(truth) if truth.is_dir() else None,
-        _source(options, root / "JPEGImages"),
+        "voc", root, split, samples, vocabulary, **_reading(options), source=_source(options, root / "JPEGImages"),
+        ground_truth=str(truth) if truth.is_dir() and not options.images_only else None,
     )  # fmt: skip
 
 
@@ -109,22 +139,45 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
     root = start.resolve()
     split, annotations = coco.find_annotations(root, options.split)
     images = (options.images or coco.find_images(root, split)).resolve()
-    vocabulary = load_vocabulary(options.classes or "coco")
-    labels = _labels(options, vocabulary)
-    vocabulary, samples = coco.read_instances(annotations, images, vocabulary, labels)
+    # Without labels the file's own categories will do, however many there are.
+    expected = None if options.images_only else load_vocabulary(options.classes or "coco")
+    labels = {} if expected is None else _labels(options, expected)
+    vocabulary, samples = coco.read_instances(annotations, images, expected, labels)
     if options.auto_labels and not any(sample.labels for sample in samples):
         # A file that annotates nothing (COCO's test sets) knows no labels, rather than that there is nothing to see.
         samples = [replace(sample, labels=None) for sample in samples]
     truth = next((path for path in (root / "masks" / split, root / "masks") if path.is_dir()), None)
     return ImageSet(
-        "coco", root, split, samples, vocabulary, _reader(options), str(truth) if truth else None,
-        _source(options, images),
+        "coco", root, split, samples, vocabulary, **_reading(options), source=_source(options, images),
+        ground_truth=str(truth) if truth and not options.images_only else None,
     )  # fmt: skip
 
 
 def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.images is None:
         raise UsageError("--dataset folder needs --images DIR, the folder with the images")
+    if options.images_only:
+        vocabulary: Vocabulary = Vocabulary("none", ())
+        labels: Labels = {}
+    else:
+        vocabulary, labels = _folder_labels(options)
+    files = list_images(options.images)
+    if options.split:
+        name, ids = Path(options.split).stem, read_split(Path(options.split))
+    else:
+        # Labelled ids that have no image stay in the list, so that the run reports them.
+        name, ids = "all", sorted(files.keys() | labels.keys())
+    if not options.auto_labels and not options.images_only and not files.keys() & labels.keys():
+        raise InputError(
+            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} "
+            f"(first label id {next(iter(labels), '')!r}, first image {next(iter(files))!r})"
+        )
+    samples = [Sample(key, files.get(key, options.images / key), labels.get(key)) for key in ids]
+    root = options.images.resolve()
+    return ImageSet("folder", root, name, samples, vocabulary, **_reading(options), source=_source(options, root))
+
+
+def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, Labels]:
     if options.classes is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
     if options.labels is None and not options.auto_labels:
@@ -133,21 +186,7 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
             "auto to have CLIP tag them"
         )
     vocabulary = load_vocabulary(options.classes)
-    labels = _labels(options, vocabulary) or {}
-    found = list_images(options.images)
-    if options.split:
-        name, ids = Path(options.split).stem, read_split(Path(options.split))
-    else:
-        # Labelled ids that have no image stay in the list, so that the run reports them.
-        name, ids = "all", sorted(found.keys() | labels.keys())
-    if not options.auto_labels and not found.keys() & labels.keys():
-        raise InputError(
-            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} "
-            f"(first label id {next(iter(labels), '')!r}, first image {next(iter(found))!r})"
-        )
-    samples = [Sample(key, found.get(key, options.images / key), labels.get(key)) for key in ids]
-    root = options.images.resolve()
-    return ImageSet("folder", root, name, samples, vocabulary, _reader(options), None, _source(options, root))
+    return vocabulary, _labels(options, vocabulary) or {}
 
 
 def _open_toy(options: DatasetOptions) -> ImageSet:

@@ -16,7 +16,6 @@ from clipseed.data.types import Sample
 from clipseed.defaults import MAX_PIXELS
 from clipseed.errors import ImageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".jp2")
 # Formats that only decode pixels; Pillow's others run interpreters (EPS, WMF) or read several files.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from clipseed.data.listing import clean_id, read_text
+from clipseed.data.listing import clean_id
+from clipseed.data.text_files import read_text
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from clipseed.data.images import IMAGE_SUFFIXES
-from clipseed.data.paths import is_folder, never_ends
+from clipseed.data.paths import IMAGE_SUFFIXES, is_folder
+from clipseed.data.text_files import read_text
 from clipseed.data.types import check_id
 from clipseed.errors import InputError
 
@@ -76,24 +76,6 @@ def clean_id(raw: str, where: str) -> str:
     while text.startswith("./"):
         text = text[2:]
     return check_id(text, where)
-
-
-def read_text(path: Path, what: str, most: int | None = None) -> str:
-    """Read a UTF-8 text file (a byte-order mark is dropped) of at most ``most`` bytes.
-
-    Raises:
-        InputError: missing, unreadable, too long, or not UTF-8 text.
-    """
-    try:
-        if never_ends(path):
-            raise InputError(f"{path}: {what} must be a file, not a pipe or a device")
-        if most is not None and path.stat().st_size > most:
-            raise InputError(f"{path}: too long for {what} ({path.stat().st_size:,} bytes, at most {most:,})")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: {what} must be UTF-8 text (byte {error.start} is not)") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InputError(f"{path}: {what} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_split(path: Path, folders: Iterable[str] = ()) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from clipseed.data.listing import read_text
+from clipseed.data.text_files import read_text
 from clipseed.data.vocabulary import is_template
 from clipseed.errors import InputError
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
+from clipseed.data.vocabulary import Vocabulary
+from clipseed.defaults import MAX_PIXELS
 from clipseed.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from clipseed.data.vocabulary import Vocabulary
 
 MAX_ID_BYTES = 1024
 
@@ -57,10 +57,12 @@ class ImageSet:
         name: ``voc``, ``coco``, ``folder`` or ``toy``.
         root: Folder the data set was found in; ``None`` for data that is made, not read.
         split: Name of the split, or ``all``.
-        samples: In the order of the split file, or sorted by id.
+        samples: In the order of the split file, or sorted by id; without labels where nobody asked for them.
         vocabulary: Classes that labels index, with their texts.
         reader: How to open a sample's image.
         ground_truth: Where ``evaluate`` finds this set's masks when not told: a folder, or ``toy``.
+        source: What identifies the data besides name, root and split (label file, image folder, toy seed).
+        exif, max_pixels: As images are read.
     """
 
     name: str
@@ -70,8 +72,20 @@ class ImageSet:
     vocabulary: Vocabulary
     reader: ImageReader
     ground_truth: str | None = None
-    source: dict[str, str | int] = field(default_factory=dict)
-    """What identifies the data besides name, root and split (label file, image folder, toy seed)."""
+    source: Mapping[str, str | int | None] = field(default_factory=dict)
+    exif: bool = False
+    max_pixels: int | None = MAX_PIXELS
+
+    @property
+    def manifest(self) -> dict[str, str | int | None]:
+        """The ``dataset`` of a manifest: what it is and where everything lies.
+
+        :func:`~clipseed.data.dataset.recorded_set` reads it back.
+        """
+        root = str(self.root) if self.root else None
+        return {
+            "name": self.name, "root": root, "split": self.split, "ground_truth": self.ground_truth, **self.source
+        }  # fmt: skip
 
 
 def check_id(text: str, where: str) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from clipseed.data.background_words import general_words, unlike_classes
 from clipseed.data.paths import is_file
+from clipseed.data.text_files import read_text
 from clipseed.errors import InputError
 
 DEFAULT_TEMPLATE = "a clean origami {}."
 OWN_BACKGROUND = "class list"
+GENERAL = "general"
 MAX_BYTES = 1_000_000
 """No list of 254 classes is longer; YAML takes seconds for each megabyte."""
 YAML_SUFFIXES = {".yaml", ".yml", ".json"}
@@ -65,6 +68,11 @@ class Vocabulary:
     def class_names(self) -> tuple[str, ...]:
         """Names in class order."""
         return tuple(item.name for item in self.classes)
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """All that the classes are called: names, texts and synonyms."""
+        return tuple(phrase for item in self.classes for phrase in (item.name, item.text, *item.synonyms))
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -135,9 +143,6 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     if str(source) in builtin_vocabularies():
         content = (resources.files("clipseed.data") / "vocabularies" / f"{source}.yaml").read_text(encoding="utf-8")
         return parse_vocabulary(parse_yaml(content, str(source)), str(source), str(source))
-    from clipseed.data.background import with_general_background
-    from clipseed.data.listing import read_text  # imports Pillow, which names alone do not need
-
     path = Path(source)
     if not is_file(path):
         known = ", ".join(builtin_vocabularies())
@@ -148,6 +153,12 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     data = parse_yaml(content, str(path))
     vocabulary = parse_vocabulary(data, str(path), path.stem)
     return vocabulary if data.get("background") is not None else with_general_background(vocabulary)
+
+
+def with_general_background(vocabulary: Vocabulary) -> Vocabulary:
+    """The class list with the general words, less those that a class may be called."""
+    words = unlike_classes(general_words(), vocabulary.phrases)
+    return replace(vocabulary, background=words, background_from=GENERAL)
 
 
 def parse_yaml(content: str, where: str) -> Any:
@@ -256,8 +267,7 @@ def checked(vocabulary: Vocabulary, where: str) -> Vocabulary:
         if _fold(item.name) in seen:
             raise InputError(f"{where}: class {item.name[:80]!r} is listed twice")
         seen[_fold(item.name)] = item.name
-    words = [word for item in vocabulary.classes for word in (item.name, item.text, *item.synonyms)]
-    for word in (*words, *vocabulary.background, *vocabulary.templates):
+    for word in (*vocabulary.phrases, *vocabulary.background, *vocabulary.templates):
         if any(character in "\0\n\r\x1b" or "\ud800" <= character <= "\udfff" for character in word):
             raise InputError(f"{where}: {word[:80]!r} holds a line break, a control character or half a character")
     for template in vocabulary.templates:

@@ -1,4 +1,4 @@
-"""Where masks come from: folders of PNG files, the toy world, and finding the folder that the user means."""
+"""Where true masks come from: folders of PNG files, the toy world, and finding the folder that the user means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipseed.data.listing import read_split
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_mask
 from clipseed.errors import InputError
-from clipseed.store.label_masks import read_label_mask
+from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.types import LabelMask
 
 
@@ -38,30 +38,6 @@ class MaskSource(Protocol):
             InputError: it cannot be read.
         """
         ...
-
-
-class LabelMaskFolder:
-    """PNG masks below a folder; the id is the path without suffix."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.name = str(folder)
-
-    def ids(self) -> frozenset[str]:
-        """Ids of all PNG files below the folder."""
-        found = (path.relative_to(self.folder) for path in self.folder.rglob("*.png"))
-        return frozenset(path.with_suffix("").as_posix() for path in found if not path.name.startswith("."))
-
-    def has(self, identifier: str) -> bool:
-        """Whether the file exists."""
-        return is_file(self._path(identifier))
-
-    def read(self, identifier: str) -> LabelMask:
-        """Read one mask."""
-        return read_label_mask(self._path(identifier))
-
-    def _path(self, identifier: str) -> Path:
-        return self.folder / f"{identifier}.png"
 
 
 class ToyTruth:

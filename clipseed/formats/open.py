@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
@@ -41,8 +41,65 @@ class SegmentSource(Protocol):
         ...
 
 
-def open_segments(source: Path, kind: SegmentFormat = "auto") -> SegmentSource:
-    """Open existing masks.
+class ForeignSegments:
+    """Segments that another program made, by image id.
+
+    Survives pickling: a copy in another process opens the files for itself, when it first reads.
+
+    Args:
+        path: Where they are.
+        kind: Their format, see :func:`open_segments`.
+    """
+
+    def __init__(self, path: Path, kind: SegmentFormat) -> None:
+        self.path, self.kind = path, kind
+        self._place = path.absolute()
+        self._source: SegmentSource | None = _opened(path, kind)
+        self._ids: frozenset[str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_source": None, "_ids": None}
+
+    @property
+    def source(self) -> SegmentSource:
+        """Their reader."""
+        if self._source is None:
+            self._source = _opened(self._place, self.kind)
+        return self._source
+
+    def ids(self) -> frozenset[str]:
+        """Ids of the images that have masks, or are said to have none."""
+        if self._ids is None:
+            self._ids = self.source.ids()
+        return self._ids
+
+    def __contains__(self, identifier: object) -> bool:
+        return identifier in self.ids()
+
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
+        """Masks of an image, see :meth:`SegmentSource.read`."""
+        return self.source.read(identifier, size)
+
+    def manifest(self) -> dict[str, str]:
+        """What a manifest says of them: where they are, their format, and what tells whether they are others.
+
+        That is the digest of a file, or of the names and lengths of the files in a folder, which need not be read for
+        it.
+        """
+        place = {"masks": str(self._place.resolve()), "format": self.kind}
+        try:
+            if self._place.is_file():
+                return {**place, "content": file_sha256(self._place)}
+            files = sorted((path.relative_to(self._place).as_posix(), path.stat().st_size)
+                           for path in self._place.rglob("*") if path.is_file())  # fmt: skip
+        except OSError:
+            return place
+        listing = "\n".join(f"{size} {name}" for name, size in files)
+        return {**place, "content": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()}
+
+
+def open_segments(source: Path, kind: SegmentFormat = "auto") -> ForeignSegments:
+    """Open segments of another program.
 
     Args:
         source: A JSON file (``coco-instances``, ``coco-panoptic``) or a folder (all but ``coco-instances``).
@@ -53,39 +110,26 @@ def open_segments(source: Path, kind: SegmentFormat = "auto") -> SegmentSource:
         InputError: nothing there, or nothing that is one of these formats.
         UsageError: an unknown kind, or a file where a folder belongs or the other way round.
     """
+    return ForeignSegments(source, kind)
+
+
+def _opened(source: Path, kind: SegmentFormat) -> SegmentSource:
     if kind not in KINDS:
         raise UsageError(f"mask format {kind!r}: choose one of {', '.join(KINDS)}")
     if not source.exists():
         raise InputError(f"{source}: no such file or folder of masks")
-    found = _recognise(source) if kind == "auto" else kind
-    if found == "coco-panoptic":
+    known = _recognise(source) if kind == "auto" else kind
+    if known == "coco-panoptic":
         return CocoPanoptic(source)
-    if found == "coco-instances":
+    if known == "coco-instances":
         if source.is_dir():
-            raise UsageError(f"{source}: {found} is one JSON file, not a folder")
+            raise UsageError(f"{source}: {known} is one JSON file, not a folder")
         return CocoInstances(source)
     if not source.is_dir():
-        raise UsageError(f"{source}: {found} is a folder, not a file")
-    if found == "instance-maps":
+        raise UsageError(f"{source}: {known} is a folder, not a file")
+    if known == "instance-maps":
         return InstanceMaps(source)
-    return SegmentFolders(source) if found == "mask-folders" else Sa1b(source)
-
-
-def imported_masks(source: Path, kind: SegmentFormat) -> dict[str, str]:
-    """What a manifest says of existing masks: where they are, their format, and what tells whether they are others.
-
-    That is the digest of a file, or of the names and lengths of the files in a folder, which need not be read for it.
-    """
-    place = {"masks": str(source.resolve()), "format": kind}
-    try:
-        if source.is_file():
-            return {**place, "content": file_sha256(source)}
-        files = sorted((path.relative_to(source).as_posix(), path.stat().st_size)
-                       for path in source.rglob("*") if path.is_file())  # fmt: skip
-    except OSError:
-        return place
-    listing = "\n".join(f"{size} {name}" for name, size in files)
-    return {**place, "content": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()}
+    return SegmentFolders(source) if known == "mask-folders" else Sa1b(source)
 
 
 def _recognise(source: Path) -> SegmentFormat:

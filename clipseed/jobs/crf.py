@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.cams import CamSet, open_cams
+from clipseed.store.cams import CamSet
 from clipseed.store.empty import Earlier
 from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest, label_manifest
@@ -57,17 +57,11 @@ _GPU_PIXEL_BUDGET = 6_000_000
 Floats = npt.NDArray[np.float32]
 
 
-@lru_cache(maxsize=2)
-def _cams(path: Path) -> CamSet:
-    """Opened once per worker process."""
-    return open_cams(path, verify=False)
-
-
 @dataclass(frozen=True)
 class Problem:
     """What the CRF of an image is given; survives pickling, because one solver runs in worker processes."""
 
-    source: Path
+    cams: CamSet
     reader: ImageReader
     parameters: CrfParameters
     alpha: float
@@ -97,7 +91,7 @@ class NativeSolver:
         from clipseed.refine.crf_native import native_crf
 
         image = ImageLoader(self.problem.reader)(sample)
-        cam = _cams(self.problem.source)[sample.id]
+        cam = self.problem.cams[sample.id]
         problem = misfit(cam, image.size, image.stamp)
         if problem is not None:
             raise problem
@@ -154,7 +148,7 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
     with CamSet(options.source) as cams:
         manifest = _manifest(options, relocated(cams.manifest, options.images, options.root))
         with (
-            contextlib.closing(open_engine(partial(_CrfWork, options), options.run.cluster)) as engine,
+            contextlib.closing(open_engine(partial(_CrfWork, options, cams), options.run.cluster)) as engine,
             _Sinks(options, manifest, earlier_in_cams(cams)) as sinks,
         ):
             sinks.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
@@ -281,13 +275,12 @@ class _Sinks:
 class _CrfWork(Work[Any, Mask]):
     """CAMs to masks."""
 
-    def __init__(self, options: CrfOptions) -> None:
+    def __init__(self, options: CrfOptions, cams: CamSet) -> None:
         super().__init__()
-        self.options = options
-        self.cams = CamSet(options.source, verify=False)
-        reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
-        paper = _paper(options, self.cams.manifest)
-        self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
+        self.options, self.cams = options, cams
+        reader = recorded_reader(relocated(cams.manifest, options.images, options.root))
+        paper = _paper(options, cams.manifest)
+        self.problem = Problem(cams, reader, options.parameters, options.alpha, paper)
         self.native = options.solver == "pydensecrf"
         self.device = pick_device("cpu" if self.native else options.run.device)
         workers = options.run.workers
@@ -316,17 +309,17 @@ class _CrfWork(Work[Any, Mask]):
 
     def _solve(self, items: Sequence[LoadedImage]) -> list[Mask | ImageError]:
         cams = [self.cams[item.sample.id] for item in items]
-        found: list[Mask | ImageError | None] = [
+        results: list[Mask | ImageError | None] = [
             misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
-        fit = [k for k, problem in enumerate(found) if problem is None]
+        fit = [k for k, problem in enumerate(results) if problem is None]
         if not len(cams[0].classes):
             posteriors = [np.ones((1, *cams[k].size), np.float32) for k in fit]
         else:
             posteriors = self._posteriors([(cams[k], items[k]) for k in fit])
         for k, posterior in zip(fit, posteriors, strict=True):
-            found[k] = self._labelled(cams[k], posterior)
-        return [result for result in found if result is not None]
+            results[k] = self._labelled(cams[k], posterior)
+        return [result for result in results if result is not None]
 
     def _posteriors(self, chosen: Sequence[tuple[Cam, LoadedImage]]) -> list[Floats]:
         if not chosen:
@@ -334,10 +327,10 @@ class _CrfWork(Work[Any, Mask]):
         unaries = [torch.from_numpy(self.problem.unary(cam)).to(self.device) for cam, _ in chosen]
         images = [torch.from_numpy(self.problem.colours(item.pixels).copy()).to(self.device) for _, item in chosen]
         try:
-            found = dense_crf(unaries, images, self.problem.parameters)
+            solved = dense_crf(unaries, images, self.problem.parameters)
         except ValueError as error:
             raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
-        return [posterior.cpu().numpy() for posterior in found]
+        return [posterior.cpu().numpy() for posterior in solved]
 
     def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
         return [self._labelled(self.cams[key], posterior) for key, posterior in (item.result for item in items)]

@@ -13,7 +13,6 @@ import numpy as np
 from clipseed.cam.methods import Method
 from clipseed.data.dataset import DatasetOptions
 from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_scene
-from clipseed.evaluate.sources import LabelMaskFolder
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
@@ -27,6 +26,7 @@ from clipseed.runtime.stream import StreamStats
 from clipseed.sam.options import FMA
 from clipseed.store.cams import CamSet
 from clipseed.store.files import replacing, storage_errors
+from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.stages import CAM_OUTPUT, CRF_OUTPUT, SEED_OUTPUT, SEGMENTS_OUTPUT
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)

@@ -14,19 +14,18 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from clipseed.data.paths import is_file, is_folder, never_ends
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
-from clipseed.evaluate.sources import LabelMaskFolder, MaskSource, find_ground_truth, find_split
+from clipseed.evaluate.sources import MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
 from clipseed.pseudo.rules import label_mask, thresholding
 from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet
-from clipseed.store.label_mask_writer import read_label_mask_manifest
+from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.manifest import Manifest
-from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.store.open import open_prediction
 from clipseed.types import IGNORE, LabelMask
 
 
@@ -112,11 +111,6 @@ StartScoring = Callable[[int], Advance]
 Each = Callable[[str, Counts, LabelMask, LabelMask], None]
 
 
-def holds_masks(path: Path) -> bool:
-    """Whether a prediction is a folder of masks, not CAMs."""
-    return is_folder(path) and not any(path.glob(UNIT_PATTERN))
-
-
 def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: Each | None = None) -> EvaluateReport:
     """Score a CAMs output or a folder of masks.
 
@@ -131,11 +125,10 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
         InputError, StoreError: files are missing, damaged or do not fit each other.
     """
     _check(options)
-    if not is_folder(options.prediction) and not is_file(options.prediction) and not never_ends(options.prediction):
-        raise InputError(f"{options.prediction}: no such CAM file or mask folder")
-    if holds_masks(options.prediction):
-        return _evaluate_masks(options, start, each)
-    with CamSet(options.prediction) as cams:
+    prediction = open_prediction(options.prediction)
+    if isinstance(prediction, LabelMaskFolder):
+        return _evaluate_masks(options, prediction, start, each)
+    with prediction as cams:
         return _evaluate_cams(options, cams, start, each)
 
 
@@ -258,10 +251,12 @@ def _evaluate_cams(
     return report
 
 
-def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: Each | None) -> EvaluateReport:
+def _evaluate_masks(
+    options: EvaluateOptions, predictions: LabelMaskFolder, start: StartScoring | None, each: Each | None
+) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
         raise UsageError(f"--threshold and --alpha apply to CAMs; {options.prediction} holds finished masks")
-    manifest = read_label_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to
+    manifest = predictions.manifest or {}  # masks of ours say what they hold and belong to
     if options.classes is not None:
         vocabulary = load_vocabulary(options.classes)
     elif "vocabulary" in manifest:
@@ -273,7 +268,6 @@ def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: 
         raise InputError(f"{options.prediction}: its manifest is damaged ('dataset' is no mapping)")
     if options.gt is None and dataset is None:
         raise UsageError("--gt: name the folder with the ground-truth masks")
-    predictions = LabelMaskFolder(options.prediction)
     predicted = sorted(predictions.ids())
     if not predicted:
         raise InputError(f"{options.prediction}: neither CAMs nor PNG masks in this folder")
@@ -306,10 +300,10 @@ def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: 
         if options.pred_ignore == "exclude":
             excluded += int((unsure & (mask != IGNORE)).sum())
             scored = np.where(unsure, np.uint8(IGNORE), mask)
-        found = confusion(scored, np.where(unsure, np.uint8(0), prediction), len(names))
-        counts += found
+        image_counts = confusion(scored, np.where(unsure, np.uint8(0), prediction), len(names))
+        counts += image_counts
         if each:
-            each(identifier, found, mask, prediction)
+            each(identifier, image_counts, mask, prediction)
         advance(1)
     report = _report(options, truth, match, names, counts)
     report.excluded_pixels = excluded

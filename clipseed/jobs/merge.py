@@ -14,15 +14,15 @@ from clipseed.store.cam_records import cam_format, classes_of
 from clipseed.store.differences import differences
 from clipseed.store.empty import EmptyLabel, EmptyLabels, EmptyList, listed_earlier, read_empty, stored_empty_maps
 from clipseed.store.files import replacing, storage_errors, write_text
-from clipseed.store.formats import format_of
 from clipseed.store.gather import gathered
-from clipseed.store.label_mask_writer import MANIFEST, read_label_mask_manifest
+from clipseed.store.label_mask_folder import MANIFEST, read_label_mask_manifest
 from clipseed.store.label_masks import label_mask_note
 from clipseed.store.layout import RecordFormat
 from clipseed.store.manifest import Manifest, dumps
+from clipseed.store.names import is_in_parts, parts_of
+from clipseed.store.open import content_of, format_of, record_files
 from clipseed.store.places import located, noted
 from clipseed.store.record_file import RecordFile, write_portable
-from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.shards import WHOLE, left_without_mask, lock_output
 from clipseed.store.writer import without_input
 
@@ -56,7 +56,7 @@ def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
         )
     if out is None:
         return _finish(sources)
-    folders = [path for path in sources if path.is_dir() and not any(path.glob(UNIT_PATTERN))]
+    folders = [path for path in sources if content_of(path) == "label masks"]
     if folders:
         if len(folders) < len(sources):
             raise UsageError("masks and CAMs cannot be merged with each other")
@@ -73,7 +73,7 @@ def _finish(sources: Sequence[Path]) -> MergeReport:
     if len(sources) > 1:
         raise UsageError("--out NAME.h5: say where several outputs are to be merged into")
     out = sources[0]
-    parts = out.with_name(out.name + ".parts")
+    parts = parts_of(out)
     if not parts.is_dir():
         raise UsageError(f"{out}: nothing to finish ({parts} is not there); give --out to merge into something new")
     lock = lock_output(parts, out, WHOLE)
@@ -87,14 +87,10 @@ def _finish(sources: Sequence[Path]) -> MergeReport:
 
 
 def _record_files(source: Path) -> list[Path]:
-    """Files that make up an output: newer units before the finished file that they add to."""
-    parts = source.with_name(source.name + ".parts")
-    unit_files = sorted((source if source.is_dir() else parts).glob(UNIT_PATTERN))
-    if source.is_file():
-        return [*unit_files, source]
-    if not unit_files:
-        raise StoreError(f"{source}: no such output (no file, and no units in {parts})")
-    return unit_files
+    files = record_files(source)
+    if not files:
+        raise StoreError(f"{source}: no such output (no file, and no units in {parts_of(source)})")
+    return files
 
 
 def _merge_records(paths: Sequence[Path], out: Path, listed: Sequence[EmptyLabel]) -> MergeReport:
@@ -127,8 +123,7 @@ def _merge_records(paths: Sequence[Path], out: Path, listed: Sequence[EmptyLabel
 
 def _located(manifest: Manifest, path: Path) -> Manifest:
     """Unit files of an unfinished file say where things are from that file."""
-    inside = path.parent.name.endswith(".parts")
-    folder = path.parent.parent if inside else path.parent
+    folder = path.parent.parent if is_in_parts(path) else path.parent
     return located(manifest, folder)
 
 
@@ -137,11 +132,11 @@ def _list_empty(
     listed: Sequence[EmptyLabel],
 ) -> EmptyLabels:  # fmt: skip
     """List the labels that came to nothing in what was merged; the lists of the sources know since which stage."""
-    found = EmptyList(out, manifest, earlier=listed_earlier(listed, manifest))
+    merged = EmptyList(out, manifest, earlier=listed_earlier(listed, manifest))
     for key, (classes, empty) in labels.items():
-        found.add(key, classes, empty)
-    found.add_listed(item for item in dict.fromkeys(listed) if item.id not in labels)
-    return found.write()
+        merged.add(key, classes, empty)
+    merged.add_listed(item for item in dict.fromkeys(listed) if item.id not in labels)
+    return merged.write()
 
 
 def _agreed(first: Manifest | None, other: Manifest, where: Path, report: MergeReport) -> Manifest:
@@ -181,7 +176,7 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
     """Copy masks into one folder."""
     report = MergeReport(out, 0, 0)
     manifest: Manifest | None = None
-    found: dict[Path, Path] = {}
+    masks: dict[Path, Path] = {}
     for folder in folders:
         there = read_label_mask_manifest(folder)
         if there is None or "vocabulary" not in there:
@@ -191,26 +186,26 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
             name = path.relative_to(folder)
             if name.name.startswith("."):
                 continue
-            if name in found and found[name].read_bytes() != path.read_bytes():
-                raise StoreError(f"{name} is in {found[name].parent} and in {folder}, and not the same in both")
-            report.repeated += name in found
-            found.setdefault(name, path)
+            if name in masks and masks[name].read_bytes() != path.read_bytes():
+                raise StoreError(f"{name} is in {masks[name].parent} and in {folder}, and not the same in both")
+            report.repeated += name in masks
+            masks.setdefault(name, path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and out not in folders:
         raise UsageError(f"--out {out}: is there already; choose another name")
     with storage_errors(out), interruptible(lambda: f"interrupted; run the same command with an empty {out}"):
         out.mkdir(exist_ok=True)
-        for name, path in found.items():
+        for name, path in masks.items():
             target = out / name
             if target != path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(target) as temporary:
                     shutil.copyfile(path, temporary)
         write_text(out / MANIFEST, dumps(noted(manifest or {}, out)) + "\n")
-        notes = {name.with_suffix("").as_posix(): label_mask_note(path) for name, path in found.items()}
+        notes = {name.with_suffix("").as_posix(): label_mask_note(path) for name, path in masks.items()}
         labels = {key: (note.classes, note.empty) for key, note in notes.items() if note.classes is not None}
         for folder in folders:  # images that shards left out have no mask
             labels = {**left_without_mask(folder), **labels}
         listed = [item for folder in folders for item in read_empty(folder)]
         report.empty = _list_empty(out, manifest or {}, labels, listed)
-    report.files = report.images = len(found)
+    report.files = report.images = len(masks)
     return report

@@ -216,11 +216,11 @@ def _open(options: RefineOptions, out: Path, cams: CamSet, loading: Loading | No
     if options.method != "par" and cams.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
     if options.method == "par":
-        return open_engine(partial(_Par, options), options.run.cluster)
+        return open_engine(partial(_Par, options, cams), options.run.cluster)
     about = None if options.run.overwrite else _known(options, out, cams.manifest)
     _, name, weights = _settings(options, cams.manifest)
     say = partial(loading, model_name(name, weights)) if loading else None
-    return open_engine(partial(_Spreading, options), options.run.cluster, about, say)
+    return open_engine(partial(_Spreading, options, cams), options.run.cluster, about, say)
 
 
 def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any] | None:
@@ -258,17 +258,13 @@ def _constants(options: RefineOptions, source: Manifest, paper: bool) -> dict[st
 
 
 class _Refinement(Work[Any, Cam]):
-    """What the refinements share: streaming the images of stored CAMs.
-
-    CAMs are opened again by whoever works on them, because workers of a cluster are other processes.
-    """
+    """What the refinements share: streaming the images of stored CAMs."""
 
     device: torch.device
 
-    def __init__(self, options: RefineOptions, device: torch.device) -> None:
+    def __init__(self, options: RefineOptions, cams: CamSet, device: torch.device) -> None:
         super().__init__()
-        self.options, self.device = options, device
-        self.cams = CamSet(options.source, verify=False)
+        self.options, self.cams, self.device = options, cams, device
         self.reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
         self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
         self.ahead = decode_ahead(device, self.workers)
@@ -296,16 +292,15 @@ class _Refinement(Work[Any, Cam]):
 class _Spreading(_Refinement):
     """CAA and the class-distribution affinity: maps spread between patches."""
 
-    def __init__(self, options: RefineOptions) -> None:
-        with CamSet(options.source, verify=False) as cams:
-            source = cams.manifest
+    def __init__(self, options: RefineOptions, cams: CamSet) -> None:
+        source = cams.manifest
         paper, name, weights = _settings(options, source)
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
         self._constants = _constants(options, source, paper)
         self.clip = FrozenClip.load(name, weights, options.run.device, options.run.precision, released_rounding=paper)
         if self.clip.info.sha256 != source["model"]["sha256"]:
             raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
-        super().__init__(options, self.clip.tower.device)
+        super().__init__(options, cams, self.clip.tower.device)
         if options.method == "js":
             self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
 
@@ -356,8 +351,8 @@ class _Spreading(_Refinement):
 class _Par(_Refinement):
     """Pixel-adaptive refinement: maps follow the colours of the image, at its full size."""
 
-    def __init__(self, options: RefineOptions) -> None:
-        super().__init__(options, pick_device(options.run.device))
+    def __init__(self, options: RefineOptions, cams: CamSet) -> None:
+        super().__init__(options, cams, pick_device(options.run.device))
         self.one_by_one = None if options.run.batch_size else one_by_one(self.device, LARGE_IMAGE)
 
     def about(self) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.types import check_id
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import ImageError, StoreError, UsageError
-from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate, holds_masks
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.page import Entry, render_page
-from clipseed.store.cams import CamSet
 from clipseed.store.files import write_text
-from clipseed.store.label_mask_writer import read_label_mask_manifest
+from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.manifest import Manifest
+from clipseed.store.open import content_of, open_prediction
 
 MOST_SHOWN = 200
 """Most images of a kind; each takes about 120 kB of the page."""
@@ -93,10 +93,11 @@ def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | 
     _check(options)
     result = ReportResult(options.out)
     names = _names(options.inputs)
-    all_masks = all(map(holds_masks, options.inputs))
-    for path, name in zip(options.inputs, names, strict=True):
+    contents = [content_of(path) for path in options.inputs]
+    all_masks = all(content == "label masks" for content in contents)
+    for path, name, content in zip(options.inputs, names, contents, strict=True):
         scoring = replace(options.scoring, prediction=path)
-        if holds_masks(path) and not all_masks:
+        if content == "label masks" and not all_masks:
             scoring = replace(scoring, threshold=None, alphas=())  # they are for the CAMs beside the masks
         gallery = Gallery(options.worst, options.best)
         report = evaluate(scoring, start(name) if start else None, gallery.add)
@@ -192,10 +193,11 @@ def _some(ids: list[str], count: int = 5) -> str:
 
 def _manifest(path: Path) -> Manifest | None:
     """The manifest of CAMs, or the one beside masks; ``None`` when there is none that can be read."""
-    if not holds_masks(path):
-        with CamSet(path, verify=False) as cams:
-            return cams.manifest
-    return read_label_mask_manifest(path)
+    opened = open_prediction(path, verify=False)
+    if isinstance(opened, LabelMaskFolder):
+        return opened.manifest
+    with opened as cams:
+        return cams.manifest
 
 
 class _Images:

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from clipseed.data.dataset import relocated
-from clipseed.data.image_listing import ImageListing, ListingOptions, list_data_set
+from clipseed.data.dataset import DatasetOptions, open_dataset, recorded_set, relocated
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
-from clipseed.data.types import ImageReader, Sample
+from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.defaults import SAM_MAX_SIDE, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.device import pick_device
 from clipseed.errors import ClipseedError, ImageError, InputError, UsageError, WeightsError
-from clipseed.formats.open import SegmentSource, imported_masks, open_segments
+from clipseed.formats.open import ForeignSegments
 from clipseed.pseudo.prompted_segments import prompted_masks
 from clipseed.runtime.images import (
     batches_in_flight,
@@ -42,9 +41,11 @@ from clipseed.sam.generator import Limits, generate
 from clipseed.sam.load import load_sam, same_sam
 from clipseed.sam.model_backend import ModelBackend
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
-from clipseed.store.cams import CamSet
+from clipseed.store.cams import CamSet, open_cams
 from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.open import open_segments_of_any_kind
 from clipseed.store.segment_records import SegmentRecord, pack_segments, segment_format
+from clipseed.store.segments import SegmentSet
 from clipseed.store.writer import RecordWriter, recorded_manifest
 
 TOY = "toy"
@@ -62,8 +63,8 @@ class SamMasksOptions:
 
     Attributes:
         out: ``NAME.h5`` or a folder.
-        data: A data set; ``None`` takes the images of ``CAMs``.
-        CAMs: CAMs whose images are meant, and whose maps prompt SAM.
+        data: A data set, for its images only; ``None`` takes the images of ``cams``.
+        cams: CAMs whose images are meant, and whose maps prompt SAM.
         images, root: Where the images of the CAMs, or their data set, are now, if they have moved.
         checkpoint: SAM's weights, or ``toy``; ``None``: ``toy`` for the toy set, else it is missing.
         model: ``auto``, or the size that the checkpoint must have.
@@ -77,7 +78,7 @@ class SamMasksOptions:
     """
 
     out: Path
-    data: ListingOptions | None = None
+    data: DatasetOptions | None = None
     cams: Path | None = None
     images: Path | None = None
     root: Path | None = None
@@ -100,6 +101,14 @@ class SamMasksOptions:
     def method(self) -> str:
         """Where masks come from: ``grid``, ``points``, ``boxes`` or ``import``."""
         return "import" if self.existing is not None else self.prompt or "grid"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads besides images, opened: CAMs whose images are meant, and segments that exist already."""
+
+    cams: CamSet | None
+    existing: ForeignSegments | None
 
 
 @dataclass(kw_only=True)
@@ -163,27 +172,37 @@ def find_checkpoint(options: SamMasksOptions, dataset: str) -> Path | None:
     return path
 
 
-def find_images(options: SamMasksOptions) -> tuple[ImageListing, Manifest | None]:
-    """The images, and the manifest of the CAMs that they come from.
+def find_images(options: SamMasksOptions, cams: CamSet | None) -> ImageSet:
+    """The images: of the CAMs where there are any, else of the data set.
 
     Raises:
-        ClipseedError: data set or CAMs are missing, malformed or damaged.
+        ClipseedError: the data set is missing or malformed.
     """
-    if options.data is not None:
-        return list_data_set(options.data), None
-    assert options.cams is not None
-    with CamSet(options.cams) as cams:
-        manifest = relocated(cams.manifest, options.images, options.root)
-        samples = tuple(cam_sample(cams, key) for key in cams)
-    reader = recorded_reader(manifest)
-    exif = bool(manifest["options"].get("exif"))
-    return ImageListing(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
+    if cams is None:
+        assert options.data is not None
+        return open_dataset(options.data)
+    manifest = relocated(cams.manifest, options.images, options.root)
+    samples = [cam_sample(cams, key) for key in cams]
+    return recorded_set(manifest, samples, recorded_reader(manifest), str(cams.path))
 
 
-def masks_manifest(
-    options: SamMasksOptions, images: ImageListing, cams: Manifest | None, about: dict[str, Any]
-) -> Manifest:
+def open_existing(options: SamMasksOptions) -> ForeignSegments | None:
+    """Segments that exist already, opened so that what is wrong with them is said before workers start.
+
+    Raises:
+        ClipseedError: they cannot be opened, or need not be imported.
+    """
+    if options.existing is None:
+        return None
+    existing = open_segments_of_any_kind(options.existing, options.existing_kind)
+    if isinstance(existing, SegmentSet):
+        raise UsageError(f"--import {options.existing}: is a segments file already; use it as it is")
+    return existing
+
+
+def masks_manifest(options: SamMasksOptions, images: ImageSet, inputs: _Inputs, about: dict[str, Any]) -> Manifest:
     """Everything that decides the masks, and where the images are."""
+    cams = None if inputs.cams is None else inputs.cams.manifest
     settings: dict[str, Any] = {"exif": images.exif}
     source: dict[str, Any] = {}
     if options.method != "import":
@@ -195,8 +214,8 @@ def masks_manifest(
         settings["min_region_area"] = options.proposals.min_region_area
         assert cams is not None
         source = {key: cams[key] for key in ("kind", "method", "options", "model", "source") if key in cams}
-    elif options.existing is not None:
-        source = imported_masks(options.existing, options.existing_kind)
+    elif inputs.existing is not None:
+        source = dict(inputs.existing.manifest())
     return {
         "kind": "sam-masks",
         "method": options.method,
@@ -206,7 +225,7 @@ def masks_manifest(
         "weights": about["weights"],
         "max_pixels": images.max_pixels,
         "vocabulary": cams["vocabulary"] if cams and options.prompt else {},
-        "dataset": images.dataset,
+        "dataset": images.manifest,
         **({"input": str(options.cams.resolve())} if options.cams is not None else {}),
         "versions": package_versions(),
     }
@@ -254,19 +273,12 @@ class ShrinkingLoader:
         return LoadedForSam(sample, size, np.asarray(image).copy(), stamp)
 
 
-@lru_cache(maxsize=2)
-def existing_masks(path: Path, kind: SegmentFormat) -> SegmentSource:
-    """Opened once per worker process."""
-    return open_segments(path, kind)
-
-
 @dataclass(frozen=True)
 class ExistingLoader:
     """Reads an image's masks from files, after looking at the image for its size; runs in worker processes."""
 
     reader: ImageReader
-    path: Path
-    kind: SegmentFormat
+    segments: ForeignSegments
 
     def __call__(self, sample: Sample) -> Done[SegmentRecord]:
         """Read and compress one image's masks.
@@ -278,7 +290,7 @@ class ExistingLoader:
         image = self.reader(sample)
         size = (image.height, image.width)
         try:
-            proposals = existing_masks(self.path, self.kind).read(sample.id, size)
+            proposals = self.segments.read(sample.id, size)
         except InputError as error:  # one damaged file is no reason to stop
             raise ImageError(str(error)) from error
         return Done(replace(pack_segments(sample.id, size, proposals), stamp=stamp))
@@ -306,21 +318,27 @@ def run_sam_masks(
             reported instead.
     """
     check(options)
-    images, cams = find_images(options)
-    recipe = MasksRecipe(options, images.reader, str(images.dataset.get("name")))
-    say = partial(loading, options.model_name) if loading and options.existing is None else None
-    with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
+    with contextlib.ExitStack() as opened:
+        cams = None if options.cams is None else opened.enter_context(open_cams(options.cams))
+        inputs = _Inputs(cams, open_existing(options))
+        images = find_images(options, cams)
+        recipe = MasksRecipe(options, inputs, images.reader, images.name)
+        say = partial(loading, options.model_name) if loading and options.existing is None else None
+        engine = opened.enter_context(
+            contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say))
+        )  # fmt: skip
         about, shard = engine.about, options.run.shard
-        manifest = masks_manifest(options, images, cams, about)
-        with RecordWriter(
-            options.out, manifest, segment_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
-        ) as writer:
-            files = {sample.id: images.reader.file(sample) for sample in images.samples if sample.id in writer.done}
-            writer.forget_replaced(files)
-            if cams is not None and options.cams is not None:
-                with CamSet(options.cams, verify=False) as source:
-                    writer.follow(source.keys(), source.stamp)
-            report = SamMasksReport(**vars(run(engine, writer, images.samples, start, shard=shard)))
+        manifest = masks_manifest(options, images, inputs, about)
+        writer = opened.enter_context(
+            RecordWriter(
+                options.out, manifest, segment_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
+            )
+        )
+        files = {sample.id: images.reader.file(sample) for sample in images.samples if sample.id in writer.done}
+        writer.forget_replaced(files)
+        if cams is not None:
+            writer.follow(cams.keys(), cams.stamp)
+        report = SamMasksReport(**vars(run(engine, writer, images.samples, start, shard=shard)))
     if report.stats.counters["cramped"]:
         report.notes.append("out of memory; went on with fewer points at once (--points-per-batch)")
     return report
@@ -331,6 +349,7 @@ class MasksRecipe:
     """Loads what a run needs."""
 
     options: SamMasksOptions
+    inputs: _Inputs
     reader: ImageReader
     dataset: str
 
@@ -391,9 +410,8 @@ class _Existing(_Masks):
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe, torch.device("cpu"))
-        assert self.options.existing is not None
-        existing_masks.cache_clear()  # an earlier run of this process may have found other files there
-        existing_masks(self.options.existing.resolve(), self.options.existing_kind)  # refused before workers start
+        assert recipe.inputs.existing is not None
+        self._existing = recipe.inputs.existing
 
     def about(self) -> dict[str, Any]:
         """No model."""
@@ -402,8 +420,7 @@ class _Existing(_Masks):
     @property
     def loader(self) -> Callable[[Sample], Done[SegmentRecord]]:
         """Reads masks."""
-        assert self.options.existing is not None
-        return ExistingLoader(self._reader, self.options.existing.resolve(), self.options.existing_kind)
+        return ExistingLoader(self._reader, self._existing)
 
     def compute(self, items: Sequence[Done[SegmentRecord]]) -> list[SegmentRecord]:
         """What was read."""
@@ -475,8 +492,8 @@ class _Prompted(_Segmenting):
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe)
-        assert self.options.cams is not None
-        self.cams = CamSet(self.options.cams, verify=False)
+        assert recipe.inputs.cams is not None
+        self.cams = recipe.inputs.cams
         together = self.options.run.batch_size or self.backend.crops_at_once
         self.batch = BatchSize(together, 1)
         self.ahead += together
@@ -490,8 +507,8 @@ class _Prompted(_Segmenting):
             if len(items) == 1:
                 return [error]
             return [result for item in items for result in self.compute([item])]
-        found = {item.sample.id: embedding for item, embedding in zip(encoded, embeddings, strict=True)}
-        return [self.attempt(item, found.get(item.sample.id)) for item in items]
+        by_id = {item.sample.id: embedding for item, embedding in zip(encoded, embeddings, strict=True)}
+        return [self.attempt(item, by_id.get(item.sample.id)) for item in items]
 
     def masks(self, item: LoadedForSam, given: Embedding | None) -> SegmentRecord:
         """Answers to the prompts of one image."""

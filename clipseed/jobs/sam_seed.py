@@ -5,35 +5,35 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from clipseed.data.paths import is_folder
 from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
 from clipseed.defaults import EmptyPolicy, SegmentFormat
 from clipseed.errors import ImageError, InputError, UsageError
-from clipseed.evaluate.sources import LabelMaskFolder
-from clipseed.formats.open import SegmentSource, imported_masks, open_segments
+from clipseed.formats.open import ForeignSegments
 from clipseed.pseudo.rules import RuleOptions, Rules, decide, label_mask, voted_labels
 from clipseed.runtime.images import earlier_in_cams, misfit, one_by_one, usable_cores
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
 from clipseed.segments import Segments, from_masks
+from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import Earlier, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
-from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter, read_label_mask_manifest
-from clipseed.store.label_masks import label_mask_note
+from clipseed.store.label_mask_folder import LabelMaskFolder
+from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest, label_manifest
-from clipseed.store.record_set import UNIT_PATTERN
+from clipseed.store.open import Prediction, SegmentsOfAnyKind, open_prediction, open_segments_of_any_kind
 from clipseed.store.segment_records import unpack_segments
-from clipseed.store.segments import SegmentSet, holds_segments
+from clipseed.store.segments import SegmentSet
 from clipseed.types import IGNORE, NO_CLASS
 
 _UNIT_SIZE = 64
@@ -88,34 +88,27 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     """
     options.run.check()
     _refuse_places(options)
-    forget()
-    try:
-        return _run(options, start)
-    finally:
-        forget()
-
-
-def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
-    source = _look_at_source(options.source)
-    asked, about_masks, known = _look_at_masks(options, source)
-    name = (source.manifest.get("vocabulary") or {}).get("name")
-    rules = decide(options.rules, str(name), label_map=source.label_map, asked=asked)
-    if rules.method == "pixel":
-        about_masks, known = {}, None
-    missing = _missing(options, source, known)
-    chosen = {**rules.manifest(), "empty": options.empty}
-    manifest = label_manifest(source.manifest, options.source, "sam-seed", rules.method, chosen, masks=about_masks)
-    recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
-    with (
-        contextlib.closing(open_engine(recipe, options.run.cluster)) as engine,
-        LabelMaskWriter(
-            options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
-            empty=options.empty, earlier=_earlier(options.source, source),
-        ) as writer,
-    ):  # fmt: skip
-        writer.follow(source.classes, lambda key: source.stamps[key])
+    with contextlib.ExitStack() as opened:
+        inputs = _open(options, opened)
+        name = (inputs.manifest.get("vocabulary") or {}).get("name")
+        rules = decide(options.rules, str(name), label_map=inputs.label_map, asked=inputs.prompted)
+        chosen = {**rules.manifest(), "empty": options.empty}
+        manifest = label_manifest(
+            inputs.manifest, options.source, "sam-seed", rules.method, chosen, masks=_segments_manifest(inputs.segments)
+        )
+        missing = _missing(options, inputs)
+        seeder = Seeder(inputs.source, inputs.segments, rules)
+        recipe = partial(_SeedWork, options.run.workers, seeder, len(inputs.classes))
+        engine = opened.enter_context(contextlib.closing(open_engine(recipe, options.run.cluster)))
+        writer = opened.enter_context(
+            LabelMaskWriter(
+                options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
+                empty=options.empty, earlier=_earlier(inputs.source),
+            )
+        )  # fmt: skip
+        writer.follow(inputs.classes, lambda key: inputs.stamps[key])
         listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
-        samples = [Sample(key, Path(key), classes) for key, classes in source.classes.items()]
+        samples = [Sample(key, Path(key), classes) for key, classes in inputs.classes.items()]
         done = run(engine, writer, samples, start, shard=options.run.shard)
         done.stats.counters["unsure"] += writer.ignored
     return SamSeedReport(
@@ -123,16 +116,16 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     )
 
 
-def _earlier(path: Path, source: _Source) -> Earlier:
+def _earlier(source: Prediction) -> Earlier:
     """Answers whether a label had come to nothing in the source already, and since which stage."""
-    if not source.label_map:
-        return earlier_in_cams(cams_at(path.resolve()))
+    if isinstance(source, CamSet):
+        return earlier_in_cams(source)
 
     def there(key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        classes = label_mask_note(path / f"{key}.png").classes or ()
-        return classes, without_pixel(classes, LabelMaskFolder(path).read(key))
+        classes = source.note(key).classes or ()
+        return classes, without_pixel(classes, source.read(key))
 
-    return earlier_in(path, source.manifest, there)
+    return earlier_in(source.folder, source.manifest or {}, there)
 
 
 def _refuse_places(options: SamSeedOptions) -> None:
@@ -142,73 +135,100 @@ def _refuse_places(options: SamSeedOptions) -> None:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What is labelled: its manifest, and by id classes, where they are known without looking at pixels, and images."""
+class _Inputs:
+    """What a run reads, opened.
 
+    Attributes:
+        source: What is labelled.
+        manifest: The source's.
+        classes: By image id, where they are known without looking at pixels.
+        stamps: The source's image files by image id.
+        segments: ``None`` where the method needs none.
+    """
+
+    source: Prediction
     manifest: Manifest
     classes: Mapping[str, tuple[int, ...] | None]
     stamps: Mapping[str, FileStamp]
-    label_map: bool
+    segments: SegmentsOfAnyKind | None
+
+    @property
+    def label_map(self) -> bool:
+        """Whether label masks are labelled anew, rather than CAMs."""
+        return isinstance(self.source, LabelMaskFolder)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the segments are answers to prompts for classes."""
+        return isinstance(self.segments, SegmentSet) and bool(self.segments.manifest["vocabulary"])
 
 
-def _look_at_source(path: Path) -> _Source:
-    if not is_folder(path) or any(path.glob(UNIT_PATTERN)):
-        with CamSet(path) as cams:
-            classes = {key: tuple(cams.classes(key).tolist()) for key in cams}
-            return _Source(cams.manifest, classes, {key: cams.stamp(key) for key in cams}, False)
-    keys = sorted(LabelMaskFolder(path).ids())
-    if not keys:
-        raise InputError(f"{path}: neither CAMs nor PNG masks in this folder")
-    manifest = read_label_mask_manifest(path) or {}
-    if "vocabulary" in manifest:
-        class_names(manifest, path)
-    notes = {key: label_mask_note(path / f"{key}.png") for key in keys}
-    stamps = {key: note.image for key, note in notes.items()}
-    return _Source(manifest, {key: note.classes for key, note in notes.items()}, stamps, True)
+def _open(options: SamSeedOptions, opened: contextlib.ExitStack) -> _Inputs:
+    """Open source and segments.
+
+    Raises:
+        ClipseedError: one of them is missing or damaged, or they do not fit each other.
+    """
+    source = open_prediction(options.source)
+    if isinstance(source, CamSet):
+        opened.enter_context(source)
+        manifest = source.manifest
+        classes: dict[str, tuple[int, ...] | None] = {key: tuple(source.classes(key).tolist()) for key in source}
+        stamps = {key: source.stamp(key) for key in source}
+    else:
+        ids = sorted(source.ids())
+        if not ids:
+            raise InputError(f"{options.source}: neither CAMs nor PNG masks in this folder")
+        manifest = source.manifest or {}
+        if "vocabulary" in manifest:
+            class_names(manifest, options.source)
+        notes = {key: source.note(key) for key in ids}
+        classes = {key: note.classes for key, note in notes.items()}
+        stamps = {key: note.image for key, note in notes.items()}
+    segments = None
+    if options.rules.method != "pixel":
+        segments = open_segments_of_any_kind(options.masks, options.masks_kind)
+    if isinstance(segments, SegmentSet):
+        opened.enter_context(segments)
+    inputs = _Inputs(source, manifest, classes, stamps, segments)
+    _refuse_other_classes(options, inputs)
+    return inputs
 
 
-def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict[str, Any], frozenset[str] | None]:
-    """Whether the masks were made for classes, what the manifest says about them, and the ids that they know."""
-    if options.rules.method == "pixel":
-        return False, {}, None
-    if not holds_segments(options.masks):
-        found = masks_at(options.masks.resolve(), options.masks_kind)
-        return False, dict(imported_masks(options.masks, options.masks_kind)), found.ids()
-    if options.masks_kind != "auto":
-        raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a segments file")
-    masks = SegmentSet(options.masks)
-    manifest = masks.manifest
-    asked = bool(manifest["vocabulary"])
-    if asked and not source.label_map:
-        theirs, ours = class_names(manifest, options.masks), class_names(source.manifest, options.source)
-        if theirs != ours:
-            raise UsageError(
-                f"{options.masks}: its masks were asked for with other classes than those of {options.source}"
-            )
-    about: dict[str, Any] = {
-        key: manifest[key] for key in ("kind", "method", "options", "source", "model") if key in manifest
-    }
-    ids = masks.ids()
-    masks.close()
-    return asked, about, ids
+def _refuse_other_classes(options: SamSeedOptions, inputs: _Inputs) -> None:
+    if not inputs.prompted or inputs.label_map:
+        return
+    assert isinstance(inputs.segments, SegmentSet)
+    if class_names(inputs.segments.manifest, options.masks) != class_names(inputs.manifest, options.source):
+        raise UsageError(f"{options.masks}: its masks were asked for with other classes than those of {options.source}")
 
 
-def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | None) -> list[str]:
-    """Ids of the source that the masks do not know.
+def _missing(options: SamSeedOptions, inputs: _Inputs) -> list[str]:
+    """Ids of the source that the segments do not know.
 
     Raises:
         InputError: they know none of them.
     """
-    if known is None:
+    if inputs.segments is None:
         return []
-    missing = [key for key in source.classes if key not in known]
-    if missing and len(missing) == len(source.classes):
+    known = inputs.segments.ids()
+    missing = [key for key in inputs.classes if key not in known]
+    if missing and len(missing) == len(inputs.classes):
         there = f"its first is {min(known)!r}" if known else "it holds no image at all"
         raise InputError(
             f"{options.masks}: holds masks of none of the {len(missing)} images of {options.source} (the first is "
             f"{missing[0]!r}, {there}); was it made for another data set?"
         )
     return missing
+
+
+def _segments_manifest(segments: SegmentsOfAnyKind | None) -> dict[str, Any]:
+    if segments is None:
+        return {}
+    if isinstance(segments, ForeignSegments):
+        return segments.manifest()
+    parts = ("kind", "method", "options", "source", "model")
+    return {key: segments.manifest[key] for key in parts if key in segments.manifest}
 
 
 @dataclass(frozen=True)
@@ -218,96 +238,73 @@ class Seeded(Labelled):
     masks: int = 0
 
 
-@lru_cache(maxsize=2)
-def cams_at(path: Path) -> CamSet:
-    """Opened once per process."""
-    return CamSet(path, verify=False)
-
-
-@lru_cache(maxsize=2)
-def masks_at(path: Path, kind: SegmentFormat) -> SegmentSource:
-    """Opened once per process."""
-    return SegmentSet(path, verify=False) if holds_segments(path) else open_segments(path, kind)
-
-
-@lru_cache(maxsize=2)
-def _ids(path: Path, kind: SegmentFormat) -> frozenset[str]:
-    return masks_at(path, kind).ids()
-
-
-def forget() -> None:
-    """Close what is open: the next run of this process may find other files under these names."""
-    for opened in (cams_at, masks_at, _ids):
-        opened.cache_clear()
-
-
 @dataclass(frozen=True)
 class Seeder:
-    """Labels one image, from opening its maps and masks to the finished label mask; runs in worker processes."""
+    """Labels one image, from reading its maps and segments to the finished label mask; runs in worker processes."""
 
-    source: Path
-    masks: Path
-    kind: SegmentFormat
+    source: Prediction
+    segments: SegmentsOfAnyKind | None
     rules: Rules
-    label_map: bool
 
     def __call__(self, sample: Sample) -> Done[Seeded]:
         """Label one image.
 
         Raises:
-            ImageError: its maps or masks cannot be used.
+            ImageError: its maps or segments cannot be used.
             StoreError: a file is damaged.
         """
         try:
-            return Done(self._voted(sample) if self.label_map else self._seeded(sample))
+            return Done(
+                self._seeded(self.source[sample.id])
+                if isinstance(self.source, CamSet)
+                else self._voted(self.source, sample)
+            )
         except InputError as error:  # one damaged file is no reason to stop
             raise ImageError(str(error)) from error
 
-    def _voted(self, sample: Sample) -> Seeded:
-        labels = LabelMaskFolder(self.source).read(sample.id)
-        stamp = label_mask_note(self.source / f"{sample.id}.png").image
-        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]), stamp)
-        found = voted_labels(self.rules, labels, proposals.masks)
+    def _voted(self, source: LabelMaskFolder, sample: Sample) -> Seeded:
+        labels, stamp = source.read(sample.id), source.note(sample.id).image
+        segments, _ = self._segments(sample.id, (labels.shape[0], labels.shape[1]), stamp)
         classes = sample.labels
         if classes is None:
             classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
-        return Seeded(sample.id, found, classes, stamp, len(proposals))
+        return Seeded(sample.id, voted_labels(self.rules, labels, segments.masks), classes, stamp, len(segments))
 
-    def _seeded(self, sample: Sample) -> Seeded:
-        cam = cams_at(self.source)[sample.id]
+    def _seeded(self, cam: Cam) -> Seeded:
         problem = misfit(cam, cam.size)
         if problem is not None:
             raise problem
-        proposals, asked = self._proposals(sample.id, cam.size, cam.stamp)
-        labels = label_mask(cam, self.rules, proposals, asked)
-        return Seeded(sample.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(proposals))
+        segments, prompted_class = self._segments(cam.id, cam.size, cam.stamp)
+        labels = label_mask(cam, self.rules, segments, prompted_class)
+        return Seeded(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(segments))
 
-    def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Segments, Any]:
-        """Masks of an image, none where there are none, and the class that each was asked for.
+    def _segments(
+        self, identifier: str, size: tuple[int, int], stamp: FileStamp
+    ) -> tuple[Segments, npt.NDArray[np.int32]]:
+        """Segments of an image, none where there are none, and the class that each was asked for.
 
         Raises:
             ImageError: they cannot be used, or were made from another image.
         """
-        if self.rules.method == "pixel" or identifier not in _ids(self.masks, self.kind):
-            found = from_masks(np.zeros((0, *size), bool))
-            return found, np.zeros(0, np.int32)
-        masks = masks_at(self.masks, self.kind)
-        if isinstance(masks, SegmentSet):
-            record = masks.record(identifier, size)
+        if self.segments is None or identifier not in self.segments:
+            return from_masks(np.zeros((0, *size), bool)), np.zeros(0, np.int32)
+        if isinstance(self.segments, SegmentSet):
+            record = self.segments.record(identifier, size)
             if record.stamp.differs(stamp):
-                raise ImageError(f"{self.masks}: its segments are those of another image; run clipseed sam-masks again")
+                raise ImageError(
+                    f"{self.segments.path}: its segments are those of another image; run clipseed sam-masks again"
+                )
             return unpack_segments(record), record.class_id
-        found = masks.read(identifier, size)
-        return found, np.full(len(found), NO_CLASS, np.int32)
+        segments = self.segments.read(identifier, size)
+        return segments, np.full(len(segments), NO_CLASS, np.int32)
 
 
 class _SeedWork(Work[Any, Seeded]):
     """Maps and masks to label masks: everything happens where images are loaded, or without workers in threads."""
 
-    def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, images: int) -> None:
+    def __init__(self, workers: int | None, seeder: Seeder, images: int) -> None:
         super().__init__()
-        self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
-        workers = options.run.workers
+        self._seeder = seeder
         if workers is None:
             workers = usable_cores() if images >= _WORTH_WORKERS else 0
         self.workers = 0 if workers == 1 else workers

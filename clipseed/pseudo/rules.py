@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.segments import Segments, enlarged, room_for
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
-
-if TYPE_CHECKING:
-    from clipseed.store.cam_records import Cam
 
 Masks = npt.NDArray[np.bool_]
 Classes = npt.NDArray[np.int32]
@@ -166,8 +163,31 @@ def _check(options: RuleOptions, method: SeedMethod, *, label_map: bool, asked: 
         raise UsageError(f"--min-confidence: --method {method} gives no confidence")
 
 
+class ImageMaps(Protocol):
+    """Class activation maps of one image, such as :class:`~clipseed.store.cam_records.Cam`."""
+
+    @property
+    def classes(self) -> npt.NDArray[np.int32]:
+        """``(K,)`` class indices."""
+        ...
+
+    @property
+    def maps(self) -> npt.NDArray[np.float32]:
+        """``(K, h, w)`` in [0, 1]."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(H, W)`` of the image in pixels."""
+        ...
+
+    def upsampled(self) -> npt.NDArray[np.float32]:
+        """Maps at the image's size ``(K, H, W)``."""
+        ...
+
+
 def label_mask(
-    cam: Cam, rules: Rules, segments: Segments | None = None, prompted_classes: Classes | None = None
+    cam: ImageMaps, rules: Rules, segments: Segments | None = None, prompted_classes: Classes | None = None
 ) -> LabelMask:
     """The label mask ``(H, W)`` of an image, from its CAMs and, where the rule asks for them, its segments.
 
@@ -219,13 +239,13 @@ def voted_labels(rules: Rules, labels: LabelMask, masks: Masks) -> LabelMask:
     return labels if policy == "cam" else np.full_like(labels, IGNORE if policy == "ignore" else 0)
 
 
-def _by_pixels(rules: Rules, cam: Cam, size: tuple[int, int]) -> LabelMask:
+def _by_pixels(rules: Rules, cam: ImageMaps, size: tuple[int, int]) -> LabelMask:
     options = rules.seeding
     found = label_pixels(cam.maps, cam.classes, size, options.pixel_background, paper=options.paper)
     return found.sure(options.min_confidence)
 
 
-def _by_prompts(rules: Rules, cam: Cam, masks: Masks, asked: Classes) -> LabelMask:
+def _by_prompts(rules: Rules, cam: ImageMaps, masks: Masks, asked: Classes) -> LabelMask:
     """The class whose map is stronger inside its own mask wins; masks of classes without CAMs are left out."""
     rows = {int(class_id): row for row, class_id in enumerate(cam.classes)}
     kept = [k for k, class_id in enumerate(asked) if class_id != NO_CLASS and int(class_id) in rows]

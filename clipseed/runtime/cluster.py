@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from clipseed import __version__
 from clipseed.errors import ClipseedError, UsageError
 from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.runtime.work import Recipe, Work
 from clipseed.store.units import Unit
+from clipseed.version import __version__
 
 R = TypeVar("R")
 _IN_HAND = 2

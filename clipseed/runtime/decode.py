@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError
@@ -26,7 +26,8 @@ class DecodePool(Generic[T]):
     """Runs a loading function on samples, ahead of the consumer, in order.
 
     Args:
-        load: Picklable; returns the decoded sample or raises :class:`~clipseed.errors.ImageError`.
+        load: Returns the decoded sample or raises :class:`~clipseed.errors.ImageError`. Each worker process gets a copy
+            of it, once: it must survive pickling, and may keep files open.
         workers: Number of worker processes; 0 decodes in one background thread of this process. A worker that dies
             (decoders are native code) costs the image it died on and nothing else.
         ahead: How many samples may be decoded and not yet consumed.
@@ -41,7 +42,7 @@ class DecodePool(Generic[T]):
             return ThreadPoolExecutor(1, thread_name_prefix="decode")
         # Not fork: the device runtime and torch's threads do not survive it.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(workers, context, initializer=_worker_setup, initargs=(os.getpid(),))
+        return ProcessPoolExecutor(workers, context, initializer=_worker_setup, initargs=(os.getpid(), self._load))
 
     def stream(self, samples: Iterable[Sample]) -> Iterator[Outcome[T]]:
         """Yield each sample with what became of it, in the order given."""
@@ -66,22 +67,30 @@ class DecodePool(Generic[T]):
 
     def _submit(self, sample: Sample) -> Future[T]:
         try:
-            return self._executor.submit(self._load, sample)
+            return self._load_on(self._executor, sample)
         except BrokenProcessPool as error:  # a worker died since the last look; the sample waits with the suspects
             future: Future[T] = Future()
             future.set_exception(error)
             return future
 
+    def _load_on(self, executor: Executor, sample: Sample) -> Future[T]:
+        load: Callable[[Sample], T] = self._load
+        if isinstance(executor, ProcessPoolExecutor):
+            load = _load_in_worker
+        return executor.submit(load, sample)
+
     def _one_by_one(self, suspects: Iterable[Sample]) -> Iterator[Outcome[T]]:
         """Decode samples alone, to learn which of them kills its worker."""
         executor = self._start(1)
         for sample in suspects:
+            future = self._load_on(executor, sample)
             try:
-                yield sample, _outcome(executor.submit(self._load, sample))
+                outcome = _outcome(future)
             except BrokenProcessPool:
-                yield sample, ImageError(f"{sample.path}: the decoder crashed on it")
+                outcome = ImageError(f"{sample.path}: the decoder crashed on it")
                 executor.shutdown(wait=False)
                 executor = self._start(1)
+            yield sample, outcome
         executor.shutdown(wait=False)
 
     def __enter__(self) -> DecodePool[T]:
@@ -100,10 +109,21 @@ def _outcome(future: Future[T]) -> T | ImageError:
         return error
 
 
-def _worker_setup(parent: int) -> None:
+class _Worker:
+    """What a worker process loads with; each serves one pool."""
+
+    load: Callable[[Sample], Any]
+
+
+def _load_in_worker(sample: Sample) -> Any:
+    return _Worker.load(sample)
+
+
+def _worker_setup(parent: int, load: Callable[[Sample], Any]) -> None:
     """Leave Ctrl-C to the main process, take one core, and end with the main process even if it is killed."""
     import torch
 
+    _Worker.load = staticmethod(load)
     torch.set_num_threads(1)  # there are as many workers as cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -17,17 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
+from clipseed.store.record_file import RecordFile
 from clipseed.types import LabelMask
-
-if TYPE_CHECKING:
-    from clipseed.store.record_file import RecordFile
 
 _MOST_CLASSES = 254
 

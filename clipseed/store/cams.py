@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import StoreError
-from clipseed.store.cam_records import Cam
+from clipseed.store.cam_records import Cam, cam_format, classes_of
 from clipseed.store.manifest import Manifest
-from clipseed.store.record_file import CamFile
+from clipseed.store.record_file import RecordFile
 from clipseed.store.record_set import RecordSet
 
 _PARTS = ("options", "vocabulary", "dataset")
+
+
+class CamFile(RecordFile[Cam]):
+    """One CAM file open for reading."""
+
+    def __init__(self, path: Path, *, verify: bool) -> None:
+        super().__init__(path, cam_format(), verify=verify)
+
+    @property
+    def cam_dtype(self) -> str:
+        """Stored type of the maps: ``float16`` or ``float32``."""
+        return str(self.file["cam"].dtype)
+
+    @property
+    def class_offsets(self) -> npt.NDArray[np.int64]:
+        """``(n + 1,)`` where each image's classes begin."""
+        return np.asarray(self.index["class_offset"])
+
+    @property
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """How many images hold each class index, up to the largest one present."""
+        return np.bincount(self.index["class_id"])
+
+    def classes(self, row: int) -> npt.NDArray[np.int32]:
+        """Classes ``(K,)`` of the record in a row."""
+        return classes_of(self, row)
 
 
 class CamSet(RecordSet[Cam, CamFile]):
@@ -27,9 +54,9 @@ class CamSet(RecordSet[Cam, CamFile]):
     def _file(self, path: Path, *, verify: bool) -> CamFile:
         return CamFile(path, verify=verify)
 
-    def _check(self) -> None:
-        names = class_names(self.manifest, self.path)
-        for file in self._files:
+    def _check(self, manifest: Manifest, files: Sequence[CamFile]) -> None:
+        names = class_names(manifest, self.path)
+        for file in files:
             if len(file.class_counts) > len(names):
                 raise StoreError(f"{file.path}: damaged, it has class {len(file.class_counts) - 1} of {len(names)}")
 

@@ -27,7 +27,8 @@ _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _OPTION_OF} | {
     "pixel_alpha": "--alpha", "pred_iou_threshold": "--iou-threshold", "min_region_area": "--min-area",
     "format": "--masks-kind", "name": "--dataset",
 }  # fmt: skip
-_MAKERS = {"crf": "clipseed crf", "sam-masks": "clipseed sam-masks", "sam-seed": "clipseed sam-seed"}
+_MAKERS = {"crf": "clipseed crf", "sam-masks": "clipseed sam-masks", "sam-seed": "clipseed sam-seed",
+           "features": "clipseed prompts --features"}  # fmt: skip
 _UNSET = object()
 
 

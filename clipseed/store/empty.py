@@ -24,13 +24,13 @@ from clipseed.defaults import EmptyPolicy
 from clipseed.errors import StoreError
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
+from clipseed.store.names import is_portable
 
 if TYPE_CHECKING:
     from clipseed.store.cam_records import Cam
     from clipseed.store.record_file import RecordFile
 
 NOTHING_COMPETES = "nothing competes with it: no background words (--background) and no other class"
-_SUFFIXES = {".h5", ".hdf5"}
 _VALUES = 1 << 22
 """Values of maps that are looked at together."""
 _IGNORE = 255
@@ -267,7 +267,7 @@ class EmptyList:
 
 def empty_file(out: Path) -> Path:
     """Where an output's empty labels are listed: ``NAME.empty.csv`` beside ``NAME.h5``, or ``DIR/empty.csv``."""
-    return out.with_name(f"{out.stem}.empty.csv") if out.suffix.lower() in _SUFFIXES else out / "empty.csv"
+    return out.with_name(f"{out.stem}.empty.csv") if is_portable(out) else out / "empty.csv"
 
 
 def read_empty(out: Path) -> list[EmptyLabel]:

@@ -24,15 +24,15 @@ from clipseed.store.empty import (
     without_pixel,
 )
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
+from clipseed.store.label_mask_folder import MANIFEST, read_label_mask_manifest
 from clipseed.store.label_masks import LabelMaskNote, label_mask_note, write_label_mask
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
-from clipseed.store.places import located, noted
+from clipseed.store.places import noted
 from clipseed.store.shards import WHOLE, Empty, Shard, ShardReports, lock_output
 from clipseed.store.units import Unit, missing_units, own_items
 from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
 from clipseed.types import LabelMask
 
-MANIFEST = "manifest.json"
 T = TypeVar("T")
 
 
@@ -260,12 +260,3 @@ class LabelMaskWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._release()
-
-
-def read_label_mask_manifest(folder: Path) -> Manifest | None:
-    """What is recorded beside masks; ``None`` where nothing can be read. Without ``vocabulary`` it is not ours."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return located(found, folder) if isinstance(found, dict) else None

@@ -10,14 +10,13 @@ from typing import Any
 
 from clipseed.errors import StoreError
 from clipseed.store.differences import differences
+from clipseed.version import __version__
 
 Manifest = dict[str, Any]
 
 
 def package_versions() -> dict[str, str]:
     """Versions of everything that has a part in the numbers."""
-    from clipseed import __version__
-
     names = ("torch", "open_clip_torch", "numpy", "pillow", "h5py", "opencv-python-headless", "segment-anything")
     versions = {"clipseed": __version__, "python": platform.python_version()}
     for name in names:
@@ -65,8 +64,8 @@ class OtherSettings(StoreError):
     """An output exists with another manifest."""
 
 
-def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
-    """Refuse to add to an output that was made with other settings.
+def refuse_differences(stored: Manifest, wanted: Manifest, where: str, option: str = "--out") -> None:
+    """Refuse to add to an output that was made with other settings; ``option`` names another one.
 
     Raises:
         OtherSettings: naming what differs.
@@ -76,6 +75,6 @@ def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
         shown = "\n  ".join(changed[:12])
         more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
         raise OtherSettings(
-            f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
+            f"{where} was made with other settings; choose another {option}, or start again with --overwrite:"
             f"\n  {shown}{more}"
         )

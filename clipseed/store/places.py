@@ -12,6 +12,7 @@ from typing import Any
 
 from clipseed.data.paths import is_file, is_folder
 from clipseed.store.manifest import Manifest
+from clipseed.store.names import is_portable
 
 _OF_DATASET = ("images", "root", "ground_truth")
 _OTHERS = ("weights", "input")
@@ -20,7 +21,7 @@ _OTHERS = ("weights", "input")
 
 def home(out: Path) -> Path:
     """The folder that an output's relative places start from: that of the file, or the folder that it is."""
-    return out.parent if out.suffix.lower() in {".h5", ".hdf5"} and not out.is_dir() else out
+    return out.parent if is_portable(out) and not out.is_dir() else out
 
 
 def noted(manifest: Manifest, out: Path) -> Manifest:

@@ -20,11 +20,11 @@ import numpy.typing as npt
 from clipseed.data.stamps import FileStamp
 from clipseed.errors import StoreError
 from clipseed.store import layout
-from clipseed.store.cam_records import Cam, cam_format, classes_of
 from clipseed.store.files import replacing, storage_errors
 from clipseed.store.layout import R, RecordFormat
 
 _BLOCK = 4096
+F = TypeVar("F", bound="RecordFile[Any]")
 _LIBVER = ("v110", "v110")
 """HDF5 1.10 (2016) and later put checksums on their own structures: damage is an error instead of a crash."""
 
@@ -186,32 +186,3 @@ class RecordFile(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-F = TypeVar("F", bound="RecordFile[Any]")
-
-
-class CamFile(RecordFile[Cam]):
-    """One CAM file open for reading."""
-
-    def __init__(self, path: Path, *, verify: bool) -> None:
-        super().__init__(path, cam_format(), verify=verify)
-
-    @property
-    def cam_dtype(self) -> str:
-        """Stored type of the maps: ``float16`` or ``float32``."""
-        return str(self.file["cam"].dtype)
-
-    @property
-    def class_offsets(self) -> npt.NDArray[np.int64]:
-        """``(n + 1,)`` where each image's classes begin."""
-        return np.asarray(self.index["class_offset"])
-
-    @property
-    def class_counts(self) -> npt.NDArray[np.int64]:
-        """How many images hold each class index, up to the largest one present."""
-        return np.bincount(self.index["class_id"])
-
-    def classes(self, row: int) -> npt.NDArray[np.int32]:
-        """Classes ``(K,)`` of the record in a row."""
-        return classes_of(self, row)

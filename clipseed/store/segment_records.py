@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,8 @@ from clipseed.errors import InputError, StoreError
 from clipseed.formats.rle import compress, expand
 from clipseed.segments import Segments, room_for
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
+from clipseed.store.record_file import RecordFile
 from clipseed.types import NO_CLASS
-
-if TYPE_CHECKING:
-    from clipseed.store.record_file import RecordFile
 
 _MOST_CLASSES = 254
 _PER_MASK = {

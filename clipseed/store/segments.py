@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from clipseed.data.paths import is_folder
 from clipseed.errors import ImageError, StoreError
 from clipseed.segments import Segments
+from clipseed.store.manifest import Manifest
 from clipseed.store.record_file import RecordFile
-from clipseed.store.record_set import UNIT_PATTERN, RecordSet
+from clipseed.store.record_set import RecordSet
 from clipseed.store.segment_records import SegmentRecord, segment_format, unpack_segments
 
 _PARTS = ("options", "model", "dataset", "vocabulary", "source")
@@ -39,13 +40,13 @@ class SegmentSet(RecordSet[SegmentRecord, RecordFile[SegmentRecord]]):
         """
         if identifier not in self:
             raise ImageError(f"{self.path}: holds no image {identifier!r}")
-        found = self[identifier]
-        if found.size != size:
+        record = self[identifier]
+        if record.size != size:
             raise ImageError(
-                f"{self.path}: its masks were made for an image of {found.size[1]}x{found.size[0]} pixels, not "
+                f"{self.path}: its masks were made for an image of {record.size[1]}x{record.size[0]} pixels, not "
                 f"{size[1]}x{size[0]}"
             )
-        return found
+        return record
 
     def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width, as they are stored.
@@ -56,14 +57,7 @@ class SegmentSet(RecordSet[SegmentRecord, RecordFile[SegmentRecord]]):
         """
         return unpack_segments(self.record(identifier, size))
 
-    def _check(self) -> None:
-        odd = [part for part in _PARTS if not isinstance(self.manifest.get(part), dict)]
+    def _check(self, manifest: Manifest, files: Sequence[RecordFile[SegmentRecord]]) -> None:
+        odd = [part for part in _PARTS if not isinstance(manifest.get(part), dict)]
         if odd:
             raise StoreError(f"{self.path}: damaged, its manifest has no {odd[0]!r}")
-
-
-def holds_segments(path: Path) -> bool:
-    """Whether a path is, or is going to be, a segments file rather than masks in a foreign format."""
-    if is_folder(path):
-        return any(path.glob(UNIT_PATTERN))
-    return path.suffix.lower() in {".h5", ".hdf5"}

@@ -28,13 +28,11 @@ from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
+from clipseed.store.names import is_portable, parts_of, unit_files
 from clipseed.store.places import located, noted, same_places
 from clipseed.store.record_file import RecordFile, write_portable, write_unit
-from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.shards import WHOLE, Shard, ShardReports, Skipped, lock_output, unit_number
 from clipseed.store.units import Unit, missing_units, own_items
-
-_H5_SUFFIXES = {".h5", ".hdf5"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class RecordWriter(Generic[R]):
         unit_size: Samples per unit; what an interrupted output began with is kept.
         overwrite: Delete what is there first.
         shard: Which units are this run's.
+        option: What ``out`` was given with, for messages.
 
     Raises:
         StoreError: made with other settings, in use by another process, or not writable.
@@ -74,15 +73,15 @@ class RecordWriter(Generic[R]):
 
     def __init__(
         self, out: Path, manifest: Manifest, form: RecordFormat[R], unit_size: int, *, overwrite: bool = False,
-        shard: Shard = WHOLE,
+        shard: Shard = WHOLE, option: str = "--out",
     ) -> None:  # fmt: skip
         self.out = out
-        self.portable = out.suffix.lower() in _H5_SUFFIXES
-        self.folder = out.with_name(out.name + ".parts") if self.portable else out
+        self.portable = is_portable(out)
+        self.folder = parts_of(out) if self.portable else out
         self.manifest = noted(manifest, out)
         self._text = dumps(self.manifest)
         self._form, self._unit_size, self._shard = form, unit_size, shard
-        self._overwrite = overwrite
+        self._overwrite, self._option = overwrite, option
         self._lock: FileLock | None = None
         self._reports = ShardReports(self.folder, shard)
         self.notes: list[str] = []
@@ -92,16 +91,16 @@ class RecordWriter(Generic[R]):
         """Whether the finished file says something that is true no more, though nothing may be missing in it."""
         self._other_input = False
         if not self.portable and out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for units")
+            raise UsageError(f"{option} {out}: is a file; give NAME.h5 for one file, or a folder for units")
         if self.portable and out.is_dir():
-            raise UsageError(f"--out {out}: is a folder; give the name of a file in it")
+            raise UsageError(f"{option} {out}: is a folder; give the name of a file in it")
         if not self.portable and _foreign(out):
-            raise UsageError(f"--out {out}: a folder that holds other things; choose a new one")
+            raise UsageError(f"{option} {out}: a folder that holds other things; choose a new one")
         if overwrite and not shard.whole:
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {out} first")
 
     def __enter__(self: W) -> W:
-        with storage_errors(self.folder):
+        with storage_errors(self.folder, self._option):
             if not self.out.parent.is_dir():
                 raise StoreError(f"{self.out}: the folder {self.out.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
@@ -121,7 +120,7 @@ class RecordWriter(Generic[R]):
             remove_leftovers_of(self.out)
         self._reports.take_back()
         if self._overwrite:
-            for path in (*self.folder.glob(UNIT_PATTERN), self.folder / "manifest.json"):
+            for path in (*unit_files(self.folder), self.folder / "manifest.json"):
                 path.unlink(missing_ok=True)
             if self.portable:
                 self.out.unlink(missing_ok=True)
@@ -129,7 +128,7 @@ class RecordWriter(Generic[R]):
         if plan.is_file():
             self._read_plan(plan)
         # Units first: they are newer than a finished file that corrected labels or new images are added to.
-        for path in self._unit_files():
+        for path in unit_files(self.folder):
             if self._shard.takes(unit_number(path)):
                 self._take_stock(path)
         if self.portable and self.out.is_file():
@@ -150,18 +149,15 @@ class RecordWriter(Generic[R]):
         try:
             stored = json.loads(plan.read_text(encoding="utf-8"))
             self._unit_size = int(stored["unit_size"])
-            refuse_differences(stored["manifest"], self.manifest, str(self.folder))
+            refuse_differences(stored["manifest"], self.manifest, str(self.folder), self._option)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
-
-    def _unit_files(self) -> list[Path]:
-        return sorted(self.folder.glob(UNIT_PATTERN))
 
     def _take_stock(self, path: Path) -> None:
         """Note which ids a finished file holds; a damaged unit is dropped and computed again."""
         try:
             with RecordFile(path, self._form, verify=True) as file:
-                refuse_differences(file.manifest, self.manifest, str(path))
+                refuse_differences(file.manifest, self.manifest, str(path), self._option)
                 self._note(file, path)
                 self._outdated |= path == self.out and not same_places(file.manifest, self.manifest, self.out)
                 self._other_input |= not made_from_the_same(file.manifest, self.manifest, self.out)
@@ -219,6 +215,11 @@ class RecordWriter(Generic[R]):
         self._done |= dict.fromkeys(file.ids, path)
 
     @property
+    def unit_size(self) -> int:
+        """Samples per unit, as the output began with."""
+        return self._unit_size
+
+    @property
     def done(self) -> frozenset[str]:
         """Ids that are stored already."""
         return frozenset(self._done)
@@ -272,11 +273,11 @@ class RecordWriter(Generic[R]):
             return Finished(report if skipped else None, empty=self._empty_labels())
         if not self._reports.reported():  # ... and through with it
             self._release()
-            if self.portable and not self._unit_files():
+            if self.portable and not unit_files(self.folder):
                 shutil.rmtree(self.folder, ignore_errors=True)  # locking made it again
             return Finished(None, empty=self._empty_labels())
         everything: Skipped = self._reports.skipped()
-        for path in self._unit_files():
+        for path in unit_files(self.folder):
             if not self._shard.takes(unit_number(path)):
                 with RecordFile(path, self._form, verify=False) as file:
                     self._adopt(file, path)
@@ -319,7 +320,7 @@ class RecordWriter(Generic[R]):
 
 def recorded_manifest(out: Path) -> Manifest | None:
     """The manifest of an output of records that is there, finished or begun; ``None`` where none can be read."""
-    parts = out.with_name(out.name + ".parts") if out.suffix.lower() in _H5_SUFFIXES else out
+    parts = parts_of(out) if is_portable(out) else out
     try:
         if is_file(out):
             with h5py.File(out, "r", locking=False) as file:
@@ -358,7 +359,7 @@ def some(keys: Collection[str]) -> str:
 
 def _foreign(folder: Path) -> bool:
     """Whether something is in a folder, and it is no output of records."""
-    if not folder.is_dir() or not any(folder.iterdir()) or any(folder.glob(UNIT_PATTERN)):
+    if not folder.is_dir() or not any(folder.iterdir()) or unit_files(folder):
         return False
     try:
         return "unit_size" not in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from clipseed.data.listing import list_images
 from clipseed.errors import InputError
 from clipseed.pseudo.background import Background
 from clipseed.pseudo.pixels import label_scores
-from clipseed.store.cams import CamSet, open_cams
+from clipseed.store.cams import open_cams
 from clipseed.store.label_masks import read_label_mask
 from clipseed.train.augment import Augmentation, Scores
 from clipseed.train.data import Stacked
@@ -37,12 +37,11 @@ class PseudoLabels(Stacked):
 
     def __init__(self, images: Path, masks: Path, augmentation: Augmentation, soft: Path | None = None) -> None:
         self._augmentation, self._soft = augmentation, soft
-        self._cams: CamSet | None = None  # opened by the process that reads it
+        self._cams = None if soft is None else open_cams(soft)  # each process that reads it opens it for itself
         labels, pixels = list_images(masks), list_images(images)
         known = set(pixels)
-        if soft is not None:
-            with open_cams(soft) as cams:
-                known &= set(cams)
+        if self._cams is not None:
+            known &= set(self._cams)
         missing = sorted(labels.keys() - known)
         if missing:
             what = "image" if soft is None else "image or scores"
@@ -67,16 +66,14 @@ class PseudoLabels(Stacked):
             raise InputError(f"{mask}: size {labels.shape[::-1]}, but its image has {image.size}")
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
         parts = [Image(pixels), Mask(torch.from_numpy(labels.copy()))]
-        if self._soft is not None:
+        if self._cams is not None:
             parts.append(Scores(torch.from_numpy(self.confidence(identifier))[None]))
         cut = self._augmentation(cam, *parts)
         return (*cut[:2], *(scores[0].clamp(0, 1) for scores in cut[2:]))
 
     def confidence(self, identifier: str) -> npt.NDArray[np.float32]:
         """Score ``(H, W)`` of what a mask says about each pixel of an image."""
-        assert self._soft is not None
-        if self._cams is None:
-            self._cams = open_cams(self._soft)
+        assert self._cams is not None
         cam = self._cams[identifier]
         return label_scores(cam.upsampled(), cam.classes, Background("power", 1.0)).confidence.astype(
             np.float32, copy=False

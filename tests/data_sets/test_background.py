@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from clipseed.clip.text import TextBank
-from clipseed.data.background import choose_background, unlike_classes, with_general_background
+from clipseed.data.background import choose_background
+from clipseed.data.background_words import unlike_classes
 from clipseed.data.dataset import DatasetOptions, open_dataset
-from clipseed.data.vocabulary import ClassText, Vocabulary, builtin_vocabularies, load_vocabulary
+from clipseed.data.vocabulary import (
+    ClassText,
+    Vocabulary,
+    builtin_vocabularies,
+    load_vocabulary,
+    with_general_background,
+)
 from clipseed.errors import InputError, UsageError
 from clipseed.store.manifest import differences
 
@@ -52,7 +59,7 @@ def test_words_that_a_class_may_be_called(classes: list[str], expected: set[str]
 
 def test_texts_and_synonyms_name_classes_too() -> None:
     vocabulary = Vocabulary("own", (ClassText("a", "old helmet", ("wet grass",)),))
-    assert unlike_classes(["helmet", "grass", "big old helmet", "helmets for sale", "sand"], vocabulary) == (
+    assert unlike_classes(["helmet", "grass", "big old helmet", "helmets for sale", "sand"], vocabulary.phrases) == (
         "helmets for sale",
         "sand",
     )

@@ -26,7 +26,7 @@ from clipseed.errors import StoreError
 from clipseed.formats.open import open_segments
 from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
-from clipseed.jobs.inspect import holds_segment_records, inspect_segments, write_segment_preview
+from clipseed.jobs.inspect import SegmentInspection, inspect_output, write_preview
 from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_pixels
@@ -550,9 +550,8 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
 def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "segments.h5"
     masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW, "--max-side", 60)
-    assert holds_segment_records(out)
-    assert not holds_segment_records(photos)
-    found, records = inspect_segments(out, verify=True), list(SegmentSet(out).values())
+    found, records = inspect_output(out, verify=True), list(SegmentSet(out).values())
+    assert isinstance(found, SegmentInspection)
     counts = [len(record) for record in records]
     assert (found.images, found.masks, found.shrunk) == (5, sum(counts), 3)
     assert found.per_image == (min(counts), float(np.median(counts)), max(counts))
@@ -565,7 +564,7 @@ def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{sum(counts)}; per image" in capsys.readouterr().out
     with Image.open(tmp_path / "p.png") as sheet:
         assert len(sheet.getcolors(1 << 20) or ()) > 100
-    assert write_segment_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]
+    assert write_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]
     assert main(["inspect", str(out), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["masks"] == sum(counts)
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
     "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out/pseudo"],
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
-    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/CAMs", "--workers", "0"],
+    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
 }
 
 

@@ -259,8 +259,8 @@ def test_stamps_can_be_read_without_clipseed(project: Path, run: Run) -> None:
 
 def without_stamps(path: str) -> None:
     """The file as an older version would have written it: without stamps, and with the checksum of what it has."""
-    from clipseed.store.formats import format_of
     from clipseed.store.layout import Checksum
+    from clipseed.store.open import format_of
 
     form = format_of(Path(path))
     with h5py.File(path, "r+") as file:

@@ -92,7 +92,7 @@ def test_segments(devkit: Path, weights: Path) -> None:
     shown = run(f"clipseed cam --dataset voc --split val --out cams.h5\n{script}", devkit, weights)
     assert "segments.h5: 2 of 2 images" in shown
     assert "pseudo-sam: 2 of 2 masks" in shown
-    assert re.search(r"CAMs.*mean IoU|mean IoU.*CAMs", shown, re.DOTALL)
+    assert re.search(r"pseudo-sam.*mean IoU", shown, re.DOTALL)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from clipseed.jobs.crf import NativeSolver, Problem
 from clipseed.refine.crf import CLIP_ES, PRESETS, CrfParameters, clip_es_unary, crf_parameters, dense_crf
 from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool
-from clipseed.store.label_mask_writer import read_label_mask_manifest
+from clipseed.store.label_mask_folder import read_label_mask_manifest
 from clipseed.store.label_masks import read_label_mask, voc_palette
 
 from helpers.images import photo
@@ -209,7 +209,7 @@ def test_a_crash_of_the_library_costs_one_image(toy: Path) -> None:
     source = toy / "cams-caa.h5"
     ids = list(clipseed.open_cams(source))
     reader = DeadlyReader(ids[2])
-    problem = Problem(source, reader, replace(CLIP_ES, iterations=1), 1.0, False)
+    problem = Problem(clipseed.open_cams(source), reader, replace(CLIP_ES, iterations=1), 1.0, False)
     with DecodePool(NativeSolver(problem), 1, 4) as pool:
         outcomes = dict(pool.stream(Sample(key, Path(key), None) for key in ids))
     failed = [sample.id for sample, outcome in outcomes.items() if isinstance(outcome, Exception)]

@@ -16,7 +16,7 @@ from clipseed.runtime import images as engine
 from clipseed.store import empty
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.cams import open_cams
+from clipseed.store.cams import CamFile, open_cams
 from clipseed.store.empty import (
     NOTHING_COMPETES,
     EmptyLabel,
@@ -28,7 +28,6 @@ from clipseed.store.empty import (
     without_pixel,
 )
 from clipseed.store.label_masks import label_mask_note, read_label_mask
-from clipseed.store.record_file import CamFile
 from clipseed.store.segment_records import pack_segments
 from clipseed.store.units import Unit
 

@@ -24,9 +24,9 @@ from clipseed.cli.main import main
 from clipseed.data.dataset import image_finder
 from clipseed.errors import ClipseedError, ImageError, InputError, StoreError
 from clipseed.jobs.evaluate import EvaluateOptions, evaluate
-from clipseed.jobs.inspect import inspect_cams
+from clipseed.jobs.inspect import inspect_output
 from clipseed.store.cams import open_cams
-from clipseed.store.label_mask_writer import read_label_mask_manifest
+from clipseed.store.label_mask_folder import read_label_mask_manifest
 from clipseed.store.label_masks import label_mask_note, read_label_mask, write_label_mask
 from clipseed.store.units import Unit
 
@@ -56,7 +56,7 @@ def use_seeds(path: Path) -> list[str]:
             assert record.maps.shape[0] == len(record.classes) == len(seeds.classes(key))
             assert all(seeds.class_names[k] for k in record.classes)
         found = list(seeds)
-    inspect_cams(path)
+    inspect_output(path)
     return found
 
 

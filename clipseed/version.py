@@ -1,0 +1,3 @@
+"""The version of clipseed."""
+
+__version__ = "0.1.0"
