@@ -67,9 +67,9 @@ def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
 
 
 def listing(folder: Path) -> list[Path]:
-    """Files under final names."""
-    found = (path for kind in ("*.h5", "*.png", "*.csv") for path in folder.rglob(kind))
-    return [path for path in found if not path.name.startswith(".tmp-")]
+    """Files under final names; folders may vanish meanwhile."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return [path for path in found if path.suffix in {".h5", ".png", ".csv"} and not path.name.startswith(".tmp-")]
 
 
 def check(folder: Path) -> int:
