@@ -59,8 +59,14 @@ def test_run_reports(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["refine", "caa", "--device", "cpu", "--report", "caa.json"]) == 0
     assert main(["crf", "--device", "cpu", "--report", "crf.json"]) == 0
-    commands = [json.loads((photos / f"{name}.json").read_text())["command"] for name in ("caa", "crf")]
-    assert commands == ["refine caa", "crf"]
+    with (photos / "labels.csv").open("a") as labels:
+        labels.write("0,tree\n")
+    assert main(["prompts", *CAM[1:], "--report", "prompts.json"]) == 0
+    reports = [json.loads((photos / f"{name}.json").read_text()) for name in ("caa", "crf", "prompts")]
+    assert [found["command"] for found in reports] == ["refine caa", "crf", "prompts"]
+    common = set.intersection(*map(set, reports))
+    assert common >= report.keys() - {"empty", "model", "device"}
+    assert common >= {"seconds", "loading_seconds", "images_per_second", "waits", "shard", "found", "finished"}
 
 
 def test_torchrun_is_not_told_of_skipped_images(

@@ -317,9 +317,8 @@ def test_any_cut_gives_the_bytes_of_one_run(
             assert ("the last of them writes the file" in told) == (left is not None)
             assert left is None or f"; {left} shards have images to be tagged yet" in told
             assert tags["computed"] == tags["tagged"] > 0
-    one, two, three = (
-        contents(tmp_path / name / ("cams" if out == "cams" else "")) for name in ("one", "two", "three")
-    )
+    below = "cams" if out == "cams" else ""
+    one, two, three = (contents(tmp_path / name / below) for name in ("one", "two", "three"))
     assert one.keys() >= ({"labels.csv", "tags.json"} if out == "cams" else {"cams.labels.csv", "cams.tags.json"})
     assert two == one
     assert three == one
@@ -327,7 +326,7 @@ def test_any_cut_gives_the_bytes_of_one_run(
     forbid_encoding(monkeypatch)  # the end is known to every shard
     for k in (2, 1):
         main(auto(scenes, tmp_path / "two" / out, "--shard", f"{k}/2"))
-    assert contents(tmp_path / "two" / ("cams" if out == "cams" else "")) == one
+    assert contents(tmp_path / "two" / below) == one
 
 
 def test_a_shard_that_never_ends(
