@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["ClipseedError", "FrozenClip", "SeedMap", "Seeds", "Vocabulary", "load_vocabulary", "open_seeds"]
+__all__ = ["Cam", "CamSet", "ClipseedError", "FrozenClip", "Vocabulary", "load_vocabulary", "open_cams"]
 
 if TYPE_CHECKING:
     from clipseed.clip import FrozenClip
     from clipseed.data import Vocabulary, load_vocabulary
     from clipseed.errors import ClipseedError
-    from clipseed.store import SeedMap, Seeds, open_seeds
+    from clipseed.store import Cam, CamSet, open_cams
 
 _HOMES = {
     "ClipseedError": "clipseed.errors",
     "FrozenClip": "clipseed.clip",
-    "SeedMap": "clipseed.store",
-    "Seeds": "clipseed.store",
+    "Cam": "clipseed.store",
+    "CamSet": "clipseed.store",
     "Vocabulary": "clipseed.data",
     "load_vocabulary": "clipseed.data",
-    "open_seeds": "clipseed.store",
+    "open_cams": "clipseed.store",
 }
 
 

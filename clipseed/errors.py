@@ -32,4 +32,4 @@ class WeightsError(ClipseedError):
 
 
 class StoreError(ClipseedError):
-    """A seeds file is damaged, not ours, locked, or was made with other settings."""
+    """A CAM file is damaged, not ours, locked, or was made with other settings."""

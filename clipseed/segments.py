@@ -20,7 +20,7 @@ SUB_PART, PART, WHOLE = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Proposals:
+class Segments:
     """Masks of one image, in output order. They may overlap and leave gaps.
 
     Attributes:
@@ -55,18 +55,18 @@ class Proposals:
         area: npt.NDArray[np.int64] = self.masks.sum(axis=(1, 2), dtype=np.int64)
         return area
 
-    def take(self, kept: Sequence[int] | npt.NDArray[np.integer]) -> Proposals:
+    def take(self, kept: Sequence[int] | npt.NDArray[np.integer]) -> Segments:
         """The masks with these indices, in this order."""
         index = np.asarray(kept, np.int64)
-        return Proposals(*(getattr(self, item.name)[index] for item in fields(self)))
+        return Segments(*(getattr(self, item.name)[index] for item in fields(self)))
 
 
-def from_masks(masks: npt.NDArray[np.bool_]) -> Proposals:
-    """Proposals out of bare masks ``(S, H, W)``, as wholes with perfect scores; empty masks are left out."""
+def from_masks(masks: npt.NDArray[np.bool_]) -> Segments:
+    """Segments out of bare masks ``(S, H, W)``, as wholes with perfect scores; empty masks are left out."""
     masks = masks[masks.any(axis=(1, 2))]
     count, height, width = masks.shape
     box = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
-    return Proposals(
+    return Segments(
         masks=masks,
         level=np.full(count, WHOLE, np.int8),
         iou=np.ones(count, np.float32),

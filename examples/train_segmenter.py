@@ -33,7 +33,7 @@ import clipseed
 from clipseed.data.images import read_image
 from clipseed.data.listing import list_images, read_split
 from clipseed.errors import ClipseedError, InputError
-from clipseed.store.masks import write_mask
+from clipseed.store.label_masks import write_label_mask
 from clipseed.train import ConfidenceGuidedLoss
 from clipseed.train.augment import Augmentation
 from clipseed.train.loop import LoopOptions, say, train
@@ -193,7 +193,7 @@ def predict(network: nn.Module, images: dict[str, Path], folder: Path, device: t
         logits = F.interpolate(network(normalized(pixels)), size=pixels.shape[-2:], mode="bilinear")
         target = folder / f"{identifier}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(target, logits[0].argmax(dim=0).byte().cpu().numpy())
+        write_label_mask(target, logits[0].argmax(dim=0).byte().cpu().numpy())
     say(f"{folder}: {len(images)} predicted masks")
 
 
@@ -216,7 +216,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder with the training images (others may lie there, too)")
     add("--masks", type=Path, required=True, help="pseudo-labels, PNG: 0 background, class index + 1, 255 ignore")
-    add("--soft", type=Path, help="seeds (.h5) whose scores say where the masks are sure; else only 255 is left out")
+    add("--soft", type=Path, help="CAMs (.h5) whose scores say where the masks are sure; else only 255 is left out")
     add("--confidence", type=float, default=0.95, help="with --soft: least score that counts [%(default)s]")
     add("--classes", default="voc", help="voc, coco, toy or a file, as for clipseed [%(default)s]")
     add("--val-images", type=Path, required=True, help="folder with the images to predict")

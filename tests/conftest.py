@@ -39,7 +39,7 @@ def tiny_weights(tmp_path: Path, openai_state: dict[str, torch.Tensor]) -> Path:
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
     """Six images in VOC layout with masks, two of them of equal size."""
-    from clipseed.store.masks import write_mask
+    from clipseed.store.label_masks import write_label_mask
 
     root = tmp_path / "VOC2012"
     for name in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
@@ -61,7 +61,7 @@ def devkit(tmp_path: Path) -> Path:
         for position, label in enumerate(labels):
             mask[5 + 8 * position : 12 + 8 * position, 4:40] = names.index(label) + 1
         mask[:2] = 255
-        write_mask(root / "SegmentationClass" / f"{identifier}.png", mask)
+        write_label_mask(root / "SegmentationClass" / f"{identifier}.png", mask)
         objects = "".join(f"<object><name>{label}</name><part><name>head</name></part></object>" for label in labels)
         (root / "Annotations" / f"{identifier}.xml").write_text(f"<annotation>{objects}</annotation>")
     ids = [identifier for identifier, _, _ in contents]

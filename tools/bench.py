@@ -35,7 +35,8 @@ from clipseed.data.types import Sample
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.defaults import CAM_MAX_SIDE
 from clipseed.jobs.cam import CamOptions, CamReport, run_cam
-from clipseed.jobs.engine import LoadedViews, ViewLoader, token_budget, unit_size_for
+from clipseed.runtime.images import LoadedViews, ViewLoader, token_budget, unit_size_for
+from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import BatchSize
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 333), (400, 500))
@@ -154,7 +155,8 @@ def run_stages(arguments: argparse.Namespace, folder: Path) -> None:
     split.write_text("\n".join(item.sample.id for b in batches for item in b))
     options = CamOptions(
         DatasetOptions("folder", images=arguments.images, labels=labels, classes="voc", split=str(split)),
-        folder / "cams.h5", arguments.model, str(arguments.weights), arguments.device, overwrite=True,
+        folder / "cams.h5", arguments.model, str(arguments.weights),
+        run=RunOptions(device=arguments.device, overwrite=True),
     )  # fmt: skip
     reports: dict[str, list[CamReport]] = {}
     functions = {name: stage for clip in clips for name, stage in stages_of(clip, batches, options, reports).items()}

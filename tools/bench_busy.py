@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "refine par": ("refine", "par", "cams.h5"),
     "crf": ("crf", "cams.h5"),
     "sam-masks": ("sam-masks", "--seeds", "cams.h5", "--points-per-side", "16", "--crop-layers", "0"),
-    "sam-seed": ("sam-seed", "cams.h5", "--masks", "masks.h5"),
+    "sam-seed": ("sam-seed", "cams.h5", "--masks", "segments.h5"),
 }
 """Arguments of each; ``--out`` is added, and those that read something read what was made before the measurement."""
 
@@ -87,7 +87,7 @@ def main() -> None:
         folder = Path(name)
         words = {key: [word.format(count=arguments.count) for word in words] for key, words in COMMANDS.items()}
         chosen = arguments.only or list(COMMANDS)
-        for key, out in (("cam", "cams.h5"), ("sam-masks", "masks.h5")):
+        for key, out in (("cam", "cams.h5"), ("sam-masks", "segments.h5")):
             if any(out in words[reader] for reader in chosen):
                 run_at_once(folder, [[*words[key], "--out", out]])
         print(f"{arguments.count} images, {os.cpu_count()} cores; medians of {arguments.repeats}", flush=True)

@@ -57,19 +57,18 @@ from clipseed.defaults import CAM_MAX_SIDE, PATCH_TEMPERATURE  # noqa: E402
 from clipseed.jobs.cam import CamOptions, CamRecipe, CamWork, run_cam  # noqa: E402
 from clipseed.jobs.crf import CrfOptions, run_crf  # noqa: E402
 from clipseed.jobs.demo import GRID  # noqa: E402
-from clipseed.jobs.engine import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
-from clipseed.jobs.refine import run_refine  # noqa: E402
-from clipseed.jobs.refine_options import RefineOptions  # noqa: E402
-from clipseed.jobs.sam_masks import run_sam_masks  # noqa: E402
-from clipseed.jobs.sam_options import SamMasksOptions  # noqa: E402
+from clipseed.jobs.refine import RefineOptions, run_refine  # noqa: E402
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks  # noqa: E402
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed  # noqa: E402
 from clipseed.refine.caa import CaaOptions, caa  # noqa: E402
 from clipseed.refine.crf import dense_crf  # noqa: E402
 from clipseed.refine.par import refine_par  # noqa: E402
 from clipseed.runtime.decode import DecodePool  # noqa: E402
-from clipseed.store.mask_cache import MaskCache  # noqa: E402
-from clipseed.store.masks import read_mask  # noqa: E402
-from clipseed.store.reader import Seeds  # noqa: E402
+from clipseed.runtime.images import LoadedViews, ViewLoader, default_workers, token_budget, unit_size_for  # noqa: E402
+from clipseed.runtime.run import RunOptions  # noqa: E402
+from clipseed.store.cams import CamSet  # noqa: E402
+from clipseed.store.label_masks import read_label_mask  # noqa: E402
+from clipseed.store.segments import SegmentSet  # noqa: E402
 
 MODEL = "ViT-B-16-quickgelu"
 """OpenAI's, which are the default, have QuickGELU."""
@@ -180,19 +179,19 @@ def check(bench: Bench) -> dict[str, Any]:
 
     def maps(folder: Path, where: str, precision: Any) -> Path:
         out = folder / f"cam-{precision}.h5"
-        run_cam(CamOptions(data, out, device=where, precision=precision, workers=0))
+        run_cam(CamOptions(data, out, run=RunOptions(device=where, precision=precision, workers=0)))
         return out
 
     def refine(method: Any, folder: Path, where: str, precision: Any) -> Path:
         out = folder / f"{method}-{precision}.h5"
         source = cpu / "cam-fp32.h5"
-        run_refine(RefineOptions(method, source, out, device=where, precision=precision, workers=0))
+        run_refine(RefineOptions(method, source, out, run=RunOptions(device=where, precision=precision, workers=0)))
         return out
 
     def segments(folder: Path, where: str, precision: str) -> Path:
         out = folder / f"masks-{precision}.h5"
-        run_sam_masks(SamMasksOptions(out, seeds=cpu / "cam-fp32.h5", proposals=GRID, device=where,
-                                      precision=precision, workers=0))  # fmt: skip
+        run_sam_masks(SamMasksOptions(out, cams=cpu / "cam-fp32.h5", proposals=GRID,
+                                      run=RunOptions(device=where, precision=precision, workers=0)))  # fmt: skip
         return out
 
     def labels(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
@@ -211,7 +210,7 @@ def check(bench: Bench) -> dict[str, Any]:
             yield name, lambda m=method, r=reference: map_differences(r, refine(m, there, device, "fp32"))  # type: ignore[misc]
 
         def crf(where: str) -> Callable[[Path], object]:
-            return lambda out: run_crf(CrfOptions(spread, out, device=where, workers=0))
+            return lambda out: run_crf(CrfOptions(spread, out, run=RunOptions(device=where, workers=0)))
 
         crf_cpu = labels(cpu, "crf", crf("cpu"))
         yield "crf", lambda: label_differences(crf_cpu, labels(there, "crf", crf(device)))
@@ -221,11 +220,11 @@ def check(bench: Bench) -> dict[str, Any]:
             yield "sam-masks auto", lambda: segment_differences(reference, segments(there, device, "auto"))
 
         def seeds(source: Path, masks: Path) -> Callable[[Path], object]:
-            return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, workers=0))
+            return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, run=RunOptions(workers=0)))
 
-        seeded = labels(cpu, "seeds", seeds(spread, reference))
+        seeded = labels(cpu, "CAMs", seeds(spread, reference))
         ours = seeds(there / "caa-fp32.h5", there / "masks-fp32.h5")
-        yield "sam-seed", lambda: label_differences(seeded, labels(there, "seeds", ours))
+        yield "sam-seed", lambda: label_differences(seeded, labels(there, "CAMs", ours))
 
     for name, step in steps():
         note(name, step())
@@ -237,9 +236,9 @@ def check(bench: Bench) -> dict[str, Any]:
 def map_differences(one: Path, other: Path) -> dict[str, float]:
     """Largest difference of a value, and share of patches (or pixels) whose strongest label is another."""
     largest, changed, places = 0.0, 0, 0
-    with Seeds(one) as first, Seeds(other) as second:
+    with CamSet(one) as first, CamSet(other) as second:
         for key in first:
-            a, b = (np.asarray(seeds[key].cam, np.float32) for seeds in (first, second))
+            a, b = (np.asarray(seeds[key].maps, np.float32) for seeds in (first, second))
             if not len(a):
                 continue
             largest = max(largest, float(np.abs(a - b).max()))
@@ -253,7 +252,7 @@ def label_differences(one: Path, other: Path) -> dict[str, float]:
     """Share of pixels with another label."""
     unequal = pixels = 0
     for path in sorted(one.rglob("*.png")):
-        a, b = read_mask(path), read_mask(other / path.relative_to(one))
+        a, b = read_label_mask(path), read_label_mask(other / path.relative_to(one))
         unequal += int((a != b).sum())
         pixels += a.size
     return {"unequal": unequal / max(1, pixels)}
@@ -263,7 +262,7 @@ def segment_differences(one: Path, other: Path) -> dict[str, float]:
     """How much of the segments is lost, either way: 1 - mean IoU with the best match."""
     scores: list[float] = []
     counts = [0, 0]
-    with MaskCache(one) as first, MaskCache(other) as second:
+    with SegmentSet(one) as first, SegmentSet(other) as second:
         for key in first:
             a, b = (cache[key].masks().reshape(len(cache[key]), -1).astype(np.float32) for cache in (first, second))
             counts = [counts[0] + len(a), counts[1] + len(b)]
@@ -298,8 +297,8 @@ def cam_work(bench: Bench, refine: Any = None, device: str | None = None, precis
     """What ``clipseed cam`` computes with."""
     model, weights = weights_of(bench)
     options = CamOptions(
-        DatasetOptions("folder", images=bench.folder), bench.folder / "none.h5", model, weights,
-        device or str(bench.device), precision or bench.precision, refine=refine,
+        DatasetOptions("folder", images=bench.folder), bench.folder / "none.h5", model, weights, refine=refine,
+        run=RunOptions(device=device or str(bench.device), precision=precision or bench.precision),
     )  # fmt: skip
     return CamRecipe(options, load_vocabulary("toy" if bench.tiny else "voc"), FileReader())()
 
@@ -375,7 +374,7 @@ def model(bench: Bench) -> dict[str, Any]:
         few = items[:2]
         on_cpu, here = (cam_work(bench, None, where, "fp32").compute(few) for where in ("cpu", str(bench.device)))
         found["fp32 beside the CPU"] = max(
-            float(np.abs(a.cam - b.cam).max()) for a, b in zip(on_cpu, here, strict=True)
+            float(np.abs(a.maps - b.maps).max()) for a, b in zip(on_cpu, here, strict=True)
         )
     return found
 
@@ -490,7 +489,7 @@ def refine(bench: Bench) -> dict[str, Any]:
     grid = grid_of(bench, work.clip.tower.patch)
     count = 3 if bench.tiny else max(1, token_budget(bench.device) // (grid[0] * grid[1] + 1))
     items = items_of(count, grid, work.clip.tower.patch)
-    cams = [torch.from_numpy(np.asarray(record.cam, np.float32)) for record in work.compute(items)]
+    cams = [torch.from_numpy(np.asarray(record.maps, np.float32)) for record in work.compute(items)]
     pixels = upload(items, bench.device)
     options = CaaOptions()
 
@@ -596,15 +595,15 @@ def files(bench: Bench) -> dict[str, Any]:
             break
         seen: list[tuple[float, int]] = []
 
-        def start(image_set: Any, todo: int, done: int, seen: list[tuple[float, int]] = seen) -> Any:
+        def start(todo: int, done: int, seen: list[tuple[float, int]] = seen) -> Any:
             seen.append((time.perf_counter(), 0))
             return lambda number, stats: seen.append((time.perf_counter(), number))
 
         options = CamOptions(
-            data, bench.folder / f"{name}.h5", model, weights, str(bench.device), bench.precision,  # type: ignore[arg-type]
-            refine=refinement, overwrite=True,  # type: ignore[arg-type]
+            data, bench.folder / f"{name}.h5", model, weights, refine=refinement,  # type: ignore[arg-type]
+            run=RunOptions(device=str(bench.device), precision=bench.precision, overwrite=True),
         )  # fmt: skip
-        report = run_cam(options, start)
+        report = run_cam(options, lambda image_set, start=start: start)
         found[name] = {
             **steady(seen),
             "with_start": report.stats.computed / report.seconds,

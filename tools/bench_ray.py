@@ -19,11 +19,12 @@ from ray.cluster_utils import Cluster
 
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.jobs.cam import CamOptions, CamRecipe
-from clipseed.runtime.cluster import ClusterOptions, OnRay
-from clipseed.runtime.stream import Task
+from clipseed.runtime.cluster import ClusterOptions, RayEngine
+from clipseed.runtime.run import RunOptions
+from clipseed.store.units import Unit
 
 
-class Unit:
+class OfUnits:
     """A worker of Ray Data: one row is one unit."""
 
     def __init__(self, recipe: CamRecipe) -> None:
@@ -38,9 +39,9 @@ class Unit:
         return {"results": results}
 
 
-def with_actors(recipe: CamRecipe, tasks: list[Task]) -> tuple[float, float, int]:
+def with_actors(recipe: CamRecipe, tasks: list[Unit]) -> tuple[float, float, int]:
     began = time.perf_counter()
-    engine: OnRay[Any] = OnRay(recipe, ClusterOptions(cpus=1))
+    engine: RayEngine[Any] = RayEngine(recipe, ClusterOptions(cpus=1))
     ready = time.perf_counter()
     found: list[Any] = []
     engine.run(tasks, lambda _, results: found.extend(results))
@@ -49,10 +50,10 @@ def with_actors(recipe: CamRecipe, tasks: list[Task]) -> tuple[float, float, int
     return ready - began, through - ready, len(found)
 
 
-def with_ray_data(recipe: CamRecipe, tasks: list[Task]) -> tuple[float, float, int]:
+def with_ray_data(recipe: CamRecipe, tasks: list[Unit]) -> tuple[float, float, int]:
     began = time.perf_counter()
     data = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks)).map(
-        Unit, fn_constructor_args=(recipe,), compute=ray.data.ActorPoolStrategy(size=2), num_cpus=1
+        OfUnits, fn_constructor_args=(recipe,), compute=ray.data.ActorPoolStrategy(size=2), num_cpus=1
     )
     found: list[Any] = []
     first = 0.0
@@ -80,10 +81,10 @@ def main() -> None:
             "folder", images=folder / "photos", labels=folder / "labels.csv", classes=str(folder / "classes.txt")
         )
         image_set = open_dataset(data)
-        options = CamOptions(data, folder / "cams.h5", weights="toy", device="cpu", workers=0)
+        options = CamOptions(data, folder / "cams.h5", weights="toy", run=RunOptions(device="cpu", workers=0))
         recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
         samples = list(image_set.samples)
-        tasks = [Task(k, tuple(samples[s : s + 64])) for k, s in enumerate(range(0, len(samples), 64))]
+        tasks = [Unit(k, tuple(samples[s : s + 64])) for k, s in enumerate(range(0, len(samples), 64))]
         times: dict[str, list[tuple[float, float]]] = {"actors": [], "Ray Data": []}
         for _ in range(arguments.turns):
             for kind, function in (("actors", with_actors), ("Ray Data", with_ray_data)):

@@ -24,7 +24,7 @@ from clipseed.sam.generator import generate
 from clipseed.sam.grid import crops_of, point_grid
 from clipseed.sam.model_backend import ModelBackend, SamInfo
 from clipseed.sam.options import ProposalOptions
-from clipseed.segments import Proposals
+from clipseed.segments import Segments
 
 PASS_IOU, PASS_STABILITY, INSIDE = 0.15, 0.67, 0.97
 NO_SUPPRESSION = 1.1
@@ -80,7 +80,7 @@ def stock_of(sam: Any, options: ProposalOptions) -> SamAutomaticMaskGenerator:
     )
 
 
-def compare(found: Proposals, records: list[dict[str, Any]]) -> str:
+def compare(found: Segments, records: list[dict[str, Any]]) -> str:
     """Whether masks are equal, and how alike they are otherwise."""
     theirs = np.array([record["segmentation"] for record in records])
     if found.masks.shape == theirs.shape and (found.masks == theirs).all():
@@ -170,7 +170,7 @@ def main() -> None:
             wall, seconds = (min(turn[name][i] for turn in turns) for i in (0, 1))
             ratios = [turn["stock"][1] / turn[name][1] for turn in turns]
             result, stocks = turns[-1][name][2], turns[-1]["stock"][2]
-            same = f"; {compare(result, stocks)}" if isinstance(result, Proposals) else ""
+            same = f"; {compare(result, stocks)}" if isinstance(result, Segments) else ""
             times = f"{wall:6.1f} s, {seconds:6.1f} s CPU"
             print(f"  {name:14s} {times}, {min(ratios):.2f} to {max(ratios):.2f} x stock{same}")
 

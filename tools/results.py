@@ -22,20 +22,19 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.demo import GRID
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
 from clipseed.pseudo.rules import RuleOptions
 from clipseed.refine.crf import CLIP_ES, IRN
+from clipseed.runtime.run import RunOptions
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import open_cams
+from clipseed.store.label_masks import read_label_mask, voc_palette
 from clipseed.store.manifest import package_versions
-from clipseed.store.masks import read_mask, voc_palette
-from clipseed.store.reader import open_seeds
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.units import Unit
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = ("gradcam", "softmax-gradcam", "maskclip", "svc", "naclip")
@@ -50,17 +49,17 @@ class Toy:
     def cam(self, name: str, method: str = "softmax-gradcam", classes: str = "toy", paper: bool = False) -> Path:
         out = self.folder / f"{name}.h5"
         data = DatasetOptions("toy", classes=classes, limit=self.limit)
-        run_cam(CamOptions(data, out, method=method, paper=paper, overwrite=True))  # type: ignore[arg-type]
+        run_cam(CamOptions(data, out, method=method, paper=paper, run=RunOptions(overwrite=True)))  # type: ignore[arg-type]
         return out
 
     def refine(self, source: Path, method: str, **given: object) -> Path:
         out = source.with_name(f"{source.stem}-{method}{'-'.join(map(str, given.values()))}.h5")
-        run_refine(RefineOptions(method, source, out, overwrite=True, **given))  # type: ignore[arg-type]
+        run_refine(RefineOptions(method, source, out, run=RunOptions(overwrite=True), **given))  # type: ignore[arg-type]
         return out
 
     def crf(self, source: Path, name: str, **given: object) -> Path:
         out = self.folder / name
-        run_crf(CrfOptions(source, out, overwrite=True, **given))  # type: ignore[arg-type]
+        run_crf(CrfOptions(source, out, run=RunOptions(overwrite=True), **given))  # type: ignore[arg-type]
         return out
 
     def words(self, name: str, *, synonyms: bool, background: bool) -> str:
@@ -132,8 +131,8 @@ def methods(toy: Toy) -> list[str]:
 def with_segments(toy: Toy, made: dict[str, Path]) -> list[str]:
     """What the tiny SAM's segments make of the refined maps."""
     caa = made["+ CAA"]
-    masks = toy.folder / "masks.h5"
-    run_sam_masks(SamMasksOptions(masks, seeds=caa, proposals=GRID, overwrite=True))
+    masks = toy.folder / "segments.h5"
+    run_sam_masks(SamMasksOptions(masks, cams=caa, proposals=GRID, run=RunOptions(overwrite=True)))
     rows = ["| labels | mIoU |", "| --- | --- |", f"| + CAA, best threshold | {100 * miou(caa).scores.miou:.1f} |"]
     for name, source, rules in (
         ("segments, FMA-WSSS's seeding", caa, RuleOptions("fma")),
@@ -142,8 +141,8 @@ def with_segments(toy: Toy, made: dict[str, Path]) -> list[str]:
         ("segments, votes of the maps' labels (SEPL)", caa, RuleOptions("vote")),
         ("+ CRF, then votes of its labels", made["+ CAA + CRF"], RuleOptions("vote")),
     ):
-        out = toy.folder / f"seeds-{len(rows)}"
-        run_sam_seed(SamSeedOptions(source, masks, out, rules=rules, workers=0, overwrite=True))
+        out = toy.folder / f"CAMs-{len(rows)}"
+        run_sam_seed(SamSeedOptions(source, masks, out, rules=rules, run=RunOptions(workers=0, overwrite=True)))
         rows.append(f"| {name} | {100 * miou(out).scores.miou:.1f} |")
     return rows
 
@@ -164,13 +163,13 @@ def quirks(toy: Toy, made: dict[str, Path]) -> list[str]:
 
 
 def blobs(data: DatasetOptions, out: Path, sigma: float) -> Path:
-    """Seeds from blurred ground truth: what a class activation map of a good CLIP looks like."""
+    """CAMs from blurred ground truth: what a class activation map of a good CLIP looks like."""
     import cv2
 
     images = open_dataset(data)
     records = []
     for sample in images.samples:
-        mask = read_mask(Path(str(images.ground_truth)) / f"{sample.id}.png")
+        mask = read_label_mask(Path(str(images.ground_truth)) / f"{sample.id}.png")
         height, width = mask.shape
         grid = (-(-height // 16), -(-width // 16))
         classes = [int(k) - 1 for k in np.unique(mask) if 0 < k < 255]
@@ -180,15 +179,15 @@ def blobs(data: DatasetOptions, out: Path, sigma: float) -> Path:
             coarse = cv2.resize(inside, grid[::-1], interpolation=cv2.INTER_AREA)
             soft = cv2.GaussianBlur(coarse, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
             maps[row] = soft / max(1e-6, float(soft.max()))
-        records.append(SeedMap(sample.id, np.array(classes, np.int32), maps, (height, width)))
+        records.append(Cam(sample.id, np.array(classes, np.int32), maps, (height, width)))
     manifest = {
         "kind": "cam", "method": "blurred ground truth", "options": {"sigma": sigma, "paper": False, "exif": False},
         "model": {}, "weights": None, "vocabulary": images.vocabulary.as_dict(), "versions": package_versions(),
         "dataset": {"name": images.name, "root": str(images.root), "split": images.split,
                     "ground_truth": images.ground_truth, **images.source},
     }  # fmt: skip
-    with SeedWriter(out, manifest, "float16", 64, overwrite=True) as writer:
-        writer.write(0, records)
+    with CamWriter(out, manifest, "float16", 64, overwrite=True) as writer:
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return out
 
@@ -197,7 +196,7 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     """The table on photographs; images of five of them go to the working folder."""
     maps = blobs(DatasetOptions("voc", root=devkit), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
-    run_refine(RefineOptions("par", maps, par, overwrite=True))
+    run_refine(RefineOptions("par", maps, par, run=RunOptions(overwrite=True)))
     made = {"blurred ground truth": maps, "+ PAR": par}
     for name, given in {
         "+ CRF, CLIP-ES's kernels": {"parameters": CLIP_ES},
@@ -207,7 +206,7 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
         "+ PAR + CRF, CLIP-ES's kernels": {"parameters": CLIP_ES},
     }.items():
         out = folder / f"crf-{len(made)}"
-        run_crf(CrfOptions(par if "PAR" in name else maps, out, overwrite=True, **given))  # type: ignore[arg-type]
+        run_crf(CrfOptions(par if "PAR" in name else maps, out, run=RunOptions(overwrite=True), **given))  # type: ignore[arg-type]
         made[name] = out
     rows = ["| step | mIoU | threshold |", "| --- | --- | --- |"]
     for name, path in made.items():
@@ -216,7 +215,7 @@ def photographs(devkit: Path, folder: Path, sigma: float) -> list[str]:
     rows += ["", "| kernels | pixels on which the torch solver and pydensecrf give the same label |", "| --- | --- |"]
     for name, parameters in (("+ CRF, CLIP-ES's kernels", CLIP_ES), ("+ CRF, IRN's kernels", IRN)):
         native = folder / f"native-{made[name].name}"
-        run_crf(CrfOptions(maps, native, solver="pydensecrf", parameters=parameters, overwrite=True))
+        run_crf(CrfOptions(maps, native, engine="pydensecrf", parameters=parameters, run=RunOptions(overwrite=True)))
         rows.append(f"| {name.split(', ')[1]} | {100 * agreement(made[name], native):.5f} % |")
     columns = [maps, par, made["+ CRF, CLIP-ES's kernels"]]
     show(devkit / "SegmentationClass", columns, folder / "photographs.png", 5)
@@ -227,8 +226,8 @@ def agreement(one: Path, other: Path) -> float:
     """Share of pixels with equal labels in two folders of masks."""
     same = total = 0
     for path in one.glob("*.png"):
-        labels = read_mask(path)
-        same += int((labels == read_mask(other / path.name)).sum())
+        labels = read_label_mask(path)
+        same += int((labels == read_label_mask(other / path.name)).sum())
         total += labels.size
     return same / total
 
@@ -237,9 +236,9 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
     """The table on photographs with segments that people drew; images of six of them go to the working folder."""
     maps = blobs(DatasetOptions("coco", root=coco), folder / "blobs.h5", sigma)
     par = folder / "blobs-par.h5"
-    run_refine(RefineOptions("par", maps, par, overwrite=True))
-    run_sam_masks(SamMasksOptions(folder / "masks.h5", seeds=maps, existing=existing, overwrite=True))
-    run_crf(CrfOptions(maps, folder / "crf", alpha=2.0, overwrite=True))
+    run_refine(RefineOptions("par", maps, par, run=RunOptions(overwrite=True)))
+    run_sam_masks(SamMasksOptions(folder / "segments.h5", cams=maps, existing=existing, run=RunOptions(overwrite=True)))
+    run_crf(CrfOptions(maps, folder / "crf", alpha=2.0, run=RunOptions(overwrite=True)))
     made = {"blurred ground truth": maps, "+ PAR": par, "+ CRF, background (1 - max)^2": folder / "crf"}
     for name, source, rules in (
         ("+ segments, FMA-WSSS's seeding", maps, RuleOptions("fma")),
@@ -248,8 +247,8 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
         ("+ segments, votes of the maps' labels (SEPL)", maps, RuleOptions("vote")),
         ("+ CRF, then votes of its labels", folder / "crf", RuleOptions("vote")),
     ):
-        out = folder / f"seeds-{len(made)}"
-        run_sam_seed(SamSeedOptions(source, folder / "masks.h5", out, rules=rules, overwrite=True))
+        out = folder / f"CAMs-{len(made)}"
+        run_sam_seed(SamSeedOptions(source, folder / "segments.h5", out, rules=rules, run=RunOptions(overwrite=True)))
         made[name] = out
     rows = ["| step | mIoU | threshold |", "| --- | --- | --- |"]
     for name, path in made.items():
@@ -262,7 +261,7 @@ def segments(coco: Path, existing: Path, folder: Path, sigma: float) -> list[str
 
 def show(truth: Path, columns: list[Path], out: Path, count: int) -> None:
     """Some photographs: image, truth, and one tile per output, maps at their best threshold."""
-    opened = {path: open_seeds(path) for path in columns if not path.is_dir()}
+    opened = {path: open_cams(path) for path in columns if not path.is_dir()}
     best = {path: miou(path).threshold or 0.5 for path in opened}
     first = opened[columns[0]]
     find = image_finder(first.manifest["dataset"])
@@ -270,14 +269,14 @@ def show(truth: Path, columns: list[Path], out: Path, count: int) -> None:
     ids = list(first)
     rows = []
     for key in ids[:: max(1, len(ids) // count)][:count]:
-        tiles = [np.asarray(find(key)), palette[read_mask(truth / f"{key}.png")]]
+        tiles = [np.asarray(find(key)), palette[read_label_mask(truth / f"{key}.png")]]
         for path in columns:
             if path in opened:
                 seed = opened[path][key]
                 heat = np.concatenate([np.full((1, *seed.size), best[path], np.float32), seed.upsampled()])
                 labels = np.concatenate([[0], seed.classes + 1])[heat.argmax(axis=0)]
             else:
-                labels = read_mask(path / f"{key}.png")
+                labels = read_label_mask(path / f"{key}.png")
             tiles.append(palette[labels])
         rows.append(
             np.concatenate([np.asarray(Image.fromarray(t.astype(np.uint8)).resize((250, 188))) for t in tiles], 1)

@@ -25,7 +25,7 @@ from clipseed.defaults import MODEL as MODEL_NAME
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.evaluate_options import EvaluateOptions
+    from clipseed.jobs.evaluate import EvaluateOptions
 
 _MOST_WORKERS = 1024
 ANY = "any"
@@ -158,10 +158,10 @@ class ScoringArguments:
             help="Folder of ground-truth masks, below here or the data set's root (default: the data set's own)."
         ),
     ] = None
-    classes: Annotated[Optional[str], score_option(help="voc, coco, toy or a file; seeds bring their own.")] = None
+    classes: Annotated[Optional[str], score_option(help="voc, coco, toy or a file; CAMs bring their own.")] = None
     split: Annotated[Optional[str], score_option(help="Score only this list: a name in the devkit, or a file.")] = None
     threshold: Annotated[
-        Optional[float], score_option(help="One background score for seeds instead of the best of a sweep.")
+        Optional[float], score_option(help="One background score for CAMs instead of the best of a sweep.")
     ] = None
     alpha: Annotated[
         Optional[str], score_option(help="CLIP-ES's background exponents, e.g. 1,2 (the best counts).")
@@ -175,7 +175,7 @@ class ScoringArguments:
         Raises:
             UsageError: ``--alpha`` is no list of numbers.
         """
-        from clipseed.jobs.evaluate_options import EvaluateOptions
+        from clipseed.jobs.evaluate import EvaluateOptions
 
         alphas = () if self.alpha is None else numbers(self.alpha, "--alpha")
         return EvaluateOptions(

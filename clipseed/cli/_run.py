@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from clipseed.cli._console import Console, print_json, some, speed
 from clipseed.cli._options import OutputArguments, RunArguments, allowed_skips, auto_or_number, workers_of
@@ -14,21 +14,9 @@ if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
     from clipseed.runtime.cluster import ClusterOptions
     from clipseed.runtime.launch import Launch
+    from clipseed.runtime.run import RunOptions, RunReport
     from clipseed.runtime.stream import Advance, StreamStats
     from clipseed.store.empty import EmptyLabels
-
-
-class StreamReport(Protocol):
-    """What all jobs that stream report."""
-
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
-    notes: list[str]
-    skipped_file: Path | None
-    open_shards: int
 
 
 @dataclass
@@ -44,20 +32,22 @@ class Running:
     allowed: float = 0
     """How many images may be left out of a run that ends with 0."""
 
-    def parsed(self) -> dict[str, Any]:
-        """As the jobs' options have them.
+    def options(self, **compute: Any) -> RunOptions:
+        """As jobs have them, with what the command knows of device, precision and batch size.
 
         Raises:
             UsageError: ``--workers`` is no number of processes.
         """
-        return {
-            "workers": workers_of(self.arguments.workers), "overwrite": self.arguments.overwrite,
-            "shard": self.launch.shard, "cluster": self.cluster,
-        }  # fmt: skip
+        from clipseed.runtime.run import RunOptions
+
+        return RunOptions(
+            workers=workers_of(self.arguments.workers), overwrite=self.arguments.overwrite, shard=self.launch.shard,
+            cluster=self.cluster, **compute,
+        )  # fmt: skip
 
     def source(self, source: Path | None, stage: str, note: str = "reading") -> Path:
         """What to read: as given, or what the stage before left in the working folder."""
-        from clipseed.jobs.stages import newest_output
+        from clipseed.store.stages import newest_output
 
         if source is None:
             source = newest_output(Path(), stage)
@@ -85,9 +75,7 @@ class Running:
         """Say that a model is loaded now, which takes seconds in which nothing else is said."""
         self.console.note(f"loading {model}")
 
-    def finish(
-        self, report: StreamReport, summary: str, facts: dict[str, Any], empty: EmptyLabels | None = None
-    ) -> int:
+    def finish(self, report: RunReport, summary: str, facts: dict[str, Any], empty: EmptyLabels | None = None) -> int:
         """Tell how it went, write what was asked for, and give the exit code.
 
         Args:
@@ -122,7 +110,7 @@ class Running:
             )
         data = {**_common(report, self), **facts, **({} if empty is None else {"empty": empty.as_dict()})}
         if self.arguments.report:
-            from clipseed.jobs.run_report import write_run_report
+            from clipseed.runtime.run_report import write_run_report
 
             write_run_report(self.arguments.report, data)
         if self.output.json:
@@ -197,14 +185,14 @@ def exit_code(console: Console, left_out: int, allowed: float) -> int:
 def warn_of_toy_weights(console: Console, weights: str | None, image_set: ImageSet) -> None:
     """Say that the built-in weights are of no use for other images than those of the built-in world."""
     from clipseed.clip.model import TOY_WEIGHTS
-    from clipseed.toy.dataset import is_toy_id
+    from clipseed.data.toy.dataset import is_toy_id
 
     # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
     if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):
         console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
 
 
-def rate(report: StreamReport) -> str:
+def rate(report: RunReport) -> str:
     """`` in 12.3 s, 4.5 images/s``, or the seconds each one takes; nothing where nothing was computed."""
     computed = report.stats.computed
     if not computed:
@@ -217,7 +205,7 @@ def _detail(stats: StreamStats) -> str:
     return f"(limited by {stats.bottleneck}{skipped})"
 
 
-def _common(report: StreamReport, run: Running) -> dict[str, Any]:
+def _common(report: RunReport, run: Running) -> dict[str, Any]:
     stats = report.stats
     return {
         "command": run.command,
@@ -225,12 +213,13 @@ def _common(report: StreamReport, run: Running) -> dict[str, Any]:
         "shard": None if run.launch.shard.whole else str(run.launch.shard),
         "open_shards": report.open_shards,
         "images": report.total,
-        "found": report.found,
+        "found": report.done_before,
         "computed": stats.computed,
         "skipped": [{"id": key, "reason": why} for key, why in stats.skipped],
         "recomputed_in_fp32": stats.counters["recomputed"],
         "out_of_memory": list(stats.out_of_memory) if stats.out_of_memory else None,
         "seconds": round(report.seconds, 3),
+        "loading_seconds": round(report.loading, 3),
         "images_per_second": round(stats.computed / report.seconds, 3) if report.seconds else None,
         "waits": {stage: round(seconds, 3) for stage, seconds in stats.waits.items()},
         "bottleneck": stats.bottleneck if stats.computed else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -15,8 +16,7 @@ from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
-    from clipseed.jobs.cam import CamReport
-    from clipseed.jobs.tags import TagReport
+    from clipseed.jobs.cam import CamReport, TagReport
     from clipseed.runtime.stream import Advance
 
 
@@ -104,7 +104,7 @@ def cam(
     options = CamOptions(
         data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), method=method, refine=refine,
         box_threshold=box_threshold, scales=shared.numbers(scales, "--scales"), flip=flip, paper=paper,
-        **tagging, **vars(model), **compute.parsed(), **run.parsed(),
+        **tagging, **vars(model), run=run.options(**compute.parsed()),
     )  # fmt: skip
     if auto and not run.launch.shard.whole:
         raise UsageError("--labels auto tags all images at once: run it first without --shard, then use its labels")
@@ -112,15 +112,15 @@ def cam(
     with console:
         done = run_cam(
             options,
-            lambda image_set, todo, found: _start(run, model.weights, image_set, todo, found),
-            lambda image_set, todo, _: _start_tags(console, todo),
+            lambda image_set: partial(_start, run, model.weights, image_set),
+            lambda todo, _: _start_tags(console, todo),
             run.loading,
         )
     if done.tags is not None:
         _tell_tags(console, done.tags)
     computed, used = done.stats.computed, done.model
     summary = (
-        f"{done.out}: {done.found + computed} of {done.total} images, {computed} computed now{rate(done)} "
+        f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} computed now{rate(done)} "
         f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
     )
     code = run.finish(done, summary, _facts(done), done.empty)

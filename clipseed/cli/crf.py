@@ -19,7 +19,7 @@ _kernel_option = partial(typer.Option, rich_help_panel="Kernels (default: the pr
 @grouped
 def crf(
     *,
-    source: Annotated[Optional[Path], typer.Argument(help="Seeds (default: what the stage before left here).")] = None,
+    source: Annotated[Optional[Path], typer.Argument(help="CAMs (default: what the stage before left here).")] = None,
     out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("pseudo"),
     solver: Annotated[CrfSolver, typer.Option(help="pydensecrf runs in worker processes, on CPUs.")] = "torch",
     preset: Annotated[CrfPreset, typer.Option(help="Whose published kernels.")] = "clip-es",
@@ -28,7 +28,7 @@ def crf(
     ] = None,
     alpha: Annotated[float, typer.Option(help="Background score (1 - max) ** alpha.")] = CRF_ALPHA,
     soft: Annotated[
-        Optional[Path], shared.output_option(help="Also keep the posterior as seeds: NAME.h5 or a folder.")
+        Optional[Path], shared.output_option(help="Also keep the posterior as CAMs: NAME.h5 or a folder.")
     ] = None,
     empty: shared.Empty = "background",
     iterations: Annotated[Optional[int], _kernel_option(help="Mean-field steps.")] = None,
@@ -39,7 +39,7 @@ def crf(
     colour_weight: Annotated[Optional[float], _kernel_option(help="Its weight.")] = None,
     paper: Annotated[
         Optional[bool],
-        typer.Option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
+        typer.Option("--paper/--no-paper", help="The released code with its quirks (default: as the CAMs)."),
     ] = None,
     images: shared.MovedImages = None,
     root: shared.MovedRoot = None,
@@ -47,7 +47,7 @@ def crf(
     running: shared.RunArguments,
     output: shared.OutputArguments,
 ) -> int:
-    """Turn seeds into label masks with a dense CRF over the classes present.
+    """Turn CAMs into label masks with a dense CRF over the classes present.
 
     Masks are palette PNG of the image's size: 0 background, class index + 1, and 255 where --confidence asks for it.
     """
@@ -61,13 +61,15 @@ def crf(
     )  # fmt: skip
     options = CrfOptions(
         source=run.source(source, "crf"), out=out, solver=solver, parameters=parameters, alpha=alpha,
-        confidence=confidence, soft=soft, empty=empty, paper=paper, images=images, root=root, device=device,
-        **run.parsed(),
+        confidence=confidence, soft=soft, empty=empty, paper=paper, images=images, root=root,
+        run=run.options(device=device),
     )  # fmt: skip
     with run.console:
         done = run_crf(options, run.start)
     computed = done.stats.computed
     unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
-    summary = f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    summary = (
+        f"{done.out}: {done.done_before + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
+    )
     facts = {"source": str(done.source), "ignored_share": done.unsure, "solver": done.solver}
     return run.finish(done, summary, facts, done.empty)

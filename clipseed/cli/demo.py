@@ -47,8 +47,8 @@ def demo(
         raise UsageError("--save-seed says which scenes --save-dataset writes; the demo itself runs on the scored ones")
     if save_dataset is not None:
         return _save(console, save_dataset, save_seed, scenes)
+    from clipseed.data.toy.dataset import HELD_OUT_COUNT
     from clipseed.jobs.demo import STAGES, expected_seconds, run_demo
-    from clipseed.toy.dataset import HELD_OUT_COUNT
 
     count = scenes or _SCENES
     if count > HELD_OUT_COUNT:
@@ -98,7 +98,7 @@ def _next_commands(out: Path) -> list[str]:
 
     program, folder = _program(), shlex.quote(str(out))
     return [
-        f"{program} report {folder}/cams.h5 {folder}/cams-caa.h5 {folder}/pseudo {folder}/seeds "
+        f"{program} report {folder}/cams.h5 {folder}/cams-caa.h5 {folder}/pseudo {folder}/CAMs "
         f"--out {folder}/report.html",
         f"{program} inspect {folder}/cams-caa.h5 --preview {folder}/more.png --count 12",
         f"{program} demo --save-dataset {folder}/devkit  # a VOC devkit to try the other commands on",
@@ -116,8 +116,9 @@ def _program(*, anywhere: bool = False) -> str:
 
 
 def _save(console: Console, folder: Path, seed: int, scenes: int | None) -> int:
+    from clipseed.data.toy.dataset import HELD_OUT_COUNT
     from clipseed.store.files import storage_errors
-    from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit
+    from clipseed.store.toy_devkit import save_devkit
 
     with storage_errors(folder, "--save-dataset"):
         count = save_devkit(folder, seed, scenes or HELD_OUT_COUNT)

@@ -13,7 +13,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code
 
 if TYPE_CHECKING:
-    from clipseed.jobs.evaluate_options import EvaluateReport
+    from clipseed.jobs.evaluate import EvaluateReport
 
 
 @grouped
@@ -21,22 +21,22 @@ def evaluate(
     *,
     prediction: Annotated[
         Optional[Path],
-        typer.Argument(help="Seeds (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
+        typer.Argument(help="CAMs (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
     ] = None,
     scoring: shared.ScoringArguments,
     csv: Annotated[Optional[Path], shared.output_option(help="Also write the table to this file.")] = None,
     allow_skipped: shared.AllowSkipped = None,
     output: shared.OutputArguments,
 ) -> int:
-    """Score seeds or masks against ground truth (mean intersection over union).
+    """Score CAMs or masks against ground truth (mean intersection over union).
 
     Example:
 
       clipseed evaluate --gt SegmentationClass
     """
     from clipseed.jobs.evaluate import evaluate as run_evaluate
-    from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")

@@ -16,8 +16,7 @@ from clipseed.cli._run import empty_reasons
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.inspect import Inspection
-    from clipseed.jobs.inspect_masks import MaskInspection
+    from clipseed.jobs.inspect import Inspection, SegmentInspection
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Look:
 @grouped
 def inspect(
     *,
-    seeds: Annotated[Optional[Path], typer.Argument(help="Seeds or mask cache (default: the newest stage).")] = None,
+    cams: Annotated[Optional[Path], typer.Argument(help="CAMs or segments file (default: the newest stage).")] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
@@ -44,20 +43,19 @@ def inspect(
     output: shared.OutputArguments,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
-    from clipseed.jobs.inspect import inspect_seeds, write_preview
-    from clipseed.jobs.inspect_masks import is_mask_cache
-    from clipseed.jobs.stages import newest_output
+    from clipseed.jobs.inspect import holds_segment_records, inspect_cams, write_preview
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     for name, value in (("id", id), ("images", images), ("root", root)):
         if value and preview is None:
             raise UsageError(f"--{name} belongs to --preview")
     refuse_unwritable(preview, "--preview")
     look = Look(preview, count, tuple(id or ()), images, root) if preview is not None else None
-    chosen = seeds or newest_output(Path())
-    if is_mask_cache(chosen):
+    chosen = cams or newest_output(Path())
+    if holds_segment_records(chosen):
         return show(chosen, look, verify=verify, output=output)
-    found = inspect_seeds(chosen, verify=verify)
+    found = inspect_cams(chosen, verify=verify)
     if output.json:
         print_json(found.as_dict())
     else:
@@ -98,21 +96,21 @@ def _print(found: Inspection) -> None:
 
 
 def show(path: Path, look: Look | None, *, verify: bool, output: shared.OutputArguments) -> int:
-    """Print what a mask cache holds, and write a preview where one is asked for; returns the exit code."""
-    from clipseed.jobs.inspect_masks import inspect_masks, write_mask_preview
+    """Print what a segments file holds, and write a preview where one is asked for; returns the exit code."""
+    from clipseed.jobs.inspect import inspect_segments, write_segment_preview
 
-    found = inspect_masks(path, verify=verify)
+    found = inspect_segments(path, verify=verify)
     if output.json:
         print_json(found.as_dict())
     else:
         _print_segments(found)
     if look is not None:
-        shown = write_mask_preview(path, look.out, look.count, look.ids, look.images, look.root)
+        shown = write_segment_preview(path, look.out, look.count, look.ids, look.images, look.root)
         Console(output.quiet).note(f"{look.out}: {', '.join(shown)}")
     return 0
 
 
-def _print_segments(found: MaskInspection) -> None:
+def _print_segments(found: SegmentInspection) -> None:
     manifest, data = found.manifest, found.manifest["dataset"]
     fewest, median, most = found.per_image
     rows = [

@@ -43,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_refine = typer.Typer(help="Refine seeds: spread them along attention, or along colours.", no_args_is_help=True)
+_refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
 
 app.command("cam")(cam)
 app.add_typer(_refine, name="refine")

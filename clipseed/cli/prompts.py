@@ -70,7 +70,7 @@ def prompts(
     )  # fmt: skip
     console = Console(output.quiet)
     with console:
-        report = run_prompts(options, lambda image_set, todo, _: _start(console, model.weights, image_set, todo))
+        report = run_prompts(options, lambda image_set: lambda todo, _: _start(console, model.weights, image_set, todo))
     if output.json:
         print_json(report.as_dict())
     else:

@@ -25,7 +25,7 @@ from clipseed.defaults import (
 )
 
 if TYPE_CHECKING:
-    from clipseed.jobs.refine_options import Method
+    from clipseed.jobs.refine import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class SourceArguments:
     """What is refined, into what, and where its images are."""
 
     source: Annotated[
-        Optional[Path], typer.Argument(help="Seeds to refine (default: what the stage before left here).")
+        Optional[Path], typer.Argument(help="CAMs to refine (default: what the stage before left here).")
     ] = None
     out: Annotated[
-        Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the seeds).")
+        Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the CAMs).")
     ] = None
     images: shared.MovedImages = None
     root: shared.MovedRoot = None
@@ -77,7 +77,7 @@ def caa(
     affinity: AffinityArguments,
     paper: Annotated[
         Optional[bool],
-        shared.method_option("--paper/--no-paper", help="The released code with its quirks (default: as the seeds)."),
+        shared.method_option("--paper/--no-paper", help="The released code with its quirks (default: as the CAMs)."),
     ] = None,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
@@ -87,7 +87,7 @@ def caa(
 
     Without arguments it refines cams.h5 into cams-caa.h5, with the images and the model that cams.h5 was made with.
     """
-    return _run("caa", source, running, output, paper=paper, **affinity.parsed(), **compute.parsed())
+    return _run("caa", source, running, output, compute.parsed(), paper=paper, **affinity.parsed())
 
 
 @grouped
@@ -101,7 +101,7 @@ def js(
     output: shared.OutputArguments,
 ) -> int:
     """Class-distribution affinity (CD-CLIP): attention between patches that resemble all classes alike."""
-    return _run("js", source, running, output, temperature=temperature, **affinity.parsed(), **compute.parsed())
+    return _run("js", source, running, output, compute.parsed(), temperature=temperature, **affinity.parsed())
 
 
 @grouped
@@ -125,29 +125,29 @@ def par(
 
     Needs no model. The result has one value per pixel and class, about 2 bytes each.
     """
-    from clipseed.jobs.refine_options import ParOptions
+    from clipseed.jobs.refine import ParOptions
 
     constants = ParOptions(iterations, shared.whole_numbers(dilations, "--dilations"), sharpness, position_weight)
     at_once = shared.auto_or_number(batch_size, "--batch-size")
-    return _run("par", source, running, output, par=constants, device=device, batch_size=at_once)
+    return _run("par", source, running, output, {"device": device, "batch_size": at_once}, par=constants)
 
 
 def _run(
-    method: Method, given: SourceArguments, running: shared.RunArguments, output: shared.OutputArguments, **options: Any
-) -> int:
-    from clipseed.jobs.refine import run_refine
-    from clipseed.jobs.refine_options import RefineOptions
+    method: Method, given: SourceArguments, running: shared.RunArguments, output: shared.OutputArguments,
+    compute: dict[str, Any], **constants: Any,
+) -> int:  # fmt: skip
+    from clipseed.jobs.refine import RefineOptions, run_refine
 
     run = prepare(f"refine {method}", running, output)
     source = run.source(given.source, method, "refining")
     chosen = RefineOptions(
-        method, source, out=given.out, images=given.images, root=given.root, **options, **run.parsed()
+        method, source, out=given.out, images=given.images, root=given.root, run=run.options(**compute), **constants
     )
     with run.console:
         report = run_refine(chosen, run.start, run.loading)
     computed = report.stats.computed
     summary = (
-        f"{report.out}: {report.found + computed} of {report.total} images, {computed} computed now{rate(report)} "
-        f"({report.device})"
+        f"{report.out}: {report.done_before + computed} of {report.total} images, {computed} computed now"
+        f"{rate(report)} ({report.device})"
     )
     return run.finish(report, summary, {"source": str(report.source), "device": report.device}, report.empty)

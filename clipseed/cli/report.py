@@ -27,7 +27,7 @@ def report(
         Optional[list[Path]],
         typer.Argument(
             metavar="SEEDS_OR_MASKS...",
-            help="Seeds (.h5 or folder of units) or folders of PNG masks; several are compared "
+            help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
             "(default: the newest stage).",
         ),
     ] = None,
@@ -52,8 +52,8 @@ def report(
       clipseed report cams.h5 --gt SegmentationClass
     """
     from clipseed.jobs.report import ReportOptions, write_report
-    from clipseed.jobs.stages import newest_output
     from clipseed.store.files import refuse_unwritable
+    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(out, "--out")

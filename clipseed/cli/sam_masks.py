@@ -16,7 +16,7 @@ from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, Sa
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.sam_options import SamMasksReport
+    from clipseed.jobs.sam_masks import SamMasksReport
 
 _grid_option = partial(typer.Option, rich_help_panel="Grid (default: the preset's)")
 _prompt_option = partial(typer.Option, rich_help_panel="Prompts instead of a grid")
@@ -24,7 +24,7 @@ _prompt_option = partial(typer.Option, rich_help_panel="Prompts instead of a gri
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArguments:
-    """A data set of which the images alone count, or where the images of seeds are."""
+    """A data set of which the images alone count, or where the images of CAMs are."""
 
     dataset: Annotated[
         Optional[DatasetName], shared.data_option(help="Labels are not needed (default: the images of --seeds).")
@@ -48,9 +48,11 @@ def sam_masks(
     where: ImageArguments,
     seeds: Annotated[
         Optional[Path],
-        shared.data_option(help="Take the images of these seeds (default: cams.h5), and prompts from their maps."),
+        shared.data_option(help="Take the images of these CAMs (default: cams.h5), and prompts from their maps."),
     ] = None,
-    out: Annotated[Path, shared.output_option(help="NAME.h5 for one file, or a folder for units.")] = Path("masks.h5"),
+    out: Annotated[Path, shared.output_option(help="NAME.h5 for one file, or a folder for units.")] = Path(
+        "segments.h5"
+    ),
     reading: shared.ReadingArguments,
     checkpoint: Annotated[
         Optional[str],
@@ -105,8 +107,7 @@ def sam_masks(
       clipseed sam-masks --dataset coco --import annotations/panoptic_val2017.json
     """
     from clipseed.data.image_listing import ListingOptions
-    from clipseed.jobs.sam_masks import run_sam_masks
-    from clipseed.jobs.sam_options import SamMasksOptions, proposal_options
+    from clipseed.jobs.sam_masks import SamMasksOptions, proposal_options, run_sam_masks
 
     run = prepare("sam-masks", running, output)
     data = None
@@ -124,10 +125,12 @@ def sam_masks(
         stability_threshold=stability_threshold, min_region_area=min_area, points_per_batch=points_per_batch,
     )  # fmt: skip
     options = SamMasksOptions(
-        out=out, data=data, seeds=seeds, images=None if data else where.images, root=None if data else where.root,
+        out=out, data=data, cams=seeds, images=None if data else where.images, root=None if data else where.root,
         checkpoint=checkpoint, model=model, factory=sam_factory, proposals=proposals, max_side=max_side,
-        existing=existing, existing_kind=import_kind, prompt=prompt, device=device, precision=precision,
-        batch_size=shared.auto_or_number(batch_size, "--batch-size"), **run.parsed(),
+        existing=existing, existing_kind=import_kind, prompt=prompt,
+        run=run.options(
+            device=device, precision=precision, batch_size=shared.auto_or_number(batch_size, "--batch-size")
+        ),
     )  # fmt: skip
     with run.console:
         done = run_sam_masks(options, run.start, run.loading)
@@ -137,13 +140,13 @@ def sam_masks(
 def _refuse_without_dataset(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"--{name} belongs to --dataset; the images of --seeds are read as the seeds were")
+            raise UsageError(f"--{name} belongs to --dataset; the images of --seeds are read as the CAMs were")
 
 
 def _finish(run: Running, done: SamMasksReport) -> int:
     stats = done.stats
     computed, counters = stats.computed, stats.counters
-    summary = f"{done.out}: {done.found + computed} of {done.total} images, {computed} done now{rate(done)}"
+    summary = f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} done now{rate(done)}"
     if computed:
         empty = f", {counters['without']} images without any" if counters["without"] else ""
         bytes_each = counters["bytes"] / max(1, done.masks)

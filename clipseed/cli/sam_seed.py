@@ -19,17 +19,17 @@ def sam_seed(
     source: Annotated[
         Optional[Path],
         typer.Argument(
-            metavar="[SEEDS]",
-            help="Seeds (default: what the stage before left here), or for vote a folder of label masks.",
+            metavar="[CAMS]",
+            help="CAMs (default: what the stage before left here), or for vote a folder of label masks.",
         ),
     ] = None,
     masks: Annotated[
         Path, shared.data_option(help="What clipseed sam-masks made, or masks in another format (folder, JSON).")
-    ] = Path("masks.h5"),
+    ] = Path("segments.h5"),
     masks_kind: Annotated[
         SegmentFormat, shared.data_option(metavar="FORMAT", help=f"That format: {shared.listed(SegmentFormat)}.")
     ] = "auto",
-    out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("seeds"),
+    out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("pseudo-sam"),
     method: Annotated[
         Optional[SeedMethod],
         shared.method_option(
@@ -66,7 +66,7 @@ def sam_seed(
     running: shared.RunArguments,
     output: shared.OutputArguments,
 ) -> int:
-    """Turn seeds and SAM's segments into label masks.
+    """Turn CAMs and SAM's segments into label masks.
 
     Masks are palette PNG of the image's size: 0 background, class index + 1, and 255 where it is asked for. Examples:
 
@@ -82,7 +82,8 @@ def sam_seed(
     run = prepare("sam-seed", running, output)
     options = SamSeedOptions(
         source=run.source(source, "sam-seed"), masks=masks, masks_kind=masks_kind, out=out, empty=empty,
-        rules=RuleOptions(method, preset, alpha, uncovered, without_masks, min_confidence, paper), **run.parsed(),
+        rules=RuleOptions(method, preset, alpha, uncovered, without_masks, min_confidence, paper),
+        run=run.options(),
     )  # fmt: skip
     with run.console:
         done = run_sam_seed(options, run.start)
@@ -92,9 +93,8 @@ def sam_seed(
             f"listed in {done.missing_file}"
         )
     computed, without = done.stats.computed, done.stats.counters["without"]
-    summary = (
-        f"{done.out}: {done.found + computed} of {done.total} masks, {computed} made now{rate(done)} ({done.method})"
-    )
+    there = f"{done.done_before + computed} of {done.total} masks"
+    summary = f"{done.out}: {there}, {computed} made now{rate(done)} ({done.method})"
     if done.method != "pixel" and without:
         summary += f", {without} of them from no segment"
     if done.unsure:

@@ -174,7 +174,7 @@ class FrozenClip:
 
 def toy_weights_path() -> Path:
     """The tiny trained CLIP inside the package."""
-    return Path(__file__).parent.parent / "toy" / "weights" / "clip.npz"
+    return Path(__file__).parent.parent / "data" / "toy" / "weights" / "clip.npz"
 
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]

@@ -151,7 +151,7 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
 
 
 def _open_toy(options: DatasetOptions) -> ImageSet:
-    from clipseed.toy.dataset import toy_set
+    from clipseed.data.toy.dataset import toy_set
 
     return toy_set(load_vocabulary(options.classes or "toy"), seed=options.toy_seed)
 
@@ -178,7 +178,7 @@ class ImageFinder:
             ImageError: it is gone or unreadable.
         """
         if self.folder is None:
-            from clipseed.toy.dataset import ToyReader
+            from clipseed.data.toy.dataset import ToyReader
 
             return ToyReader(self.toy_seed)(Sample(identifier, Path(identifier), None))
         try:

@@ -34,7 +34,7 @@ class ImageListing:
     """An ordered list of images.
 
     Attributes:
-        samples: In the order of the split file, or sorted by id; without labels, unless they come from seeds.
+        samples: In the order of the split file, or sorted by id; without labels, unless they come from CAMs.
         reader: How to open them.
         dataset: Where they are, for the manifest.
         exif, max_pixels: As they are read.
@@ -102,7 +102,7 @@ def _folder(options: ListingOptions) -> _Listing:
 
 
 def _toy(options: ListingOptions) -> ImageListing:
-    from clipseed.toy.dataset import toy_set
+    from clipseed.data.toy.dataset import toy_set
 
     toy = toy_set(load_vocabulary("toy"))
     about: dict[str, str | int | None] = {

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from clipseed.data.listing import read_split
 from clipseed.data.paths import is_file, is_folder
+from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_mask
 from clipseed.errors import InputError
-from clipseed.store.masks import read_mask
-from clipseed.toy.dataset import HELD_OUT_SEED, toy_mask
+from clipseed.store.label_masks import read_label_mask
 from clipseed.types import LabelMask
 
 
@@ -40,7 +40,7 @@ class MaskSource(Protocol):
         ...
 
 
-class MaskFolder:
+class LabelMaskFolder:
     """PNG masks below a folder; the id is the path without suffix."""
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +58,7 @@ class MaskFolder:
 
     def read(self, identifier: str) -> LabelMask:
         """Read one mask."""
-        return read_mask(self._path(identifier))
+        return read_label_mask(self._path(identifier))
 
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.png"
@@ -98,7 +98,7 @@ def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None]
     if given is None:
         own = recorded.get("ground_truth")
         if own is None:
-            raise InputError("no ground truth is known for these seeds; name the mask folder with --gt DIR")
+            raise InputError("no ground truth is known for these CAMs; name the mask folder with --gt DIR")
         given = str(own)
     if given == "toy" or given.startswith("toy:"):
         seed = given.removeprefix("toy").removeprefix(":") or str(recorded.get("toy_seed", HELD_OUT_SEED))
@@ -109,7 +109,7 @@ def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None]
     bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
     for base in bases:
         if is_folder(base / given):
-            return MaskFolder(base / given)
+            return LabelMaskFolder(base / given)
     looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
     raise InputError(f"--gt {given}: no such folder (looked for {looked})")
 
@@ -121,7 +121,7 @@ def find_split(given: str, truth: MaskSource, dataset: Mapping[str, str | int | 
         InputError: no such list.
     """
     bases = [Path(str(root)) for root in ((dataset or {}).get("root"), os.environ.get("CLIPSEED_VOC")) if root]
-    if isinstance(truth, MaskFolder):
+    if isinstance(truth, LabelMaskFolder):
         bases.append(truth.folder.absolute().parent)
     candidates = [base / "ImageSets" / "Segmentation" / f"{given}.txt" for base in [*bases, Path()]]
     for path in (Path(given), *candidates):

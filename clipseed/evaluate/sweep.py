@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.evaluate.confusion import Counts, confusion
-from clipseed.store.records import SeedMap
+from clipseed.store.cam_records import Cam
 from clipseed.types import IGNORE, LabelMask
 
 DEFAULT_THRESHOLDS: tuple[float, ...] = tuple(round(0.01 * k, 2) for k in range(1, 100))
@@ -38,14 +38,14 @@ class ThresholdSweep:
         self._edges = np.array(self.settings, np.float16 if half else np.float64).astype(np.float64)
         self._histogram = np.zeros((classes, classes, len(self.settings) + 1), np.int64)
 
-    def update(self, seed: SeedMap, truth: LabelMask) -> None:
-        """Add one image; ``truth`` has the seed's size, 255 is left out."""
+    def update(self, cam: Cam, truth: LabelMask) -> None:
+        """Add one image; ``truth`` has the CAM's size, 255 is left out."""
         scored = truth != IGNORE
         true_class = truth[scored].astype(np.int64)
-        if len(seed.classes) == 0:
+        if len(cam.classes) == 0:
             self._histogram[:, 0, 0] += np.bincount(true_class, minlength=self.classes)
             return
-        strongest, score = strongest_class(seed, seed.upsampled().astype(self._type))
+        strongest, score = strongest_class(cam, cam.upsampled().astype(self._type))
         passed = np.searchsorted(self._edges, score[scored].astype(np.float64), side="left")
         bins = len(self.settings) + 1
         index = (true_class * self.classes + strongest[scored]) * bins + passed
@@ -72,31 +72,29 @@ class PowerSweep:
         self.settings = tuple(float(a) for a in exponents)
         self._matrices = [np.zeros((classes, classes), np.int64) for _ in self.settings]
 
-    def update(self, seed: SeedMap, truth: LabelMask) -> None:
-        """Add one image; ``truth`` has the seed's size, 255 is left out."""
+    def update(self, cam: Cam, truth: LabelMask) -> None:
+        """Add one image; ``truth`` has the CAM's size, 255 is left out."""
         for matrix, exponent in zip(self._matrices, self.settings, strict=True):
-            matrix += confusion(truth, power_labels(seed, exponent), self.classes)
+            matrix += confusion(truth, power_labels(cam, exponent), self.classes)
 
     def matrices(self) -> list[Counts]:
         """One confusion matrix per exponent."""
         return self._matrices
 
 
-def strongest_class(
-    seed: SeedMap, maps: npt.NDArray[np.floating]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
+def strongest_class(cam: Cam, maps: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
     """Mask value (class index + 1) of the largest map per pixel, and that map's score."""
     best = maps.argmax(axis=0)
-    return seed.classes.astype(np.int64)[best] + 1, np.take_along_axis(maps, best[None], axis=0)[0]
+    return cam.classes.astype(np.int64)[best] + 1, np.take_along_axis(maps, best[None], axis=0)[0]
 
 
-def power_labels(seed: SeedMap, exponent: float) -> LabelMask:
+def power_labels(cam: Cam, exponent: float) -> LabelMask:
     """Mask ``(H, W)`` of one image for the background score ``(1 - max) ** exponent`` (CLIP-ES, section 8).
 
     Maps and background are half precision, as the released code stores them; on a tie the background wins.
     """
-    if len(seed.classes) == 0:
-        return np.zeros(seed.size, np.uint8)
-    strongest, score = strongest_class(seed, seed.upsampled().astype(np.float16))
+    if len(cam.classes) == 0:
+        return np.zeros(cam.size, np.uint8)
+    strongest, score = strongest_class(cam, cam.upsampled().astype(np.float16))
     background = np.power(1 - score, exponent).astype(np.float16)
     return np.where(score > background, strongest, 0).astype(np.uint8)

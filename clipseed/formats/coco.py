@@ -13,7 +13,7 @@ from clipseed.data.labels import read_json
 from clipseed.data.listing import clean_id
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.formats.rle import decode_counts, unpack_counts
-from clipseed.segments import Proposals, from_masks, room_for
+from clipseed.segments import Segments, from_masks, room_for
 
 
 class CocoInstances:
@@ -43,7 +43,7 @@ class CocoInstances:
         """Ids of all images the file lists, with or without masks."""
         return frozenset(self._images)
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width, in the file's order.
 
         Raises:

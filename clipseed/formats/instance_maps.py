@@ -10,7 +10,7 @@ from clipseed.data.listing import ids_below
 from clipseed.data.types import check_id
 from clipseed.errors import InputError
 from clipseed.formats.png import read_values, split_regions
-from clipseed.segments import Proposals
+from clipseed.segments import Segments
 from clipseed.types import IGNORE
 
 
@@ -28,7 +28,7 @@ class InstanceMaps:
         """Ids of all PNG files below the folder."""
         return ids_below(self.folder, ".png")
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width, by ascending value.
 
         Raises:

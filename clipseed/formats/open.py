@@ -16,21 +16,21 @@ from clipseed.formats.instance_maps import InstanceMaps
 from clipseed.formats.panoptic import CocoPanoptic
 from clipseed.formats.png import read_values
 from clipseed.formats.sa1b import Sa1b
-from clipseed.formats.segment_folders import MaskFolders
-from clipseed.segments import Proposals
+from clipseed.formats.segment_folders import SegmentFolders
+from clipseed.segments import Segments
 from clipseed.weights import file_sha256
 
 KINDS: tuple[SegmentFormat, ...] = get_args(SegmentFormat)
 
 
-class MaskImport(Protocol):
+class SegmentSource(Protocol):
     """Masks by image id."""
 
     def ids(self) -> frozenset[str]:
         """Ids of the images that have masks, or are said to have none."""
         ...
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width; empty ones are left out, their number may be 0.
 
         Raises:
@@ -41,7 +41,7 @@ class MaskImport(Protocol):
         ...
 
 
-def open_masks(source: Path, kind: SegmentFormat = "auto") -> MaskImport:
+def open_segments(source: Path, kind: SegmentFormat = "auto") -> SegmentSource:
     """Open existing masks.
 
     Args:
@@ -68,7 +68,7 @@ def open_masks(source: Path, kind: SegmentFormat = "auto") -> MaskImport:
         raise UsageError(f"{source}: {found} is a folder, not a file")
     if found == "instance-maps":
         return InstanceMaps(source)
-    return MaskFolders(source) if found == "mask-folders" else Sa1b(source)
+    return SegmentFolders(source) if found == "mask-folders" else Sa1b(source)
 
 
 def imported_masks(source: Path, kind: SegmentFormat) -> dict[str, str]:

@@ -11,7 +11,7 @@ from clipseed.data.labels import read_json
 from clipseed.data.listing import clean_id, ids_below
 from clipseed.errors import ImageError, InputError
 from clipseed.formats.png import read_values, split_regions
-from clipseed.segments import Proposals
+from clipseed.segments import Segments
 
 
 class CocoPanoptic:
@@ -49,7 +49,7 @@ class CocoPanoptic:
         """Ids of all images that have a PNG."""
         return frozenset(self._files)
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Segments of an image of this height and width, by ascending id.
 
         Raises:

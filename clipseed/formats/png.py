@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from clipseed.errors import ImageError, InputError
-from clipseed.segments import Proposals, from_masks, room_for
+from clipseed.segments import Segments, from_masks, room_for
 
 
 def read_values(path: Path, size: tuple[int, int] | None = None) -> npt.NDArray[np.generic]:
@@ -45,7 +45,7 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> npt.NDArray[
         raise InputError(f"{path}: damaged mask ({type(error).__name__}: {error})") from error
 
 
-def split_regions(values: npt.NDArray[np.generic], left_out: int | None, where: str) -> Proposals:
+def split_regions(values: npt.NDArray[np.generic], left_out: int | None, where: str) -> Segments:
     """A mask for each value of a map ``(H, W)``, ascending, but for the one that is left out.
 
     Raises:

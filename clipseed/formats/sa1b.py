@@ -13,7 +13,7 @@ from clipseed.data.listing import ids_below
 from clipseed.data.types import check_id
 from clipseed.errors import ImageError
 from clipseed.formats.coco import decode_segmentation
-from clipseed.segments import Proposals, from_masks, room_for
+from clipseed.segments import Segments, from_masks, room_for
 
 
 class Sa1b:
@@ -26,7 +26,7 @@ class Sa1b:
         """Ids of all JSON files below the folder."""
         return ids_below(self.folder, ".json")
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width; missing scores are 1, the level is whole.
 
         Raises:

@@ -7,10 +7,10 @@ from pathlib import Path
 from clipseed.data.types import check_id
 from clipseed.errors import ImageError
 from clipseed.formats.png import read_values
-from clipseed.segments import Proposals, from_masks, room_for
+from clipseed.segments import Segments, from_masks, room_for
 
 
-class MaskFolders:
+class SegmentFolders:
     """A folder per image with a PNG per mask, as SEPL has them: ``<id>/*.png``; what is not 0 is inside."""
 
     def __init__(self, folder: Path) -> None:
@@ -21,7 +21,7 @@ class MaskFolders:
         parents = (path.parent.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.png"))
         return frozenset(parents) - {"."}
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width, sorted by file name, numbers by value.
 
         Raises:

@@ -1,62 +1,110 @@
-"""``clipseed crf``: seeds to label masks with a dense CRF over the classes present."""
+"""``clipseed crf``: CAMs to label masks with a dense CRF over the classes present."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipseed.data.dataset import relocated
-from clipseed.data.stamps import UNKNOWN, FileStamp
+from clipseed.data.stamps import FileStamp
+from clipseed.data.types import ImageReader, Sample
 from clipseed.defaults import CRF_ALPHA, CrfSolver, EmptyPolicy
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, UsageError
-from clipseed.jobs.crf_problem import Floats, NativeSolver, Problem, Solved
-from clipseed.jobs.engine import (
+from clipseed.pseudo.posterior import maps_unary, posterior_labels
+from clipseed.refine.crf import CLIP_ES, CrfParameters, clip_es_colours, dense_crf
+from clipseed.runtime.images import (
     LARGE_IMAGE,
     ImageLoader,
     LoadedImage,
     batches_in_flight,
-    count_empty,
+    cam_sample,
     default_workers,
-    earlier_in_seeds,
+    earlier_in_cams,
     misfit,
     one_by_one,
-    open_engine,
     recorded_reader,
-    refuse_if_nothing,
-    seed_sample,
     usable_cores,
 )
-from clipseed.refine.crf import CLIP_ES, CrfParameters, dense_crf
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
-from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyLabels
+from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Done, Work
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import CamSet, open_cams
+from clipseed.store.empty import Earlier
+from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_folder import MaskWriter
-from clipseed.store.reader import Seeds
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
-from clipseed.store.shards import WHOLE, Shard
+from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished
-from clipseed.types import IGNORE, LabelMask
-
-if TYPE_CHECKING:
-    from clipseed.runtime.cluster import ClusterOptions
+from clipseed.types import IGNORE
 
 _UNIT_SIZE = 16
 _PIXEL_BUDGET = {"cpu": 200_000}
 _GPU_PIXEL_BUDGET = 6_000_000
+
+
+Floats = npt.NDArray[np.float32]
+
+
+@lru_cache(maxsize=2)
+def _cams(path: Path) -> CamSet:
+    """Opened once per worker process."""
+    return open_cams(path, verify=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the CRF of an image is given; survives pickling, because one solver runs in worker processes."""
+
+    source: Path
+    reader: ImageReader
+    parameters: CrfParameters
+    alpha: float
+    paper: bool
+
+    def unary(self, cam: Cam) -> Floats:
+        """Negative log probabilities ``(1 + K, H, W)`` of background and classes."""
+        return maps_unary(cam.upsampled(), self.alpha, released=self.paper)
+
+    def colours(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The image as the colour kernel sees it."""
+        return clip_es_colours(pixels) if self.paper else pixels
+
+
+@dataclass(frozen=True)
+class NativeSolver:
+    """Decodes an image and runs the C++ solver on it, in a worker process: a crash there costs that image only."""
+
+    problem: Problem
+
+    def __call__(self, sample: Sample) -> Done[tuple[str, Floats]]:
+        """Solve one image: its id and posterior ``(1 + K, H, W)``.
+
+        Raises:
+            ImageError: it cannot be read, or does not fit its CAMs.
+        """
+        from clipseed.refine.crf_native import native_crf
+
+        image = ImageLoader(self.problem.reader)(sample)
+        cam = _cams(self.problem.source)[sample.id]
+        problem = misfit(cam, image.size, image.stamp)
+        if problem is not None:
+            raise problem
+        if not len(cam.classes):
+            return Done((sample.id, np.ones((1, *image.size), np.float32)))
+        posterior = native_crf(self.problem.unary(cam), self.problem.colours(image.pixels), self.problem.parameters)
+        return Done((sample.id, posterior))
 
 
 @dataclass(frozen=True)
@@ -64,13 +112,13 @@ class CrfOptions:
     """Everything ``clipseed crf`` can be told.
 
     Attributes:
-        source: Seeds of patches or pixels.
+        source: CAMs of patches or pixels.
         alpha: Exponent of the background score ``(1 - max) ** alpha``; CLIP-ES: 1.
         confidence: Pixels whose largest posterior is below become 255; CLIP-ES: 0.95. ``None``: never.
-        soft: Seeds file for the posterior of the classes (that of the background is what is missing to 1).
+        soft: CAM file for the posterior of the classes (that of the background is what is missing to 1).
         empty: What becomes of the mask of an image in which some label got no pixel
-            (:class:`~clipseed.store.mask_folder.MaskWriter`).
-        paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the seeds were made.
+            (:class:`~clipseed.store.label_mask_writer.LabelMaskWriter`).
+        paper: Half-precision scores and wrapped colours, as the released code; ``None``: as the CAMs were made.
         images, root: Where the images, or their data set, are now, if they have moved.
     """
 
@@ -85,77 +133,35 @@ class CrfOptions:
     paper: bool | None = None
     images: Path | None = None
     root: Path | None = None
-    device: str = "auto"
-    workers: int | None = None
-    overwrite: bool = False
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
 
-@dataclass
-class CrfReport:
+@dataclass(kw_only=True)
+class CrfReport(RunReport):
     """What a run did."""
 
     source: Path
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
     solver: str
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
-    empty: EmptyLabels | None = None
-
-    @property
-    def unsure(self) -> float:
-        """Share of pixels that became 255 in this run."""
-        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
-
-
-Start = Callable[[int, int], Advance]
 
 
 def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
-    """Make masks of seeds; resumes what an earlier run began.
+    """Make masks of CAMs; resumes what an earlier run began.
 
     Raises:
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     _check(options)
-    began = time.perf_counter()
-    with Seeds(options.source) as seeds:
-        manifest = _manifest(options, relocated(seeds.manifest, options.images, options.root))
+    with CamSet(options.source) as cams:
+        manifest = _manifest(options, relocated(cams.manifest, options.images, options.root))
         with (
-            contextlib.closing(open_engine(partial(_CrfWork, options), options.cluster)) as engine,
-            _Sinks(options, manifest, earlier_in_seeds(seeds)) as sinks,
+            contextlib.closing(open_engine(partial(_CrfWork, options), options.run.cluster)) as engine,
+            _Sinks(options, manifest, earlier_in_cams(cams)) as sinks,
         ):
-            sinks.follow({key: tuple(seeds.classes(key).tolist()) for key in seeds}, seeds.stamp)
-            tasks, mine = _tasks(seeds, sinks, options.shard)
-            found = len(sinks.done.intersection(mine))
-            hint = f"interrupted; run the same command again to go on ({options.out} has what is done)"
-            with interruptible(lambda: hint):
-                advance = start(sum(len(task.samples) for task in tasks), found) if start else None
-                stats = engine.run(tasks, lambda task, masks: sinks.write(task.index, masks), advance)
-            count_empty(stats, sinks.masks)
-            refuse_if_nothing(stats, sinks.done, options.shard)
-            with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-                finished = sinks.finish(list(seeds), stats.skipped, mine)
-        return CrfReport(
-            options.source, options.out, len(mine), found, stats, time.perf_counter() - began, options.solver,
-            sinks.notes, finished.skipped_file, finished.open_shards, finished.empty,
-        )  # fmt: skip
-
-
-def _tasks(seeds: Seeds, sinks: _Sinks, shard: Shard) -> tuple[list[Task], list[str]]:
-    """Units of the shard with what is missing of them, and all ids of the shard."""
-    ids = list(seeds)
-    units = [(k, ids[start : start + _UNIT_SIZE]) for k, start in enumerate(range(0, len(ids), _UNIT_SIZE))]
-    mine = [(k, keys) for k, keys in units if shard.takes(k)]
-    missing = ((k, [key for key in keys if key not in sinks.done]) for k, keys in mine)
-    tasks = [Task(k, tuple(seed_sample(seeds, key) for key in keys)) for k, keys in missing if keys]
-    return tasks, [key for _, keys in mine for key in keys]
+            sinks.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
+            samples = [cam_sample(cams, key) for key in cams]
+            done = run(engine, sinks, samples, start, shard=options.run.shard)
+            done.stats.counters["unsure"] += sinks.masks.ignored
+        return CrfReport(**vars(done), source=options.source, solver=options.solver)
 
 
 def _check(options: CrfOptions) -> None:
@@ -169,13 +175,12 @@ def _check(options: CrfOptions) -> None:
         raise UsageError(f"--alpha {options.alpha}: give an exponent from 0.01 to 100")
     if options.confidence is not None and not 0 < options.confidence <= 1:
         raise UsageError(f"--confidence {options.confidence}: give a probability above 0, up to 1 (0.95 in the paper)")
-    places = {"the seeds": options.source, "--out": options.out, "--soft": options.soft}
+    places = {"the CAMs": options.source, "--out": options.out, "--soft": options.soft}
     named = [(name, path.resolve()) for name, path in places.items() if path is not None]
     for (one, first), (other, second) in combinations(named, 2):
         if first == second:
             raise UsageError(f"{one} and {other} are both {first}; give each its own place")
-    if options.workers is not None and options.workers < 0:
-        raise UsageError("--workers: give auto or a number from 0")
+    options.run.check()
 
 
 def _paper(options: CrfOptions, source: Manifest) -> bool:
@@ -204,32 +209,30 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A finished image: its mask, the classes of its seeds, and its posterior where it is kept."""
+class Mask(Labelled):
+    """A finished image, with its posterior where it is kept."""
 
-    id: str
-    classes: tuple[int, ...]
-    labels: LabelMask
-    soft: SeedMap | None
-    stamp: FileStamp = UNKNOWN
+    soft: Cam | None = None
 
 
 class _Sinks:
     """Where results go: masks always, posteriors on request; an image is done when both have it."""
 
     def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
-        self.masks = MaskWriter(
-            options.out, manifest, overwrite=options.overwrite, shard=options.shard, empty=options.empty,
-            earlier=earlier,
+        self.masks = LabelMaskWriter(
+            options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
+            empty=options.empty, earlier=earlier,
         )  # fmt: skip
+        self.out = self.folder = options.out
+        self._shard = options.run.shard
         self._soft = (
-            SeedWriter(
+            CamWriter(
                 options.soft,
                 manifest,
                 "float16",
                 _UNIT_SIZE,
-                overwrite=options.overwrite,
-                shard=options.shard,
+                overwrite=options.run.overwrite,
+                shard=options.run.shard,
                 earlier=earlier,
             )
             if options.soft
@@ -265,32 +268,41 @@ class _Sinks:
             self._soft.forget_unlike(classes)
             self._soft.follow(classes.keys(), stamp)
 
-    def write(self, index: int, results: Sequence[Mask]) -> None:
-        for mask in results:
-            self.masks.write(mask.id, mask.labels, mask.classes, mask.stamp)
-        if self._soft:
-            soft = [mask.soft for mask in results if mask.soft is not None and mask.id not in self._soft.done]
-            self._soft.write(index, soft)
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        return self.masks.left_out
 
-    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]], mine: Sequence[str]) -> Finished:
+    def own(self, items: Sequence[str]) -> list[str]:
+        return self.masks.own(items)
+
+    def units(self, samples: Sequence[Sample]) -> list[Unit]:
+        return missing_units(samples, _UNIT_SIZE, self._shard, self.done)
+
+    def write(self, unit: Unit, records: Sequence[Mask]) -> None:
+        self.masks.write(unit, records)
+        if self._soft:
+            soft = [mask.soft for mask in records if mask.soft is not None and mask.id not in self._soft.done]
+            self._soft.write(unit, soft)
+
+    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
         if self._soft:
             self._soft.finish(ids, skipped)
-        return self.masks.finish(skipped, mine)
+        return self.masks.finish(ids, skipped)
 
 
 class _CrfWork(Work[Any, Mask]):
-    """Seeds to masks."""
+    """CAMs to masks."""
 
     def __init__(self, options: CrfOptions) -> None:
         super().__init__()
         self.options = options
-        self.seeds = Seeds(options.source, verify=False)
-        reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
-        paper = _paper(options, self.seeds.manifest)
+        self.cams = CamSet(options.source, verify=False)
+        reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
+        paper = _paper(options, self.cams.manifest)
         self.problem = Problem(options.source, reader, options.parameters, options.alpha, paper)
         self.native = options.solver == "pydensecrf"
-        self.device = pick_device("cpu" if self.native else options.device)
-        workers = options.workers
+        self.device = pick_device("cpu" if self.native else options.run.device)
+        workers = options.run.workers
         if workers is None:
             workers = usable_cores() if self.native else default_workers(self.device)
         # The C++ solver never runs in this process, where its crash would be ours.
@@ -315,23 +327,23 @@ class _CrfWork(Work[Any, Mask]):
         return self._label_solved(items) if self.native else self._solve(items)
 
     def _solve(self, items: Sequence[LoadedImage]) -> list[Mask | ImageError]:
-        seeds = [self.seeds[item.sample.id] for item in items]
+        cams = [self.cams[item.sample.id] for item in items]
         found: list[Mask | ImageError | None] = [
-            misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
+            misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
-        if not len(seeds[0].classes):
-            posteriors = [np.ones((1, *seeds[k].size), np.float32) for k in fit]
+        if not len(cams[0].classes):
+            posteriors = [np.ones((1, *cams[k].size), np.float32) for k in fit]
         else:
-            posteriors = self._posteriors([(seeds[k], items[k]) for k in fit])
+            posteriors = self._posteriors([(cams[k], items[k]) for k in fit])
         for k, posterior in zip(fit, posteriors, strict=True):
-            found[k] = self._labelled(seeds[k], posterior)
+            found[k] = self._labelled(cams[k], posterior)
         return [result for result in found if result is not None]
 
-    def _posteriors(self, chosen: Sequence[tuple[SeedMap, LoadedImage]]) -> list[Floats]:
+    def _posteriors(self, chosen: Sequence[tuple[Cam, LoadedImage]]) -> list[Floats]:
         if not chosen:
             return []
-        unaries = [torch.from_numpy(self.problem.unary(seed)).to(self.device) for seed, _ in chosen]
+        unaries = [torch.from_numpy(self.problem.unary(cam)).to(self.device) for cam, _ in chosen]
         images = [torch.from_numpy(self.problem.colours(item.pixels).copy()).to(self.device) for _, item in chosen]
         try:
             found = dense_crf(unaries, images, self.problem.parameters)
@@ -339,16 +351,13 @@ class _CrfWork(Work[Any, Mask]):
             raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
         return [posterior.cpu().numpy() for posterior in found]
 
-    def _label_solved(self, items: Sequence[Solved]) -> list[Mask]:
-        return [self._labelled(self.seeds[item.image.sample.id], item.posterior) for item in items]
+    def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
+        return [self._labelled(self.cams[key], posterior) for key, posterior in (item.result for item in items)]
 
-    def _labelled(self, seed: SeedMap, posterior: Floats) -> Mask:
-        keys = np.concatenate([[0], seed.classes + 1]).astype(np.uint8)
-        labels: LabelMask = keys[posterior.argmax(axis=0)]
+    def _labelled(self, cam: Cam, posterior: Floats) -> Mask:
+        labels = posterior_labels(posterior, cam.classes, self.options.confidence)
         if self.options.confidence is not None:
-            unsure = posterior.max(axis=0) < self.options.confidence
-            labels[unsure] = IGNORE
-            self.counters["unsure"] += int(unsure.sum())
+            self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
         self.counters["pixels"] += labels.size
-        soft = replace(seed, cam=posterior[1:]) if self.options.soft else None
-        return Mask(seed.id, tuple(seed.classes.tolist()), labels, soft, seed.stamp)
+        soft = replace(cam, maps=posterior[1:]) if self.options.soft else None
+        return Mask(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, soft)

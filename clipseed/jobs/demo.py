@@ -12,24 +12,22 @@ import numpy as np
 
 from clipseed.cam.methods import Method
 from clipseed.data.dataset import DatasetOptions
-from clipseed.evaluate.sources import MaskFolder
+from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_scene
+from clipseed.evaluate.sources import LabelMaskFolder
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, evaluate
 from clipseed.jobs.inspect import write_preview
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed
-from clipseed.jobs.stages import CAM_OUTPUT, CRF_OUTPUT, MASKS_OUTPUT, SEED_OUTPUT
 from clipseed.report.overlay import contact_sheet, label_overlay, maps_overlay
+from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import StreamStats
 from clipseed.sam.options import FMA
+from clipseed.store.cams import CamSet
 from clipseed.store.files import replacing, storage_errors
-from clipseed.store.reader import Seeds
-from clipseed.toy.dataset import HELD_OUT_SEED, toy_scene
+from clipseed.store.stages import CAM_OUTPUT, CRF_OUTPUT, SEED_OUTPUT, SEGMENTS_OUTPUT
 
 GRID = replace(FMA, points_per_side=16, crop_layers=0)
 """FMA-WSSS's settings for images of 200 pixels: fewer points, no crops."""
@@ -113,27 +111,27 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
     """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = DatasetOptions(dataset="toy", limit=scenes)
+    data, how = DatasetOptions(dataset="toy", limit=scenes), RunOptions(device=device, overwrite=True)
 
     def cam(method: Method) -> Work:
         def work(source: Path, out: Path, progress: Progress) -> StreamStats:
-            options = CamOptions(data=data, out=out, method=method, device=device, overwrite=True)
-            return run_cam(options, lambda image_set, todo, done: progress(todo)).stats
+            options = CamOptions(data=data, out=out, method=method, run=how)
+            return run_cam(options, lambda image_set: lambda todo, done: progress(todo)).stats
 
         return work
 
     def caa(source: Path, out: Path, progress: Progress) -> StreamStats:
-        options = RefineOptions("caa", source, out, device=device, overwrite=True)
+        options = RefineOptions("caa", source, out, run=how)
         return run_refine(options, lambda todo, done: progress(todo)).stats
 
     def crf(source: Path, out: Path, progress: Progress) -> StreamStats:
-        options = CrfOptions(source, out, device=device, overwrite=True)
+        options = CrfOptions(source, out, run=how)
         return run_crf(options, lambda todo, done: progress(todo)).stats
 
     def sam(source: Path, out: Path, progress: Progress) -> StreamStats:
-        segments = SamMasksOptions(folder / MASKS_OUTPUT, seeds=source, proposals=GRID, device=device, overwrite=True)
+        segments = SamMasksOptions(folder / SEGMENTS_OUTPUT, cams=source, proposals=GRID, run=how)
         run_sam_masks(segments, lambda todo, done: progress(todo, ": segments"))
-        options = SamSeedOptions(source, folder / MASKS_OUTPUT, out, workers=0, overwrite=True)
+        options = SamSeedOptions(source, folder / SEGMENTS_OUTPUT, out, run=RunOptions(workers=0, overwrite=True))
         return run_sam_seed(options, lambda todo, done: progress(todo, ": seeding")).stats
 
     maps, refined = folder / CAM_OUTPUT, folder / "cams-caa.h5"
@@ -158,14 +156,14 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
 def _write_previews(folder: Path, refined: Path) -> tuple[Path, Path]:
     """Overlays of some scenes: their truth, maps and pseudo-labels, and apart from it every map by itself."""
     labels, maps = folder / "pseudo-labels.png", folder / "maps.png"
-    kinds = (("CRF", MaskFolder(folder / CRF_OUTPUT)), ("SAM", MaskFolder(folder / SEED_OUTPUT)))
-    with Seeds(refined) as seeds:
+    kinds = (("CRF", LabelMaskFolder(folder / CRF_OUTPUT)), ("SAM", LabelMaskFolder(folder / SEED_OUTPUT)))
+    with CamSet(refined) as cams:
         # Several classes show what the methods are for; the same scenes whatever their number.
-        chosen = [key for key in seeds if len(seeds.classes(key)) > 1][:_SHOWN] or list(seeds)[:_SHOWN]
+        chosen = [key for key in cams if len(cams.classes(key)) > 1][:_SHOWN] or list(cams)[:_SHOWN]
         rows = []
         for key in chosen:
-            scene, cam = toy_scene(HELD_OUT_SEED, key), seeds[key]
-            image, names = scene.image(), ", ".join(seeds.class_names[k] for k in cam.classes)
+            scene, cam = toy_scene(HELD_OUT_SEED, key), cams[key]
+            image, names = scene.image(), ", ".join(cams.class_names[k] for k in cam.classes)
             faint = (0.35 * image + 0.65 * 255).astype(np.uint8)  # strong colours are the classes' alone
             rows.append([
                 (names, image),

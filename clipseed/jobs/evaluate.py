@@ -1,4 +1,4 @@
-"""``clipseed evaluate``: score seeds or masks against ground truth."""
+"""``clipseed evaluate``: score CAMs or masks against ground truth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,39 +16,114 @@ import numpy as np
 
 from clipseed.data.paths import is_file, is_folder, never_ends
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
+from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
-from clipseed.evaluate.confusion import Counts, check_labels, confusion, score
-from clipseed.evaluate.sources import MaskFolder, MaskSource, find_ground_truth, find_split
+from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
+from clipseed.evaluate.sources import LabelMaskFolder, MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.store.cam_records import Cam
+from clipseed.store.cams import CamSet
+from clipseed.store.label_mask_writer import read_label_mask_manifest
 from clipseed.store.manifest import Manifest
-from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.reader import Seeds
 from clipseed.store.record_set import UNIT_PATTERN
-from clipseed.store.records import SeedMap
 from clipseed.types import IGNORE, LabelMask
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Everything ``clipseed evaluate`` can be told.
+
+    Attributes:
+        threshold: One constant background score instead of the sweep.
+        alphas: CLIP-ES's background exponents instead of constant scores.
+        pred_ignore: What a predicted 255 is: an error, background, or a pixel left out of the score.
+        resize_pred: Bring predictions to the ground truth's size instead of refusing other sizes.
+    """
+
+    prediction: Path
+    gt: str | None = None
+    classes: str | None = None
+    split: str | None = None
+    threshold: float | None = None
+    alphas: tuple[float, ...] = ()
+    pred_ignore: PredIgnore = "error"
+    resize_pred: bool = False
+
+
+@dataclass
+class EvaluateReport:
+    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction."""
+
+    prediction: str
+    ground_truth: str
+    split: str
+    images: int
+    names: tuple[str, ...]
+    scores: Scores
+    counts: Counts
+    threshold: float | None = None
+    alpha: float | None = None
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    missing_predictions: list[str] = field(default_factory=list)
+    missing_ground_truth: list[str] = field(default_factory=list)
+    split_given: bool = False
+    excluded_pixels: int = 0
+
+    @property
+    def unscored(self) -> int:
+        """How many predictions, and images of a split that the user named, were not scored."""
+        return len(self.missing_ground_truth) + (len(self.missing_predictions) if self.split_given else 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``: fractions, ``None`` where there is no value."""
+        scores = self.scores
+        return {
+            "miou": _number(scores.miou),
+            "miou_foreground": _number(scores.miou_foreground),
+            "miou_all": _number(scores.miou_all),
+            "class_iou": {name: _number(iou) for name, iou in zip(self.names, scores.class_iou, strict=True)},
+            "pixel_accuracy": _number(scores.pixel_accuracy),
+            "mean_accuracy": _number(scores.mean_accuracy),
+            "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
+            "images": self.images,
+            "pixels": scores.pixels,
+            "excluded_pixels": self.excluded_pixels,
+            "split": self.split,
+            "threshold": self.threshold,
+            "alpha": self.alpha,
+            "curve": [{"setting": setting, "miou": _number(miou)} for setting, miou in self.curve],
+            "prediction": self.prediction,
+            "ground_truth": self.ground_truth,
+            "missing_predictions": self.missing_predictions,
+            "missing_ground_truth": self.missing_ground_truth,
+        }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
 
 T = TypeVar("T")
 
 
 Advance = Callable[[int], None]
-Start = Callable[[int], Advance]
+StartScoring = Callable[[int], Advance]
 Each = Callable[[str, Counts, LabelMask, LabelMask], None]
 
 
 def holds_masks(path: Path) -> bool:
-    """Whether a prediction is a folder of masks, not seeds."""
+    """Whether a prediction is a folder of masks, not CAMs."""
     return is_folder(path) and not any(path.glob(UNIT_PATTERN))
 
 
-def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | None = None) -> EvaluateReport:
-    """Score a seeds output or a folder of masks.
+def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: Each | None = None) -> EvaluateReport:
+    """Score a CAMs output or a folder of masks.
 
     Args:
         options: What to score against what.
         start: Called with the number of images; returns the progress callback.
         each: Called for every scored image with its id, its own confusion matrix, truth and prediction, at the
-            reported setting. Seeds are read a second time for it, as the best setting is known only after the first.
+            reported setting. CAMs are read a second time for it, as the best setting is known only after the first.
 
     Raises:
         UsageError: an option is missing or impossible.
@@ -56,11 +131,11 @@ def evaluate(options: EvaluateOptions, start: Start | None = None, each: Each | 
     """
     _check(options)
     if not is_folder(options.prediction) and not is_file(options.prediction) and not never_ends(options.prediction):
-        raise InputError(f"{options.prediction}: no such seeds file or mask folder")
+        raise InputError(f"{options.prediction}: no such CAM file or mask folder")
     if holds_masks(options.prediction):
         return _evaluate_masks(options, start, each)
-    with Seeds(options.prediction) as seeds:
-        return _evaluate_seeds(options, seeds, start, each)
+    with CamSet(options.prediction) as cams:
+        return _evaluate_cams(options, cams, start, each)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -124,20 +199,22 @@ def _report(
 class _Sweep(Protocol):
     settings: tuple[float, ...]
 
-    def update(self, seed: SeedMap, truth: LabelMask) -> None: ...
+    def update(self, cam: Cam, truth: LabelMask) -> None: ...
 
     def matrices(self) -> list[Counts]: ...
 
 
-def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None, each: Each | None) -> EvaluateReport:
-    manifest: Manifest = seeds.manifest
-    vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(seeds.path), "classes")
+def _evaluate_cams(
+    options: EvaluateOptions, cams: CamSet, start: StartScoring | None, each: Each | None
+) -> EvaluateReport:
+    manifest: Manifest = cams.manifest
+    vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(cams.path), "classes")
     if options.classes and load_vocabulary(options.classes).class_names != vocabulary.class_names:
-        raise UsageError(f"--classes {options.classes}: the seeds were made with other classes ({vocabulary.name})")
+        raise UsageError(f"--classes {options.classes}: the CAMs were made with other classes ({vocabulary.name})")
     names = ("background", *vocabulary.class_names)
     dataset = manifest.get("dataset")
     truth = find_ground_truth(options.gt, dataset)
-    match = _match(options, list(seeds), truth, dataset)
+    match = _match(options, list(cams), truth, dataset)
     half = bool(manifest.get("options", {}).get("paper"))
     sweep: _Sweep
     if options.alphas:
@@ -147,17 +224,17 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None,
         sweep = ThresholdSweep(len(names), settings, half=half)
     advance = start(len(match.ids) * (2 if each else 1)) if start else (lambda count: None)
 
-    def load(identifier: str) -> tuple[SeedMap, LabelMask]:
-        seed, mask = seeds[identifier], truth.read(identifier)
+    def load(identifier: str) -> tuple[Cam, LabelMask]:
+        cam, mask = cams[identifier], truth.read(identifier)
         check_labels(mask, len(names), f"{truth.name}/{identifier}", allow_ignore=True)
-        if mask.shape != seed.size:
+        if mask.shape != cam.size:
             if not options.resize_pred:
-                raise _size_error(identifier, seed.size, mask.shape)
-            seed = SeedMap(seed.id, seed.classes, seed.cam, (mask.shape[0], mask.shape[1]))
-        return seed, mask
+                raise _size_error(identifier, cam.size, mask.shape)
+            cam = Cam(cam.id, cam.classes, cam.maps, (mask.shape[0], mask.shape[1]))
+        return cam, mask
 
-    for seed, mask in _ahead(load, match.ids):
-        sweep.update(seed, mask)
+    for cam, mask in _ahead(load, match.ids):
+        sweep.update(cam, mask)
         advance(1)
     matrices = sweep.matrices()
     means = [score(matrix).miou for matrix in matrices]
@@ -169,29 +246,29 @@ def _evaluate_seeds(options: EvaluateOptions, seeds: Seeds, start: Start | None,
     else:
         report.threshold = sweep.settings[best]
     if each:
-        for seed, mask in _ahead(load, match.ids):
-            labels = _labels(seed, sweep.settings[best], power=bool(options.alphas), half=half)
-            each(seed.id, confusion(mask, labels, len(names)), mask, labels)
+        for cam, mask in _ahead(load, match.ids):
+            labels = _labels(cam, sweep.settings[best], power=bool(options.alphas), half=half)
+            each(cam.id, confusion(mask, labels, len(names)), mask, labels)
             advance(1)
     return report
 
 
-def _labels(seed: SeedMap, setting: float, *, power: bool, half: bool) -> LabelMask:
+def _labels(cam: Cam, setting: float, *, power: bool, half: bool) -> LabelMask:
     """Mask ``(H, W)`` of one image at one setting of a sweep, pixel for pixel as the sweep counts it."""
     if power:
-        return power_labels(seed, setting)
-    if len(seed.classes) == 0:
-        return np.zeros(seed.size, np.uint8)
+        return power_labels(cam, setting)
+    if len(cam.classes) == 0:
+        return np.zeros(cam.size, np.uint8)
     kind = np.float16 if half else np.float32
-    strongest, strength = strongest_class(seed, seed.upsampled().astype(kind))
+    strongest, strength = strongest_class(cam, cam.upsampled().astype(kind))
     edge = float(np.float16(setting)) if half else setting
     return np.where(strength.astype(np.float64) > edge, strongest, 0).astype(np.uint8)
 
 
-def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | None) -> EvaluateReport:
+def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: Each | None) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
-        raise UsageError(f"--threshold and --alpha apply to seeds; {options.prediction} holds finished masks")
-    manifest = read_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to
+        raise UsageError(f"--threshold and --alpha apply to CAMs; {options.prediction} holds finished masks")
+    manifest = read_label_mask_manifest(options.prediction) or {}  # masks of ours say what they hold and belong to
     if options.classes is not None:
         vocabulary = load_vocabulary(options.classes)
     elif "vocabulary" in manifest:
@@ -203,10 +280,10 @@ def _evaluate_masks(options: EvaluateOptions, start: Start | None, each: Each | 
         raise InputError(f"{options.prediction}: its manifest is damaged ('dataset' is no mapping)")
     if options.gt is None and dataset is None:
         raise UsageError("--gt: name the folder with the ground-truth masks")
-    predictions = MaskFolder(options.prediction)
+    predictions = LabelMaskFolder(options.prediction)
     predicted = sorted(predictions.ids())
     if not predicted:
-        raise InputError(f"{options.prediction}: neither seeds nor PNG masks in this folder")
+        raise InputError(f"{options.prediction}: neither CAMs nor PNG masks in this folder")
     names = ("background", *vocabulary.class_names)
     truth = find_ground_truth(options.gt, dataset)
     match = _match(options, predicted, truth, dataset)

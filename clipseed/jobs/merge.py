@@ -10,19 +10,19 @@ from typing import Any
 
 from clipseed.errors import StoreError, UsageError
 from clipseed.runtime.interrupt import interruptible
+from clipseed.store.cam_records import cam_format, classes_of
 from clipseed.store.differences import differences
 from clipseed.store.empty import EmptyLabel, EmptyLabels, EmptyList, listed_earlier, read_empty, stored_empty_maps
 from clipseed.store.files import replacing, storage_errors, write_text
 from clipseed.store.formats import format_of
 from clipseed.store.gather import gathered
+from clipseed.store.label_mask_writer import MANIFEST, read_label_mask_manifest
+from clipseed.store.label_masks import label_mask_note
 from clipseed.store.layout import RecordFormat
 from clipseed.store.manifest import Manifest, dumps
-from clipseed.store.mask_folder import MANIFEST, read_mask_manifest
-from clipseed.store.masks import mask_note
 from clipseed.store.places import located, noted
 from clipseed.store.record_file import RecordFile, write_portable
 from clipseed.store.record_set import UNIT_PATTERN
-from clipseed.store.records import classes_of, seed_format
 from clipseed.store.shards import WHOLE, left_without_mask, lock_output
 from clipseed.store.writer import without_input
 
@@ -59,7 +59,7 @@ def run_merge(sources: Sequence[Path], out: Path | None) -> MergeReport:
     folders = [path for path in sources if path.is_dir() and not any(path.glob(UNIT_PATTERN))]
     if folders:
         if len(folders) < len(sources):
-            raise UsageError("masks and seeds cannot be merged with each other")
+            raise UsageError("masks and CAMs cannot be merged with each other")
         return _merge_masks(folders, out)
     listed = [item for source in sources for item in read_empty(source)]
     files = [file for source in sources for file in _record_files(source)]
@@ -110,7 +110,7 @@ def _merge_records(paths: Sequence[Path], out: Path, listed: Sequence[EmptyLabel
                 if places.setdefault(key, path) != path:
                     _refuse_contradiction(file, row, places[key], form)
                     report.repeated += 1
-            if form.name == seed_format().name:
+            if form.name == cam_format().name:
                 empty = stored_empty_maps(file)
                 for row, key in enumerate(file.ids):
                     labels.setdefault(key, (classes_of(file, row).tolist(), empty.get(key, ())))
@@ -183,7 +183,7 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
     manifest: Manifest | None = None
     found: dict[Path, Path] = {}
     for folder in folders:
-        there = read_mask_manifest(folder)
+        there = read_label_mask_manifest(folder)
         if there is None or "vocabulary" not in there:
             raise StoreError(f"{folder}: neither units nor masks that clipseed made")
         manifest = _agreed(manifest, there, folder, report)
@@ -206,7 +206,7 @@ def _merge_masks(folders: Sequence[Path], out: Path) -> MergeReport:
                 with replacing(target) as temporary:
                     shutil.copyfile(path, temporary)
         write_text(out / MANIFEST, dumps(noted(manifest or {}, out)) + "\n")
-        notes = {name.with_suffix("").as_posix(): mask_note(path) for name, path in found.items()}
+        notes = {name.with_suffix("").as_posix(): label_mask_note(path) for name, path in found.items()}
         labels = {key: (note.classes, note.empty) for key, note in notes.items() if note.classes is not None}
         for folder in folders:  # images that shards left out have no mask
             labels = {**left_without_mask(folder), **labels}

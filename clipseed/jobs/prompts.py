@@ -21,8 +21,8 @@ from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
 from clipseed.defaults import CAM_MAX_SIDE, WEIGHTS, Precision
 from clipseed.errors import InputError, UsageError
-from clipseed.jobs.cam import Start
-from clipseed.jobs.features import Feature, FeatureOptions, cut_units, stream_features
+from clipseed.jobs.cam import StartOn
+from clipseed.runtime.features import Feature, FeatureOptions, cut_units, stream_features
 from clipseed.runtime.interrupt import interruptible
 from clipseed.store.files import write_text
 
@@ -95,7 +95,7 @@ class PromptReport:
         }
 
 
-def run_prompts(options: PromptOptions, start: Start | None = None) -> PromptReport:
+def run_prompts(options: PromptOptions, start: StartOn | None = None) -> PromptReport:
     """Rank prompt templates on a labelled data set.
 
     Images are encoded once; every template then costs one text encoding and one matrix product.
@@ -147,12 +147,12 @@ def _check(options: PromptOptions) -> None:
 
 
 def _encode(
-    clip: FrozenClip, image_set: ImageSet, samples: Sequence[Sample], options: PromptOptions, start: Start | None
+    clip: FrozenClip, image_set: ImageSet, samples: Sequence[Sample], options: PromptOptions, start: StartOn | None
 ) -> tuple[Tensor, list[tuple[int, ...]], list[tuple[str, str]]]:
     """Unit features ``(N, E)`` of the images that can be read, their labels, and the others with reasons."""
     found: list[Feature] = []
     run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
-    advance = start(image_set, len(samples), 0) if start else (lambda count, stats: None)
+    advance = start(image_set)(len(samples), 0) if start else (lambda count, stats: None)
     with interruptible(lambda: "interrupted; nothing was kept"):
         units = cut_units(samples, clip.tower.device)
         stats = stream_features(clip, image_set.reader, units, run, found.extend, advance)

@@ -1,14 +1,13 @@
-"""``clipseed refine``: read seeds, look at the images again, store refined seeds."""
+"""``clipseed refine``: read CAMs, look at the images again, store refined CAMs."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,64 +17,173 @@ from clipseed.clip.attention import patch_attention
 from clipseed.clip.model import FrozenClip, model_name, same_model, weights_location
 from clipseed.data.dataset import relocated
 from clipseed.data.vocabulary import parse_vocabulary
+from clipseed.defaults import (
+    BOX_THRESHOLD,
+    COCO_BOX_THRESHOLD,
+    PAR_DILATIONS,
+    PAR_ITERATIONS,
+    PAR_POSITION_WEIGHT,
+    PAR_SHARPNESS,
+    PATCH_TEMPERATURE,
+)
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
-from clipseed.jobs.engine import (
+from clipseed.refine.affinity import balance
+from clipseed.refine.caa import CaaOptions, caa, spread_within_boxes
+from clipseed.refine.distribution import distribution_affinity
+from clipseed.refine.par import refine_par
+from clipseed.runtime.images import (
     LARGE_IMAGE,
     ImageLoader,
     LoadedImage,
     LoadedViews,
-    Loading,
     ViewLoader,
     batches_in_flight,
+    cam_sample,
     dealt_unit,
     decode_ahead,
     default_workers,
-    earlier_in_seeds,
+    earlier_in_cams,
     misfit,
     one_by_one,
-    open_engine,
     recorded_reader,
-    refuse_if_nothing,
-    seed_sample,
     stacked,
     token_budget,
     unit_size_for,
 )
-from clipseed.jobs.refine_options import (
-    RefineOptions,
-    RefineReport,
-    Start,
-    caa_manifest,
-    caa_options,
-    check,
-    default_out,
-    refine_manifest,
-)
-from clipseed.refine.affinity import balance
-from clipseed.refine.caa import caa, spread_within_boxes
-from clipseed.refine.distribution import distribution_affinity
-from clipseed.refine.par import refine_par
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, Task
-from clipseed.runtime.work import Engine, Work
+from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Deferred, Work
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import CamSet
 from clipseed.store.files import freshen
-from clipseed.store.manifest import Manifest
-from clipseed.store.reader import Seeds
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.writer import recorded_manifest
+
+Method = Literal["caa", "js", "par"]
+
+
+@dataclass(frozen=True)
+class ParOptions:
+    """Constants of pixel-adaptive refinement (:func:`~clipseed.refine.par.refine_par`)."""
+
+    iterations: int = PAR_ITERATIONS
+    dilations: tuple[int, ...] = PAR_DILATIONS
+    sharpness: float = PAR_SHARPNESS
+    position_weight: float = PAR_POSITION_WEIGHT
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """Everything ``clipseed refine`` can be told.
+
+    Attributes:
+        source: The CAMs to refine; images, model and vocabulary are those they were made with.
+        box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
+        paper: Reproduce the released code; ``None``: as the CAMs were made.
+        images, root, weights: Where the images, their data set and the weights are now, if they have moved.
+    """
+
+    method: Method
+    source: Path
+    out: Path | None = None
+    images: Path | None = None
+    root: Path | None = None
+    weights: str | None = None
+    box_threshold: float | None = None
+    caa: CaaOptions = field(default_factory=CaaOptions)
+    temperature: float = PATCH_TEMPERATURE
+    par: ParOptions = field(default_factory=ParOptions)
+    paper: bool | None = None
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(kw_only=True)
+class RefineReport(RunReport):
+    """What a run did."""
+
+    source: Path
+
+
+def default_out(source: Path, method: str) -> Path:
+    """``cams.h5`` refined by ``caa`` is ``cams-caa.h5``."""
+    named = source if source.name not in {"", ".."} else source.resolve()
+    return named.with_name(f"{named.stem}-{method}{named.suffix}")
+
+
+def caa_options(chosen: CaaOptions, box_threshold: float | None, classes: str, paper: bool) -> CaaOptions:
+    """Fill in what depends on the data set (named by its vocabulary) and on ``--paper``.
+
+    Raises:
+        UsageError: a constant means nothing.
+    """
+    threshold = box_threshold
+    if threshold is None:
+        threshold = COCO_BOX_THRESHOLD if classes.startswith("coco") else BOX_THRESHOLD
+    if not 0 <= threshold < 1:
+        raise UsageError(f"--box-threshold {threshold}: give a share of the peak from 0 to below 1")
+    for name, value, least, most in (
+        ("layers", chosen.layers, 1, 1000), ("rounds", chosen.rounds, 0, 1000), ("power", chosen.power, 1, 100),
+    ):  # fmt: skip
+        if not least <= value <= most:
+            raise UsageError(f"--{name} {value}: give a number from {least} to {most}")
+    return replace(chosen, box_threshold=threshold, released=paper)
+
+
+def refine_manifest(
+    method: str, options: dict[str, Any], source: Manifest, model: dict[str, Any], weights: str,
+    made_from: Path | None = None,
+) -> Manifest:  # fmt: skip
+    """What decides refined CAMs: the constants, and everything that decided the CAMs they were made from.
+
+    ``made_from`` is where those are, if they were stored at all.
+    """
+    kept = {key: source["options"].get(key) for key in ("paper", "exif", "max_side", "min_side")}
+    return {
+        "kind": "refine",
+        "method": method,
+        "options": {**kept, **options},
+        "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
+        "model": model,
+        "weights": weights,
+        "max_pixels": source.get("max_pixels"),
+        "vocabulary": source["vocabulary"],
+        "dataset": source["dataset"],
+        **({"input": str(made_from.resolve())} if made_from else {}),
+        "versions": package_versions(),
+    }
+
+
+def caa_manifest(chosen: CaaOptions) -> dict[str, Any]:
+    """The constants of CAA as a manifest has them."""
+    return {**{key: value for key, value in asdict(chosen).items() if key != "released"}, "paper": chosen.released}
+
+
+def check(options: RefineOptions) -> None:
+    """Raise UsageError for options that mean nothing."""
+    par = options.par
+    if not 1 <= par.iterations <= 1000:
+        raise UsageError(f"--iterations {par.iterations}: give a number from 1 to 1000")
+    if not par.dilations or any(not 1 <= step <= 1000 for step in par.dilations):
+        raise UsageError("--dilations: give distances in pixels, such as 1,2,4,8,12,24")
+    if not 1e-3 <= par.sharpness <= 1e3 or not 0 <= par.position_weight <= 1e3:
+        raise UsageError("--sharpness and --position-weight: give positive numbers (0.3 and 0.01 in the paper)")
+    if not 1e-4 <= options.temperature <= 100:
+        raise UsageError(f"--temperature {options.temperature}: give a number from 0.0001 to 100")
+    options.run.check()
+
 
 _PIXEL_UNIT = 64
 """Maps of pixels are large: no more of them are held at once, whatever the device."""
 
 
 def run_refine(options: RefineOptions, start: Start | None = None, loading: Loading | None = None) -> RefineReport:
-    """Refine seeds; resumes what an earlier run began.
+    """Refine CAMs; resumes what an earlier run began.
 
     Args:
         options: What to do.
-        start: Called with the number of images to do and done; returns the progress callback.
+        start: Begins to show progress.
         loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
@@ -85,61 +193,34 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
     out = options.out or default_out(options.source, options.method)
     if out.resolve() == options.source.resolve():
         raise UsageError(f"--out {out}: is the file that is being refined")
-    with Seeds(options.source) as seeds, contextlib.closing(_open(options, out, seeds, loading)) as engine:
-        began = time.perf_counter()
-        about = engine.about
-        source = relocated(seeds.manifest, options.images, options.root)
+    with CamSet(options.source) as cams, contextlib.closing(_open(options, out, cams, loading)) as engine:
+        about, shard = engine.about, options.run.shard
+        source = relocated(cams.manifest, options.images, options.root)
         manifest = refine_manifest(
             options.method, about["constants"], source, about["model"], about["weights"], options.source
         )
-        dtype = "float32" if seeds.manifest["options"].get("paper") else "float16"
-        unit = dealt_unit(about["unit"], len(seeds), options.shard.count * engine.hands)
-        with SeedWriter(
-            out, manifest, dtype, unit, overwrite=options.overwrite, shard=options.shard,
-            earlier=earlier_in_seeds(seeds),
-        ) as writer:  # fmt: skip
-            writer.forget_unlike({key: tuple(seeds.classes(key).tolist()) for key in seeds})
-            writer.follow(seeds.keys(), seeds.stamp)
-            mine = writer.own(list(seeds))
-            found = len(writer.done.intersection(mine))
-            tasks = [
-                Task(unit.index, tuple(seed_sample(seeds, key) for key in unit.ids))
-                for unit in writer.units(list(seeds))
-            ]
-            todo = sum(len(task.samples) for task in tasks)
-            hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
-            with interruptible(lambda: hint):
-                advance = start(todo, found) if start else None
-                stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done, options.shard)
-            with interruptible(lambda: f"interrupted while finishing {out}; run the same command again"):
-                finished = writer.finish(list(seeds), stats.skipped)
+        dtype = "float32" if cams.manifest["options"].get("paper") else "float16"
+        unit = dealt_unit(about["unit"], len(cams), shard.count * engine.hands)
+        with CamWriter(
+            out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_cams(cams)
+        ) as writer:
+            writer.forget_unlike({key: tuple(cams.classes(key).tolist()) for key in cams})
+            writer.follow(cams.keys(), cams.stamp)
+            done = run(engine, writer, [cam_sample(cams, key) for key in cams], start, shard=shard)
         freshen(out, options.source)
-        return RefineReport(
-            source=options.source,
-            out=out,
-            total=len(mine),
-            found=found,
-            stats=stats,
-            seconds=time.perf_counter() - began,
-            device=about["device"],
-            notes=writer.notes,
-            skipped_file=finished.skipped_file,
-            open_shards=finished.open_shards,
-            empty=finished.empty,
-        )
+        return RefineReport(**vars(done), source=options.source)
 
 
-def _open(options: RefineOptions, out: Path, seeds: Seeds, loading: Loading | None) -> Engine[SeedMap]:
+def _open(options: RefineOptions, out: Path, cams: CamSet, loading: Loading | None) -> Deferred[Cam]:
     """What can be refused is refused here, before workers start."""
-    if options.method != "par" and seeds.manifest["method"] in ("par", "dense-crf"):
+    if options.method != "par" and cams.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
     if options.method == "par":
-        return open_engine(partial(_Par, options), options.cluster)
-    about = None if options.overwrite else _known(options, out, seeds.manifest)
-    _, name, weights = _settings(options, seeds.manifest)
+        return open_engine(partial(_Par, options), options.run.cluster)
+    about = None if options.run.overwrite else _known(options, out, cams.manifest)
+    _, name, weights = _settings(options, cams.manifest)
     say = partial(loading, model_name(name, weights)) if loading else None
-    return open_engine(partial(_Spreading, options), options.cluster, about, say)
+    return open_engine(partial(_Spreading, options), options.run.cluster, about, say)
 
 
 def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any] | None:
@@ -150,10 +231,10 @@ def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any
     paper, name, weights = _settings(options, source)
     recorded = there["model"]
     if recorded.get("sha256") != source["model"].get("sha256") or not same_model(
-        recorded, name, weights, options.device, options.precision, released_rounding=paper
+        recorded, name, weights, options.run.device, options.run.precision, released_rounding=paper
     ):
         return None
-    device = pick_device(options.device)
+    device = pick_device(options.run.device)
     return {
         "constants": _constants(options, source, paper),
         "model": recorded,
@@ -176,10 +257,10 @@ def _constants(options: RefineOptions, source: Manifest, paper: bool) -> dict[st
     return caa_manifest(caa) | ({"temperature": options.temperature} if options.method == "js" else {})
 
 
-class _Refinement(Work[Any, SeedMap]):
-    """What the refinements share: streaming the images of stored seeds.
+class _Refinement(Work[Any, Cam]):
+    """What the refinements share: streaming the images of stored CAMs.
 
-    Seeds are opened again by whoever works on them, because workers of a cluster are other processes.
+    CAMs are opened again by whoever works on them, because workers of a cluster are other processes.
     """
 
     device: torch.device
@@ -187,26 +268,26 @@ class _Refinement(Work[Any, SeedMap]):
     def __init__(self, options: RefineOptions, device: torch.device) -> None:
         super().__init__()
         self.options, self.device = options, device
-        self.seeds = Seeds(options.source, verify=False)
-        self.reader = recorded_reader(relocated(self.seeds.manifest, options.images, options.root))
-        self.workers = options.workers if options.workers is not None else default_workers(device)
+        self.cams = CamSet(options.source, verify=False)
+        self.reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
+        self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
         self.ahead = decode_ahead(device, self.workers)
         self.queue = batches_in_flight(device)
-        self.batch = BatchSize(options.batch_size, token_budget(device))
+        self.batch = BatchSize(options.run.batch_size, token_budget(device))
 
-    def refined(self, items: Sequence[Any], seeds: list[SeedMap]) -> list[SeedMap]:
-        """Refine images that fit their seeds."""
+    def refined(self, items: Sequence[Any], cams: list[Cam]) -> list[Cam]:
+        """Refine images that fit their CAMs."""
         raise NotImplementedError
 
-    def compute(self, items: Sequence[Any]) -> list[SeedMap | ImageError]:
-        """Refine a batch, leaving out images that do not fit their seeds."""
-        seeds = [self.seeds[item.sample.id] for item in items]
-        found: list[SeedMap | ImageError | None] = [
-            misfit(seed, item.size, item.stamp) for seed, item in zip(seeds, items, strict=True)
+    def compute(self, items: Sequence[Any]) -> list[Cam | ImageError]:
+        """Refine a batch, leaving out images that do not fit their CAMs."""
+        cams = [self.cams[item.sample.id] for item in items]
+        found: list[Cam | ImageError | None] = [
+            misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(found) if problem is None]
         if fit:
-            results = self.refined([items[k] for k in fit], [seeds[k] for k in fit])
+            results = self.refined([items[k] for k in fit], [cams[k] for k in fit])
             for k, result in zip(fit, results, strict=True):
                 found[k] = result
         return [result for result in found if result is not None]
@@ -216,12 +297,12 @@ class _Spreading(_Refinement):
     """CAA and the class-distribution affinity: maps spread between patches."""
 
     def __init__(self, options: RefineOptions) -> None:
-        with Seeds(options.source, verify=False) as seeds:
-            source = seeds.manifest
+        with CamSet(options.source, verify=False) as cams:
+            source = cams.manifest
         paper, name, weights = _settings(options, source)
         self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
         self._constants = _constants(options, source, paper)
-        self.clip = FrozenClip.load(name, weights, options.device, options.precision, released_rounding=paper)
+        self.clip = FrozenClip.load(name, weights, options.run.device, options.run.precision, released_rounding=paper)
         if self.clip.info.sha256 != source["model"]["sha256"]:
             raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
         super().__init__(options, self.clip.tower.device)
@@ -241,27 +322,27 @@ class _Spreading(_Refinement):
     @property
     def loader(self) -> ViewLoader:
         """Decodes images as the maps were made from them."""
-        recorded = self.seeds.manifest["options"]
+        recorded = self.cams.manifest["options"]
         limits = (int(recorded.get("max_side") or 0), int(recorded.get("min_side") or 0))
         return ViewLoader(self.reader, self.clip.tower.patch, (1.0,), *limits)
 
-    def refined(self, items: Sequence[LoadedViews], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedViews], cams: list[Cam]) -> list[Cam]:
         """Spread maps along attention."""
-        if not len(seeds[0].classes):
-            return seeds
-        for item, seed in zip(items, seeds, strict=True):
-            if seed.cam.shape[1:] != item.grid:
+        if not len(cams[0].classes):
+            return cams
+        for item, cam in zip(items, cams, strict=True):
+            if cam.maps.shape[1:] != item.grid:
                 raise InputError(f"{item.sample.id}: its maps are not on the patch grid of the model")
         pixels = stacked([item.views[0] for item in items], self.device)
-        cams = [torch.from_numpy(seed.cam) for seed in seeds]
-        maps = self._maps(self.clip, pixels, cams)
+        raw = [torch.from_numpy(cam.maps) for cam in cams]
+        maps = self._maps(self.clip, pixels, raw)
         broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
         if broken and self.clip.exact is not self.clip:
             self.counters["recomputed"] += len(broken)
-            again = self._maps(self.clip.exact, pixels[broken], [cams[k] for k in broken])
+            again = self._maps(self.clip.exact, pixels[broken], [raw[k] for k in broken])
             for k, found in zip(broken, again, strict=True):
                 maps[k] = found
-        return [replace(seed, cam=found.nan_to_num(0.0).numpy()) for seed, found in zip(seeds, maps, strict=True)]
+        return [replace(cam, maps=found.nan_to_num(0.0).numpy()) for cam, found in zip(cams, maps, strict=True)]
 
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
         attention = patch_attention(clip.tower, pixels, self.caa.layers)
@@ -276,12 +357,12 @@ class _Par(_Refinement):
     """Pixel-adaptive refinement: maps follow the colours of the image, at its full size."""
 
     def __init__(self, options: RefineOptions) -> None:
-        super().__init__(options, pick_device(options.device))
-        self.one_by_one = None if options.batch_size else one_by_one(self.device, LARGE_IMAGE)
+        super().__init__(options, pick_device(options.run.device))
+        self.one_by_one = None if options.run.batch_size else one_by_one(self.device, LARGE_IMAGE)
 
     def about(self) -> dict[str, Any]:
         """Constants, the model that the maps come from, device, and images per unit."""
-        source, par = self.seeds.manifest, self.options.par
+        source, par = self.cams.manifest, self.options.par
         return {
             "constants": {**asdict(par), "dilations": list(par.dilations)},
             "model": source["model"],
@@ -295,11 +376,11 @@ class _Par(_Refinement):
         """Decodes images at their own size."""
         return ImageLoader(self.reader)
 
-    def refined(self, items: Sequence[LoadedImage], seeds: list[SeedMap]) -> list[SeedMap]:
+    def refined(self, items: Sequence[LoadedImage], cams: list[Cam]) -> list[Cam]:
         """Let maps follow colours."""
-        if not len(seeds[0].classes):
-            return seeds
-        maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(seed.upsampled()) for seed in seeds], batch_first=True)
+        if not len(cams[0].classes):
+            return cams
+        maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(cam.upsampled()) for cam in cams], batch_first=True)
         pixels = stacked([item.pixels for item in items], self.device)
         par = self.options.par
         refined = refine_par(
@@ -307,4 +388,4 @@ class _Par(_Refinement):
         )
         refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
         found = refined.clamp_(0, 1).cpu().numpy()
-        return [replace(seed, cam=rows[: len(seed.classes)]) for seed, rows in zip(seeds, found, strict=True)]
+        return [replace(cam, maps=rows[: len(cam.classes)]) for cam, rows in zip(cams, found, strict=True)]

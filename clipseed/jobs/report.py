@@ -13,14 +13,13 @@ from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.types import check_id
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import ImageError, StoreError, UsageError
-from clipseed.jobs.evaluate import Start, evaluate, holds_masks
-from clipseed.jobs.evaluate_options import EvaluateOptions, EvaluateReport
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate, holds_masks
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.page import Entry, render_page
+from clipseed.store.cams import CamSet
 from clipseed.store.files import write_text
+from clipseed.store.label_mask_writer import read_label_mask_manifest
 from clipseed.store.manifest import Manifest
-from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.reader import Seeds
 
 MOST_SHOWN = 200
 """Most images of a kind; each takes about 120 kB of the page."""
@@ -31,7 +30,7 @@ class ReportOptions:
     """Everything ``clipseed report`` can be told.
 
     Attributes:
-        inputs: Seeds or folders of masks.
+        inputs: CAMs or folders of masks.
         scoring: How to score them; its ``prediction`` is replaced by each input in turn.
         out: The HTML file.
         images: Folder of the images, instead of what an input itself says.
@@ -80,7 +79,7 @@ def _shown(examples: list[Example]) -> list[dict[str, Any]]:
     return [{"id": example.id, "miou": example.score} for example in examples]
 
 
-def write_report(options: ReportOptions, start: Callable[[str], Start] | None = None) -> ReportResult:
+def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | None = None) -> ReportResult:
     """Score every input and write the page about them.
 
     Args:
@@ -98,7 +97,7 @@ def write_report(options: ReportOptions, start: Callable[[str], Start] | None = 
     for path, name in zip(options.inputs, names, strict=True):
         scoring = replace(options.scoring, prediction=path)
         if holds_masks(path) and not all_masks:
-            scoring = replace(scoring, threshold=None, alphas=())  # they are for the seeds beside the masks
+            scoring = replace(scoring, threshold=None, alphas=())  # they are for the CAMs beside the masks
         gallery = Gallery(options.worst, options.best)
         report = evaluate(scoring, start(name) if start else None, gallery.add)
         result.reports.append(report)
@@ -109,7 +108,7 @@ def write_report(options: ReportOptions, start: Callable[[str], Start] | None = 
 
 def _check(options: ReportOptions) -> None:
     if not options.inputs:
-        raise UsageError("name at least one seeds file or mask folder")
+        raise UsageError("name at least one CAM file or folder of label masks")
     for name, count in (("--worst", options.worst), ("--best", options.best)):
         if not 0 <= count <= MOST_SHOWN:
             raise UsageError(f"{name} {count}: give a number from 0 to {MOST_SHOWN}")
@@ -192,11 +191,11 @@ def _some(ids: list[str], count: int = 5) -> str:
 
 
 def _manifest(path: Path) -> Manifest | None:
-    """The manifest of seeds, or the one beside masks; ``None`` when there is none that can be read."""
+    """The manifest of CAMs, or the one beside masks; ``None`` when there is none that can be read."""
     if not holds_masks(path):
-        with Seeds(path, verify=False) as seeds:
-            return seeds.manifest
-    return read_mask_manifest(path)
+        with CamSet(path, verify=False) as cams:
+            return cams.manifest
+    return read_label_mask_manifest(path)
 
 
 class _Images:
@@ -232,8 +231,8 @@ def _image_set(images: Path | None, truth: str, manifest: Manifest | None) -> di
         return {"images": str(images)}
     dataset = (manifest or {}).get("dataset")
     if isinstance(dataset, dict) and dataset.get("name") == "toy":
-        seed = str(dataset.get("toy_seed") or 0)
-        return {"name": "toy", "toy_seed": seed} if seed.isdecimal() and len(seed) < 20 else None
+        cam = str(dataset.get("toy_seed") or 0)
+        return {"name": "toy", "toy_seed": cam} if cam.isdecimal() and len(cam) < 20 else None
     if isinstance(dataset, dict) and dataset.get("images"):
         return dataset
     if truth.startswith("toy:"):

@@ -3,49 +3,286 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 
+from clipseed.data.dataset import relocated
+from clipseed.data.image_listing import ImageListing, ListingOptions, list_data_set
+from clipseed.data.paths import is_file, is_folder
+from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
+from clipseed.defaults import SAM_MAX_SIDE, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.device import pick_device
-from clipseed.errors import ClipseedError, ImageError
-from clipseed.jobs.engine import (
-    Loading,
+from clipseed.errors import ClipseedError, ImageError, InputError, UsageError, WeightsError
+from clipseed.formats.open import SegmentSource, imported_masks, open_segments
+from clipseed.pseudo.prompted_segments import prompted_masks
+from clipseed.runtime.images import (
     batches_in_flight,
+    cam_sample,
     default_workers,
     misfit,
     one_by_one,
-    open_engine,
-    refuse_if_nothing,
+    recorded_reader,
 )
-from clipseed.jobs.sam_loading import ExistingLoader, LoadedForSam, ShrinkingLoader, Stored, existing_masks
-from clipseed.jobs.sam_options import (
-    SamMasksOptions,
-    SamMasksReport,
-    Start,
-    check,
-    find_checkpoint,
-    find_images,
-    masks_manifest,
-)
-from clipseed.pseudo.prompted_segments import prompted_masks
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import BatchSize, Task
-from clipseed.runtime.work import Work
-from clipseed.sam.backend import Embedding
+from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Done, Work
+from clipseed.sam.backend import Embedding, fitted_size
 from clipseed.sam.generator import Limits, generate
 from clipseed.sam.load import load_sam, same_sam
 from clipseed.sam.model_backend import ModelBackend
-from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals
-from clipseed.store.reader import Seeds
+from clipseed.sam.options import FMA, STOCK, ProposalOptions
+from clipseed.store.cams import CamSet
+from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.segment_records import SegmentRecord, pack_segments, segment_format
 from clipseed.store.writer import RecordWriter, recorded_manifest
+
+TOY = "toy"
+PRESETS: dict[SamPreset, ProposalOptions] = {"fma": FMA, "stock": STOCK}
+_TOY_WEIGHTS = Path(__file__).parents[1] / "data" / "toy" / "weights" / "sam.npz"
+_WHERE = (
+    "Meta's are sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth and sam_vit_h_4b8939.pth, at "
+    "https://dl.fbaipublicfiles.com/segment_anything/NAME"
+)
+
+
+@dataclass(frozen=True)
+class SamMasksOptions:
+    """Everything ``clipseed sam-masks`` can be told.
+
+    Attributes:
+        out: ``NAME.h5`` or a folder.
+        data: A data set; ``None`` takes the images of ``CAMs``.
+        CAMs: CAMs whose images are meant, and whose maps prompt SAM.
+        images, root: Where the images of the CAMs, or their data set, are now, if they have moved.
+        checkpoint: SAM's weights, or ``toy``; ``None``: ``toy`` for the toy set, else it is missing.
+        model: ``auto``, or the size that the checkpoint must have.
+        factory: ``module:function`` that makes another model, see :func:`~clipseed.sam.load.load_sam`.
+        proposals: Settings of the grid.
+        max_side: Longer images are shrunk to it first, and their masks have that size; 0: never.
+        existing: Masks that exist already, taken instead of a model's.
+        existing_kind: Their format.
+        prompt: Ask for the classes of the CAMs instead of everything.
+        run: Its batch size is that of images encoded at once with ``prompt``.
+    """
+
+    out: Path
+    data: ListingOptions | None = None
+    cams: Path | None = None
+    images: Path | None = None
+    root: Path | None = None
+    checkpoint: str | None = None
+    model: SamModel = "auto"
+    factory: str | None = None
+    proposals: ProposalOptions = FMA
+    max_side: int = SAM_MAX_SIDE
+    existing: Path | None = None
+    existing_kind: SegmentFormat = "auto"
+    prompt: SamPrompt | None = None
+    run: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def model_name(self) -> str:
+        """The model, for people."""
+        return f"SAM ({self.factory or Path(self.checkpoint or TOY).name})"
+
+    @property
+    def method(self) -> str:
+        """Where masks come from: ``grid``, ``points``, ``boxes`` or ``import``."""
+        return "import" if self.existing is not None else self.prompt or "grid"
+
+
+@dataclass(kw_only=True)
+class SamMasksReport(RunReport):
+    """What a run did."""
+
+    @property
+    def masks(self) -> int:
+        """Masks made in this run."""
+        return self.stats.counters["masks"]
+
+    @property
+    def per_image(self) -> float:
+        """Masks per image of this run."""
+        return self.masks / max(1, self.stats.computed)
+
+
+def proposal_options(preset: SamPreset, **overrides: Any) -> ProposalOptions:
+    """A preset with some of its values replaced; ``None`` keeps the preset's.
+
+    Raises:
+        UsageError: an impossible value.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        if not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-').removeprefix('pred-')} {value}: give a number")
+    return replace(PRESETS[preset], **given)
+
+
+def check(options: SamMasksOptions) -> None:
+    """Raise :class:`~clipseed.errors.UsageError` for what cannot be meant."""
+    if (options.data is None) == (options.cams is None):
+        raise UsageError("images come from --dataset or from --seeds; give one of them")
+    if options.prompt and options.cams is None:
+        raise UsageError(f"--prompt {options.prompt} needs --seeds, the maps to take prompts from")
+    if options.existing is not None and (options.prompt or options.checkpoint or options.factory):
+        raise UsageError("--import takes masks as they are; --checkpoint, --sam-factory and --prompt need a model")
+    if options.run.batch_size is not None and (options.run.batch_size < 1 or not options.prompt):
+        raise UsageError("--batch-size: auto or a number from 1, with --prompt; otherwise see --points-per-batch")
+    options.run.check()
+    if options.max_side < 0:
+        raise UsageError("--max-side: give a number of pixels, or 0 for no limit")
+
+
+def find_checkpoint(options: SamMasksOptions, dataset: str) -> Path | None:
+    """The file of SAM's weights; ``None`` where a factory needs none.
+
+    Raises:
+        UsageError: none is named.
+        WeightsError: it is not there.
+    """
+    named = options.checkpoint or (TOY if dataset == TOY and not options.factory else None)
+    if named is None:
+        if options.factory:
+            return None
+        raise UsageError(f"--checkpoint FILE: name SAM's weights. {_WHERE}")
+    path = _TOY_WEIGHTS if named == TOY else Path(named)
+    if not (is_file(path) or (options.factory and is_folder(path))):  # what a factory reads is its own matter
+        raise WeightsError(f"--checkpoint {named}: no such file. {_WHERE}")
+    return path
+
+
+def find_images(options: SamMasksOptions) -> tuple[ImageListing, Manifest | None]:
+    """The images, and the manifest of the CAMs that they come from.
+
+    Raises:
+        ClipseedError: data set or CAMs are missing, malformed or damaged.
+    """
+    if options.data is not None:
+        return list_data_set(options.data), None
+    assert options.cams is not None
+    with CamSet(options.cams) as cams:
+        manifest = relocated(cams.manifest, options.images, options.root)
+        samples = tuple(cam_sample(cams, key) for key in cams)
+    reader = recorded_reader(manifest)
+    exif = bool(manifest["options"].get("exif"))
+    return ImageListing(samples, reader, dict(manifest["dataset"]), exif, manifest.get("max_pixels")), manifest
+
+
+def masks_manifest(
+    options: SamMasksOptions, images: ImageListing, cams: Manifest | None, about: dict[str, Any]
+) -> Manifest:
+    """Everything that decides the masks, and where the images are."""
+    settings: dict[str, Any] = {"exif": images.exif}
+    source: dict[str, Any] = {}
+    if options.method != "import":
+        settings["max_side"] = options.max_side
+    if options.method == "grid":
+        settings |= options.proposals.manifest()
+    elif options.prompt:
+        settings["stability_offset"] = options.proposals.stability_offset
+        settings["min_region_area"] = options.proposals.min_region_area
+        assert cams is not None
+        source = {key: cams[key] for key in ("kind", "method", "options", "model", "source") if key in cams}
+    elif options.existing is not None:
+        source = imported_masks(options.existing, options.existing_kind)
+    return {
+        "kind": "sam-masks",
+        "method": options.method,
+        "options": settings,
+        "source": source,
+        "model": about["model"],
+        "weights": about["weights"],
+        "max_pixels": images.max_pixels,
+        "vocabulary": cams["vocabulary"] if cams and options.prompt else {},
+        "dataset": images.dataset,
+        **({"input": str(options.cams.resolve())} if options.cams is not None else {}),
+        "versions": package_versions(),
+    }
+
+
+@dataclass(frozen=True)
+class LoadedForSam:
+    """A decoded image, shrunk to what SAM sees of it: ``(h, w, 3)`` uint8."""
+
+    sample: Sample
+    size: tuple[int, int]
+    pixels: npt.NDArray[np.uint8]
+    stamp: FileStamp = UNKNOWN
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Images of all sizes are encoded together."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """Each is as much work as any other, because SAM's input has one size."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ShrinkingLoader:
+    """Decodes a sample, and shrinks what is longer than ``max_side`` as SAM itself would; runs in worker processes."""
+
+    reader: ImageReader
+    max_side: int
+
+    def __call__(self, sample: Sample) -> LoadedForSam:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        stamp = file_stamp(self.reader.file(sample))
+        image = self.reader(sample)
+        size = (image.height, image.width)
+        if self.max_side and max(size) > self.max_side:
+            height, width = fitted_size(size, self.max_side)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return LoadedForSam(sample, size, np.asarray(image).copy(), stamp)
+
+
+@lru_cache(maxsize=2)
+def existing_masks(path: Path, kind: SegmentFormat) -> SegmentSource:
+    """Opened once per worker process."""
+    return open_segments(path, kind)
+
+
+@dataclass(frozen=True)
+class ExistingLoader:
+    """Reads an image's masks from files, after looking at the image for its size; runs in worker processes."""
+
+    reader: ImageReader
+    path: Path
+    kind: SegmentFormat
+
+    def __call__(self, sample: Sample) -> Done[SegmentRecord]:
+        """Read and compress one image's masks.
+
+        Raises:
+            ImageError: image or masks are missing, damaged, or do not fit each other.
+        """
+        stamp = file_stamp(self.reader.file(sample))
+        image = self.reader(sample)
+        size = (image.height, image.width)
+        try:
+            proposals = existing_masks(self.path, self.kind).read(sample.id, size)
+        except InputError as error:  # one damaged file is no reason to stop
+            raise ImageError(str(error)) from error
+        return Done(replace(pack_segments(sample.id, size, proposals), stamp=stamp))
+
 
 _UNIT_SIZE = {"cpu": 8}
 _GPU_UNIT_SIZE = 32
@@ -61,7 +298,7 @@ def run_sam_masks(
 
     Args:
         options: What to do.
-        start: Called with the number of images to do and done; returns the progress callback.
+        start: Begins to show progress.
         loading: Called before a model is loaded; when there is nothing to do, none is.
 
     Raises:
@@ -69,45 +306,22 @@ def run_sam_masks(
             reported instead.
     """
     check(options)
-    images, seeds = find_images(options)
+    images, cams = find_images(options)
     recipe = MasksRecipe(options, images.reader, str(images.dataset.get("name")))
     say = partial(loading, options.model_name) if loading and options.existing is None else None
-    with contextlib.closing(open_engine(recipe, options.cluster, recipe.known(), say)) as engine:
-        about = engine.about
-        manifest = masks_manifest(options, images, seeds, about)
-        began = time.perf_counter()
+    with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
+        about, shard = engine.about, options.run.shard
+        manifest = masks_manifest(options, images, cams, about)
         with RecordWriter(
-            options.out, manifest, mask_format(), about["unit"], overwrite=options.overwrite, shard=options.shard
+            options.out, manifest, segment_format(), about["unit"], overwrite=options.run.overwrite, shard=shard
         ) as writer:
-            samples = {sample.id: sample for sample in images.samples}
-            ids = list(samples)
-            writer.forget_replaced({key: images.reader.file(samples[key]) for key in writer.done & samples.keys()})
-            if seeds is not None and options.seeds is not None:
-                with Seeds(options.seeds, verify=False) as source:
+            files = {sample.id: images.reader.file(sample) for sample in images.samples if sample.id in writer.done}
+            writer.forget_replaced(files)
+            if cams is not None and options.cams is not None:
+                with CamSet(options.cams, verify=False) as source:
                     writer.follow(source.keys(), source.stamp)
-            mine = writer.own(ids)
-            found = len(writer.done.intersection(mine))
-            tasks = [Task(unit.index, tuple(samples[key] for key in unit.ids)) for unit in writer.units(ids)]
-            advance = start(sum(len(task.samples) for task in tasks), found) if start else None
-            hint = f"interrupted; run the same command again to go on ({writer.folder} has what is done)"
-            with interruptible(lambda: hint):
-                stats = engine.run(tasks, lambda task, records: writer.write(task.index, records), advance)
-            refuse_if_nothing(stats, writer.done, options.shard)
-            with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-                finished = writer.finish(ids, stats.skipped)
-    report = SamMasksReport(
-        out=options.out,
-        total=len(mine),
-        found=found,
-        stats=stats,
-        seconds=time.perf_counter() - began,
-        model=about["model"],
-        device=about["device"],
-        notes=writer.notes,
-        skipped_file=finished.skipped_file,
-        open_shards=finished.open_shards,
-    )
-    if stats.counters["cramped"]:
+            report = SamMasksReport(**vars(run(engine, writer, images.samples, start, shard=shard)))
+    if report.stats.counters["cramped"]:
         report.notes.append("out of memory; went on with fewer points at once (--points-per-batch)")
     return report
 
@@ -123,16 +337,20 @@ class MasksRecipe:
     def known(self) -> dict[str, Any] | None:
         """What the work would say of itself, if the output that is there was made with the same model."""
         options = self.options
-        there = None if options.overwrite or options.existing or options.factory else recorded_manifest(options.out)
+        there = None if options.run.overwrite or options.existing or options.factory else recorded_manifest(options.out)
         if there is None or not isinstance(there.get("model"), dict):
             return None
-        checkpoint, device, model = find_checkpoint(options, self.dataset), pick_device(options.device), there["model"]
+        checkpoint, device, model = (
+            find_checkpoint(options, self.dataset),
+            pick_device(options.run.device),
+            there["model"],
+        )
         named = None if options.model == "auto" else options.model
-        if not same_sam(model, checkpoint, device, precision=options.precision, size=named):
+        if not same_sam(model, checkpoint, device, precision=options.run.precision, size=named):
             return None
         return _about_model(model, checkpoint, device)
 
-    def __call__(self) -> Work[Any, MaskRecord]:
+    def __call__(self) -> Work[Any, SegmentRecord]:
         """Load it."""
         if self.options.existing is not None:
             return _Existing(self)
@@ -149,18 +367,18 @@ def _about_model(model: dict[str, Any], checkpoint: Path | None, device: torch.d
     }
 
 
-class _Masks(Work[Any, MaskRecord]):
+class _Masks(Work[Any, SegmentRecord]):
     """What all sources of masks have in common."""
 
     def __init__(self, recipe: MasksRecipe, device: torch.device) -> None:
         super().__init__()
         self.options, self._reader, self.device = recipe.options, recipe.reader, device
-        self.workers = self.options.workers if self.options.workers is not None else default_workers(device)
+        self.workers = self.options.run.workers if self.options.run.workers is not None else default_workers(device)
         self.ahead = _AHEAD + 2 * self.workers
         self.batch = BatchSize(1, 1)
         self.queue = batches_in_flight(device)
 
-    def counted(self, record: MaskRecord) -> MaskRecord:
+    def counted(self, record: SegmentRecord) -> SegmentRecord:
         """The record, after counting what is in it."""
         self.counters["masks"] += len(record)
         self.counters["without"] += int(not len(record))
@@ -182,14 +400,14 @@ class _Existing(_Masks):
         return {"model": {}, "weights": None, "device": "no model", "unit": _IMPORT_UNIT}
 
     @property
-    def loader(self) -> Callable[[Sample], Stored]:
+    def loader(self) -> Callable[[Sample], Done[SegmentRecord]]:
         """Reads masks."""
         assert self.options.existing is not None
         return ExistingLoader(self._reader, self.options.existing.resolve(), self.options.existing_kind)
 
-    def compute(self, items: Sequence[Stored]) -> list[MaskRecord]:
+    def compute(self, items: Sequence[Done[SegmentRecord]]) -> list[SegmentRecord]:
         """What was read."""
-        return [self.counted(item.record) for item in items]
+        return [self.counted(item.result) for item in items]
 
 
 class _Segmenting(_Masks):
@@ -197,11 +415,11 @@ class _Segmenting(_Masks):
 
     def __init__(self, recipe: MasksRecipe) -> None:
         options = recipe.options
-        super().__init__(recipe, pick_device(options.device))
+        super().__init__(recipe, pick_device(options.run.device))
         self._checkpoint = checkpoint = find_checkpoint(options, recipe.dataset)
         size = None if options.model == "auto" else options.model
         self.backend = load_sam(
-            checkpoint, self.device, factory=options.factory, precision=options.precision, size=size
+            checkpoint, self.device, factory=options.factory, precision=options.run.precision, size=size
         )
         if isinstance(self.backend, ModelBackend) and self.backend.small:
             self.one_by_one = one_by_one(self.device, 1)
@@ -216,10 +434,10 @@ class _Segmenting(_Masks):
         return ShrinkingLoader(self._reader, self.options.max_side)
 
     @abstractmethod
-    def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
+    def masks(self, item: LoadedForSam, given: Any) -> SegmentRecord:
         """Masks of one image."""
 
-    def attempt(self, item: LoadedForSam, given: Any = None) -> MaskRecord | ImageError:
+    def attempt(self, item: LoadedForSam, given: Any = None) -> SegmentRecord | ImageError:
         """Masks of one image, or why there are none; what is wrong with more than this image is raised."""
         try:
             return self.counted(replace(self.masks(item, given), stamp=item.stamp))
@@ -240,30 +458,30 @@ class _Grid(_Segmenting):
         super().__init__(recipe)
         self._limits = Limits()
 
-    def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
+    def compute(self, items: Sequence[LoadedForSam]) -> list[SegmentRecord | ImageError]:
         """Masks of a batch, image by image: one has hundreds of prompts."""
         return [self.attempt(item) for item in items]
 
-    def masks(self, item: LoadedForSam, given: Any) -> MaskRecord:
-        """Proposals for one image."""
+    def masks(self, item: LoadedForSam, given: Any) -> SegmentRecord:
+        """Segments for one image."""
         before = self._limits.points, self._limits.crops
         proposals = generate(self.backend, item.pixels, self.options.proposals, self._limits)
         self.counters["cramped"] += int(before != (self._limits.points, self._limits.crops))
-        return pack_proposals(item.sample.id, item.size, proposals)
+        return pack_segments(item.sample.id, item.size, proposals)
 
 
 class _Prompted(_Segmenting):
-    """Masks of the classes that an image's seeds show."""
+    """Masks of the classes that an image's CAMs show."""
 
     def __init__(self, recipe: MasksRecipe) -> None:
         super().__init__(recipe)
-        assert self.options.seeds is not None
-        self.seeds = Seeds(self.options.seeds, verify=False)
-        together = self.options.batch_size or self.backend.crops_at_once
+        assert self.options.cams is not None
+        self.cams = CamSet(self.options.cams, verify=False)
+        together = self.options.run.batch_size or self.backend.crops_at_once
         self.batch = BatchSize(together, 1)
         self.ahead += together
 
-    def compute(self, items: Sequence[LoadedForSam]) -> list[MaskRecord | ImageError]:
+    def compute(self, items: Sequence[LoadedForSam]) -> list[SegmentRecord | ImageError]:
         """Masks of a batch, encoded together."""
         encoded = [item for item in items if item.sample.labels]
         try:
@@ -275,13 +493,13 @@ class _Prompted(_Segmenting):
         found = {item.sample.id: embedding for item, embedding in zip(encoded, embeddings, strict=True)}
         return [self.attempt(item, found.get(item.sample.id)) for item in items]
 
-    def masks(self, item: LoadedForSam, given: Embedding | None) -> MaskRecord:
+    def masks(self, item: LoadedForSam, given: Embedding | None) -> SegmentRecord:
         """Answers to the prompts of one image."""
         assert self.options.prompt is not None
-        seed = self.seeds[item.sample.id]
-        problem = misfit(seed, item.size, item.stamp)
+        cam = self.cams[item.sample.id]
+        problem = misfit(cam, item.size, item.stamp)
         if problem is not None:
             raise problem
         embedding = given or Embedding((item.pixels.shape[0], item.pixels.shape[1]), None)
-        proposals, row = prompted_masks(self.backend, embedding, seed.cam, self.options.prompt, self.options.proposals)
-        return pack_proposals(item.sample.id, item.size, proposals, seed.classes[row].tolist())
+        proposals, row = prompted_masks(self.backend, embedding, cam.maps, self.options.prompt, self.options.proposals)
+        return pack_segments(item.sample.id, item.size, proposals, cam.classes[row].tolist())

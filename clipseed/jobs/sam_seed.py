@@ -1,14 +1,13 @@
-"""``clipseed sam-seed``: label masks out of class activation maps and the segments of a mask cache."""
+"""``clipseed sam-seed``: label masks out of class activation maps and the segments of a segments file."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,34 +17,24 @@ from clipseed.data.stamps import FileStamp
 from clipseed.data.types import Sample
 from clipseed.defaults import EmptyPolicy, SegmentFormat
 from clipseed.errors import ImageError, InputError, UsageError
-from clipseed.evaluate.sources import MaskFolder
-from clipseed.formats.open import imported_masks
-from clipseed.jobs.engine import (
-    count_empty,
-    earlier_in_seeds,
-    one_by_one,
-    open_engine,
-    refuse_if_nothing,
-    usable_cores,
-)
-from clipseed.jobs.sam_seeder import Seeded, Seeder, forget, masks_at, seeds_at
-from clipseed.pseudo.rules import RuleOptions, Rules, decide
-from clipseed.runtime.interrupt import interruptible
-from clipseed.runtime.stream import Advance, BatchSize, StreamStats, Task
-from clipseed.runtime.work import Work
-from clipseed.store.empty import Earlier, EmptyLabels, earlier_in, without_pixel
+from clipseed.evaluate.sources import LabelMaskFolder
+from clipseed.formats.open import SegmentSource, imported_masks, open_segments
+from clipseed.pseudo.rules import RuleOptions, Rules, decide, seed_labels, voted_labels
+from clipseed.runtime.images import earlier_in_cams, misfit, one_by_one, usable_cores
+from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Done, Work
+from clipseed.segments import Segments, from_masks
+from clipseed.store.cams import CamSet, class_names
+from clipseed.store.empty import Earlier, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
+from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter, read_label_mask_manifest
+from clipseed.store.label_masks import label_mask_note
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.mask_cache import MaskCache, holds_cache
-from clipseed.store.mask_folder import MaskWriter, read_mask_manifest
-from clipseed.store.masks import mask_note
-from clipseed.store.reader import Seeds, class_names
 from clipseed.store.record_set import UNIT_PATTERN
-from clipseed.store.shards import WHOLE, Shard
-from clipseed.types import IGNORE
-
-if TYPE_CHECKING:
-    from clipseed.runtime.cluster import ClusterOptions
+from clipseed.store.segment_records import unpack_segments
+from clipseed.store.segments import SegmentSet, holds_segments
+from clipseed.types import IGNORE, NO_CLASS
 
 _UNIT_SIZE = 64
 _WORTH_WORKERS = 200
@@ -58,12 +47,12 @@ class SamSeedOptions:
     """Everything ``clipseed sam-seed`` can be told.
 
     Attributes:
-        source: Seeds, or for voting a folder of label masks.
-        masks: A mask cache, or existing masks in another format.
+        source: CAMs, or for voting a folder of label masks.
+        masks: A segments file, or existing masks in another format.
         masks_kind: That format.
         rules: How images are labelled.
         empty: What becomes of the mask of an image in which some label got no pixel
-            (:class:`~clipseed.store.mask_folder.MaskWriter`).
+            (:class:`~clipseed.store.label_mask_writer.LabelMaskWriter`).
     """
 
     source: Path
@@ -72,14 +61,11 @@ class SamSeedOptions:
     masks_kind: SegmentFormat = "auto"
     rules: RuleOptions = field(default_factory=RuleOptions)
     empty: EmptyPolicy = "background"
-    workers: int | None = None
-    overwrite: bool = False
-    shard: Shard = WHOLE
-    cluster: ClusterOptions | None = None
+    run: RunOptions = field(default_factory=RunOptions)
 
 
-@dataclass
-class SamSeedReport:
+@dataclass(kw_only=True)
+class SamSeedReport(RunReport):
     """What a run did.
 
     Attributes:
@@ -89,26 +75,9 @@ class SamSeedReport:
     """
 
     source: Path
-    out: Path
-    total: int
-    found: int
-    stats: StreamStats
-    seconds: float
     method: str
     missing: int = 0
     missing_file: Path | None = None
-    notes: list[str] = field(default_factory=list)
-    skipped_file: Path | None = None
-    open_shards: int = 0
-    empty: EmptyLabels | None = None
-
-    @property
-    def unsure(self) -> float:
-        """Share of pixels that became 255 in this run."""
-        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
-
-
-Start = Callable[[int, int], Advance]
 
 
 def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeedReport:
@@ -117,8 +86,7 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
     Raises:
         ClipseedError: see the modules it uses; images whose maps or masks cannot be used are skipped and reported.
     """
-    if options.workers is not None and options.workers < 0:
-        raise UsageError("--workers: give auto or a number from 0")
+    options.run.check()
     _refuse_places(options)
     forget()
     try:
@@ -128,7 +96,6 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
 
 
 def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
-    began = time.perf_counter()
     source = _look_at_source(options.source)
     asked, about_masks, known = _look_at_masks(options, source)
     name = (source.manifest.get("vocabulary") or {}).get("name")
@@ -140,39 +107,30 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
     manifest = _manifest(source.manifest, chosen, rules.method, about_masks, options.source)
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
-        contextlib.closing(open_engine(recipe, options.cluster)) as engine,
-        MaskWriter(
-            options.out, manifest, overwrite=options.overwrite, shard=options.shard, empty=options.empty,
-            earlier=_earlier(options.source, source),
+        contextlib.closing(open_engine(recipe, options.run.cluster)) as engine,
+        LabelMaskWriter(
+            options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
+            empty=options.empty, earlier=_earlier(options.source, source),
         ) as writer,
     ):  # fmt: skip
         writer.follow(source.classes, lambda key: source.stamps[key])
-        tasks, mine = _tasks(source.classes, writer.done, options.shard)
-        found = len(writer.done.intersection(mine))
-        with interruptible(
-            lambda: f"interrupted; run the same command again to go on ({options.out} has what is done)"
-        ):
-            advance = start(sum(len(task.samples) for task in tasks), found) if start else None
-            stats = engine.run(tasks, lambda _, results: _write(writer, results), advance)
-        count_empty(stats, writer)
-        refuse_if_nothing(stats, writer.done, options.shard)
-        with interruptible(lambda: f"interrupted while finishing {options.out}; run the same command again"):
-            listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
-            finished = writer.finish(stats.skipped, mine)
+        listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
+        samples = [Sample(key, Path(key), classes) for key, classes in source.classes.items()]
+        done = run(engine, writer, samples, start, shard=options.run.shard)
+        done.stats.counters["unsure"] += writer.ignored
     return SamSeedReport(
-        options.source, options.out, len(mine), found, stats, time.perf_counter() - began, rules.method,
-        len(missing), listed, writer.notes, finished.skipped_file, finished.open_shards, finished.empty,
-    )  # fmt: skip
+        **vars(done), source=options.source, method=rules.method, missing=len(missing), missing_file=listed
+    )
 
 
 def _earlier(path: Path, source: _Source) -> Earlier:
     """Answers whether a label had come to nothing in the source already, and since which stage."""
     if not source.label_map:
-        return earlier_in_seeds(seeds_at(path.resolve()))
+        return earlier_in_cams(cams_at(path.resolve()))
 
     def there(key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        classes = mask_note(path / f"{key}.png").classes or ()
-        return classes, without_pixel(classes, MaskFolder(path).read(key))
+        classes = label_mask_note(path / f"{key}.png").classes or ()
+        return classes, without_pixel(classes, LabelMaskFolder(path).read(key))
 
     return earlier_in(path, source.manifest, there)
 
@@ -195,16 +153,16 @@ class _Source:
 
 def _look_at_source(path: Path) -> _Source:
     if not is_folder(path) or any(path.glob(UNIT_PATTERN)):
-        with Seeds(path) as seeds:
-            classes = {key: tuple(seeds.classes(key).tolist()) for key in seeds}
-            return _Source(seeds.manifest, classes, {key: seeds.stamp(key) for key in seeds}, False)
-    keys = sorted(MaskFolder(path).ids())
+        with CamSet(path) as cams:
+            classes = {key: tuple(cams.classes(key).tolist()) for key in cams}
+            return _Source(cams.manifest, classes, {key: cams.stamp(key) for key in cams}, False)
+    keys = sorted(LabelMaskFolder(path).ids())
     if not keys:
-        raise InputError(f"{path}: neither seeds nor PNG masks in this folder")
-    manifest = read_mask_manifest(path) or {}
+        raise InputError(f"{path}: neither CAMs nor PNG masks in this folder")
+    manifest = read_label_mask_manifest(path) or {}
     if "vocabulary" in manifest:
         class_names(manifest, path)
-    notes = {key: mask_note(path / f"{key}.png") for key in keys}
+    notes = {key: label_mask_note(path / f"{key}.png") for key in keys}
     stamps = {key: note.image for key, note in notes.items()}
     return _Source(manifest, {key: note.classes for key, note in notes.items()}, stamps, True)
 
@@ -213,12 +171,12 @@ def _look_at_masks(options: SamSeedOptions, source: _Source) -> tuple[bool, dict
     """Whether the masks were made for classes, what the manifest says about them, and the ids that they know."""
     if options.rules.method == "pixel":
         return False, {}, None
-    if not holds_cache(options.masks):
+    if not holds_segments(options.masks):
         found = masks_at(options.masks.resolve(), options.masks_kind)
         return False, dict(imported_masks(options.masks, options.masks_kind)), found.ids()
     if options.masks_kind != "auto":
-        raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a mask cache")
-    masks = MaskCache(options.masks)
+        raise UsageError(f"--masks-kind {options.masks_kind}: {options.masks} is a segments file")
+    masks = SegmentSet(options.masks)
     manifest = masks.manifest
     asked = bool(manifest["vocabulary"])
     if asked and not source.label_map:
@@ -271,28 +229,94 @@ def _manifest(
     }
 
 
-def _tasks(classes: Mapping[str, tuple[int, ...] | None], done: set[str], shard: Shard) -> tuple[list[Task], list[str]]:
-    """Units of the shard with what is missing of them, and all ids of the shard."""
-    ids = list(classes)
-    units = [(k, ids[first : first + _UNIT_SIZE]) for k, first in enumerate(range(0, len(ids), _UNIT_SIZE))]
-    mine = [(k, keys) for k, keys in units if shard.takes(k)]
-    missing = ((k, [key for key in keys if key not in done]) for k, keys in mine)
-    tasks = [Task(k, tuple(Sample(key, Path(key), classes[key]) for key in keys)) for k, keys in missing if keys]
-    return tasks, [key for _, keys in mine for key in keys]
+@dataclass(frozen=True)
+class Seeded(Labelled):
+    """A finished image, with the number of its segments."""
+
+    masks: int = 0
 
 
-def _write(writer: MaskWriter, results: Sequence[Seeded]) -> None:
-    for result in results:
-        writer.write(result.id, result.labels, result.classes, result.stamp)
+@lru_cache(maxsize=2)
+def cams_at(path: Path) -> CamSet:
+    """Opened once per process."""
+    return CamSet(path, verify=False)
+
+
+@lru_cache(maxsize=2)
+def masks_at(path: Path, kind: SegmentFormat) -> SegmentSource:
+    """Opened once per process."""
+    return SegmentSet(path, verify=False) if holds_segments(path) else open_segments(path, kind)
+
+
+@lru_cache(maxsize=2)
+def _ids(path: Path, kind: SegmentFormat) -> frozenset[str]:
+    return masks_at(path, kind).ids()
+
+
+def forget() -> None:
+    """Close what is open: the next run of this process may find other files under these names."""
+    for opened in (cams_at, masks_at, _ids):
+        opened.cache_clear()
 
 
 @dataclass(frozen=True)
-class _Ahead:
-    """An image that is to be labelled by a thread of the run: nothing is decoded before."""
+class Seeder:
+    """Labels one image, from opening its maps and masks to the finished label mask; runs in worker processes."""
 
-    sample: Sample
-    key: tuple[int, ...] = ()
-    cost: int = 1
+    source: Path
+    masks: Path
+    kind: SegmentFormat
+    rules: Rules
+    label_map: bool
+
+    def __call__(self, sample: Sample) -> Done[Seeded]:
+        """Label one image.
+
+        Raises:
+            ImageError: its maps or masks cannot be used.
+            StoreError: a file is damaged.
+        """
+        try:
+            return Done(self._voted(sample) if self.label_map else self._seeded(sample))
+        except InputError as error:  # one damaged file is no reason to stop
+            raise ImageError(str(error)) from error
+
+    def _voted(self, sample: Sample) -> Seeded:
+        labels = LabelMaskFolder(self.source).read(sample.id)
+        stamp = label_mask_note(self.source / f"{sample.id}.png").image
+        proposals, _ = self._proposals(sample.id, (labels.shape[0], labels.shape[1]), stamp)
+        found = voted_labels(self.rules, labels, proposals.masks)
+        classes = sample.labels
+        if classes is None:
+            classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
+        return Seeded(sample.id, found, classes, stamp, len(proposals))
+
+    def _seeded(self, sample: Sample) -> Seeded:
+        cam = cams_at(self.source)[sample.id]
+        problem = misfit(cam, cam.size)
+        if problem is not None:
+            raise problem
+        proposals, asked = self._proposals(sample.id, cam.size, cam.stamp)
+        labels = seed_labels(self.rules, cam, proposals, asked)
+        return Seeded(sample.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(proposals))
+
+    def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Segments, Any]:
+        """Masks of an image, none where there are none, and the class that each was asked for.
+
+        Raises:
+            ImageError: they cannot be used, or were made from another image.
+        """
+        if self.rules.method == "pixel" or identifier not in _ids(self.masks, self.kind):
+            found = from_masks(np.zeros((0, *size), bool))
+            return found, np.zeros(0, np.int32)
+        masks = masks_at(self.masks, self.kind)
+        if isinstance(masks, SegmentSet):
+            record = masks.record(identifier, size)
+            if record.stamp.differs(stamp):
+                raise ImageError(f"{self.masks}: its segments are those of another image; run clipseed sam-masks again")
+            return unpack_segments(record), record.class_id
+        found = masks.read(identifier, size)
+        return found, np.full(len(found), NO_CLASS, np.int32)
 
 
 class _SeedWork(Work[Any, Seeded]):
@@ -301,7 +325,7 @@ class _SeedWork(Work[Any, Seeded]):
     def __init__(self, options: SamSeedOptions, rules: Rules, label_map: bool, images: int) -> None:
         super().__init__()
         self._seeder = Seeder(options.source.resolve(), options.masks.resolve(), options.masks_kind, rules, label_map)
-        workers = options.workers
+        workers = options.run.workers
         if workers is None:
             workers = usable_cores() if images >= _WORTH_WORKERS else 0
         self.workers = 0 if workers == 1 else workers
@@ -314,18 +338,18 @@ class _SeedWork(Work[Any, Seeded]):
         return {}
 
     @property
-    def loader(self) -> Callable[[Sample], Seeded | _Ahead]:
-        """Label images in workers."""
-        return self._seeder if self.workers else _Ahead
+    def loader(self) -> Callable[[Sample], Done[Any]]:
+        """Label images in workers; without them samples are handed on as they are, and threads label."""
+        return self._seeder if self.workers else Done
 
-    def compute(self, items: Sequence[Seeded | _Ahead]) -> list[Seeded | ImageError]:
+    def compute(self, items: Sequence[Done[Any]]) -> list[Seeded | ImageError]:
         """What was labelled."""
-        return [self._labelled(item) for item in items]
+        return [self._labelled(item.result) for item in items]
 
-    def _labelled(self, item: Seeded | _Ahead) -> Seeded | ImageError:
-        if isinstance(item, _Ahead):
+    def _labelled(self, item: Seeded | Sample) -> Seeded | ImageError:
+        if isinstance(item, Sample):
             try:
-                item = self._seeder(item.sample)
+                item = self._seeder(item).result
             except ImageError as error:
                 return error
         self.counters["pixels"] += item.labels.size

@@ -1,4 +1,4 @@
-"""Seeds pixel by pixel, without masks: the baseline of FMA-WSSS, and what fills places that no mask covers.
+"""Label masks pixel by pixel, without segments: the baseline of FMA-WSSS, and what fills places that no mask covers.
 
 Shapes: K classes of an image; maps ``(K, h, w)`` on the patch grid or at the image's size ``(H, W)``.
 """
@@ -44,7 +44,7 @@ class Background:
 
 
 @dataclass(frozen=True)
-class PixelSeed:
+class PixelLabels:
     """Labels of an image and how sure each is.
 
     Attributes:
@@ -107,7 +107,7 @@ def label_pixels(
     *,
     resize_first: bool = True,
     paper: bool = False,
-) -> PixelSeed:
+) -> PixelLabels:
     """Every pixel's strongest class, or background.
 
     Args:
@@ -130,4 +130,4 @@ def label_pixels(
     full = background.add_to(scores)
     best = full.argmax(axis=0)
     confidence = np.take_along_axis(full, best[None], axis=0)[0].astype(np.float32)
-    return PixelSeed(values[best], confidence)
+    return PixelLabels(values[best], confidence)

@@ -15,7 +15,7 @@ from clipseed.sam.backend import Embedding, SamBackend
 from clipseed.sam.candidates import stability_score
 from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.options import LEVELS, ProposalOptions
-from clipseed.segments import Proposals, from_masks
+from clipseed.segments import Segments, from_masks
 
 _BATCH = 16
 """Answers enlarged at once; images have a few classes."""
@@ -23,7 +23,7 @@ _BATCH = 16
 
 def prompted_masks(
     backend: SamBackend, embedding: Embedding, cams: Scores, prompting: SamPrompt, options: ProposalOptions
-) -> tuple[Proposals, npt.NDArray[np.int64]]:
+) -> tuple[Segments, npt.NDArray[np.int64]]:
     """One mask for each prompt.
 
     ``points``: a query per class, its map's peaks as joint points, and of SAM's three masks the whole (S2C, CVPR 2024).

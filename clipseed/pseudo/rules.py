@@ -15,8 +15,8 @@ from clipseed.pseudo.pixels import Background, label_pixels
 from clipseed.pseudo.prompted import label_from_prompted_masks
 from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
-from clipseed.segments import Proposals, enlarged, room_for
-from clipseed.store.records import SeedMap
+from clipseed.segments import Segments, enlarged, room_for
+from clipseed.store.cam_records import Cam
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
 
 Masks = npt.NDArray[np.bool_]
@@ -84,8 +84,8 @@ def decide(options: RuleOptions, vocabulary: str, *, label_map: bool, asked: boo
 
     Args:
         options: As asked for.
-        vocabulary: Name of the seeds' vocabulary; COCO's has its own presets.
-        label_map: The source is a folder of label masks, not seeds.
+        vocabulary: Name of the CAMs' vocabulary; COCO's has its own presets.
+        label_map: The source is a folder of label masks, not CAMs.
         asked: The masks were made for classes.
 
     Raises:
@@ -133,14 +133,14 @@ def _check(options: RuleOptions, method: SeedMethod, *, label_map: bool, asked: 
         raise UsageError(f"--min-confidence: --method {method} gives no confidence")
 
 
-def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classes) -> LabelMask:
+def seed_labels(rules: Rules, cam: Cam, proposals: Segments, asked: Classes) -> LabelMask:
     """Labels ``(H, W)`` of an image.
 
     Everything happens at the size of the masks, and the labels are enlarged to the image's size at the end.
 
     Args:
         rules: What to do.
-        seed: The image's maps.
+        cam: The image's maps.
         proposals: Its masks ``(S, h, w)``; S may be 0.
         asked: ``(S,)`` class that each mask was asked for, -1 for none.
 
@@ -150,16 +150,16 @@ def seed_labels(rules: Rules, seed: SeedMap, proposals: Proposals, asked: Classe
     options = rules.seeding
     masks = proposals.masks
     if rules.method == "pixel" or (not len(masks) and options.without_masks == "cam"):
-        labels = _by_pixels(rules, seed, seed.size)
+        labels = _by_pixels(rules, cam, cam.size)
     elif not len(masks):
-        return np.full(seed.size, IGNORE if options.without_masks == "ignore" else 0, np.uint8)
+        return np.full(cam.size, IGNORE if options.without_masks == "ignore" else 0, np.uint8)
     elif rules.method == "vote":
-        labels = vote(_by_pixels(rules, seed, proposals.size), masks, rules.voting)
+        labels = vote(_by_pixels(rules, cam, proposals.size), masks, rules.voting)
     elif rules.method == "prompted":
-        labels = _by_prompts(rules, seed, masks, asked)
+        labels = _by_prompts(rules, cam, masks, asked)
     else:
-        labels = seed_from_masks(seed.cam, proposals, seed.classes, options).labels
-    return enlarged(labels, seed.size)
+        labels = seed_from_masks(cam.maps, proposals, cam.classes, options).labels
+    return enlarged(labels, cam.size)
 
 
 def voted_labels(rules: Rules, labels: LabelMask, masks: Masks) -> LabelMask:
@@ -176,23 +176,23 @@ def voted_labels(rules: Rules, labels: LabelMask, masks: Masks) -> LabelMask:
     return labels if policy == "cam" else np.full_like(labels, IGNORE if policy == "ignore" else 0)
 
 
-def _by_pixels(rules: Rules, seed: SeedMap, size: tuple[int, int]) -> LabelMask:
+def _by_pixels(rules: Rules, cam: Cam, size: tuple[int, int]) -> LabelMask:
     options = rules.seeding
-    found = label_pixels(seed.cam, seed.classes, size, options.pixel_background, paper=options.paper)
+    found = label_pixels(cam.maps, cam.classes, size, options.pixel_background, paper=options.paper)
     return np.where(found.confidence < options.min_confidence, np.uint8(IGNORE), found.labels)
 
 
-def _by_prompts(rules: Rules, seed: SeedMap, masks: Masks, asked: Classes) -> LabelMask:
-    """The class whose map is stronger inside its own mask wins; masks of classes without seeds are left out."""
-    rows = {int(class_id): row for row, class_id in enumerate(seed.classes)}
+def _by_prompts(rules: Rules, cam: Cam, masks: Masks, asked: Classes) -> LabelMask:
+    """The class whose map is stronger inside its own mask wins; masks of classes without CAMs are left out."""
+    rows = {int(class_id): row for row, class_id in enumerate(cam.classes)}
     kept = [k for k, class_id in enumerate(asked) if class_id != NO_CLASS and int(class_id) in rows]
     row = np.array([rows[int(asked[k])] for k in kept], np.int64)
     # The cache holds masks, not logits: 1 inside and -1 outside makes S2C's score the map's mean inside.
     answers = np.where(masks[kept], np.float16(1), np.float16(-1))
-    labels = label_from_prompted_masks(answers, row, seed.cam, seed.classes, paper=rules.seeding.paper)
+    labels = label_from_prompted_masks(answers, row, cam.maps, cam.classes, paper=rules.seeding.paper)
     free = ~masks[kept].any(axis=0)
     if rules.seeding.uncovered == "ignore":
         labels[free] = IGNORE
     elif rules.seeding.uncovered == "cam":
-        labels[free] = _by_pixels(rules, seed, (labels.shape[0], labels.shape[1]))[free]
+        labels[free] = _by_pixels(rules, cam, (labels.shape[0], labels.shape[1]))[free]
     return labels

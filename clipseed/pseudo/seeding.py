@@ -35,7 +35,7 @@ from clipseed.pseudo.pixels import (
     unit_range,
 )
 from clipseed.pseudo.pooling import Masks, mask_sums
-from clipseed.segments import WHOLE, Proposals
+from clipseed.segments import WHOLE, Segments
 from clipseed.types import IGNORE, LabelMask
 
 Normalise = Literal["clip", "signed", "double", "none"]
@@ -86,7 +86,7 @@ masks; which one that was is not recorded, so this is the lowest, the one that k
 
 
 @dataclass(frozen=True)
-class MaskSeed:
+class SegmentLabels:
     """A seed and how it came about.
 
     Attributes:
@@ -111,10 +111,10 @@ class MaskSeed:
 
 def seed_from_masks(
     cams: Scores,
-    proposals: Proposals | Masks,
+    proposals: Segments | Masks,
     classes: Sequence[int] | npt.NDArray[np.integer],
     options: SeedingOptions | None = None,
-) -> MaskSeed:
+) -> SegmentLabels:
     """Label every mask by the maps, and paint the masks.
 
     Score of class c on mask s: the mean of the map over the mask, stretched to [0, 1] over all masks of the image;
@@ -131,8 +131,8 @@ def seed_from_masks(
         ValueError: maps, classes and options do not fit each other.
     """
     options = options or SeedingOptions()
-    masks = proposals.masks if isinstance(proposals, Proposals) else proposals
-    level = proposals.level if isinstance(proposals, Proposals) else np.full(len(masks), WHOLE, np.int8)
+    masks = proposals.masks if isinstance(proposals, Segments) else proposals
+    level = proposals.level if isinstance(proposals, Segments) else np.full(len(masks), WHOLE, np.int8)
     _check(cams, masks, len(classes), options)
     values = label_values(classes)
     wide = resize_maps(finite(cams), masks.shape[1:])
@@ -149,7 +149,7 @@ def seed_from_masks(
     for index in order:
         np.copyto(owner, np.int32(index), where=masks[index])
     labels, sure = _paint(owner, values[best], confidence, wide, classes, options)
-    return MaskSeed(labels, sure, owner, scores, values[best], confidence, order)
+    return SegmentLabels(labels, sure, owner, scores, values[best], confidence, order)
 
 
 def _check(cams: Scores, masks: Masks, count: int, options: SeedingOptions) -> None:

@@ -45,7 +45,7 @@ FMA_WSSS: dict[str, tuple[CaaOptions, Source]] = {
     "coco-coarse": (CaaOptions(0.6, rounds=1), "raw"),
     "coco-fine": (CaaOptions(power=0), "raw"),
 }
-"""FMA-WSSS's constants and sources for :func:`caa_of_raw`; its fine seeds on COCO are not refined."""
+"""FMA-WSSS's constants and sources for :func:`caa_of_raw`; its fine CAMs on COCO are not refined."""
 
 
 def caa(cams: Sequence[Tensor], attention: Tensor, options: CaaOptions | None = None) -> list[Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from clipseed.report.overlay import Pixels
-from clipseed.store.masks import voc_palette
+from clipseed.store.label_masks import voc_palette
 from clipseed.types import LabelMask
 
 THUMBNAIL = 360

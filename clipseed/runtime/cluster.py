@@ -1,7 +1,7 @@
 """The engine that runs work on a Ray cluster: one worker per GPU, or several CPU workers per node.
 
 The process that was started keeps the output: it hands out units, takes their results and writes them, so locks,
-resuming and manifests are the same as without a cluster. Workers read images, weights and seeds themselves, by the
+resuming and manifests are the same as without a cluster. Workers read images, weights and CAMs themselves, by the
 same paths. A worker that is lost (its node died, the system killed it) costs the units in its hands; another does them.
 
 Actors are as fast as Ray Data here (measured, docs/scale.md) and let lost units be counted and nodes be compared.
@@ -23,8 +23,9 @@ from typing import Any, Generic, TypeVar
 
 from clipseed import __version__
 from clipseed.errors import ClipseedError, UsageError
-from clipseed.runtime.stream import Advance, StreamStats, Task
+from clipseed.runtime.stream import Advance, StreamStats
 from clipseed.runtime.work import Recipe, Work
+from clipseed.store.units import Unit
 
 R = TypeVar("R")
 _IN_HAND = 2
@@ -100,15 +101,15 @@ class Worker:
         self._work = self._recipe()
         return {"clipseed": __version__, "work": self._work.about()}
 
-    def run(self, task: Task) -> tuple[list[Any], StreamStats]:
+    def run(self, unit: Unit) -> tuple[list[Any], StreamStats]:
         """Results and statistics of one unit."""
         assert self._work is not None
         results: list[Any] = []
-        stats = self._work.run([task], lambda _, found: results.extend(found))
+        stats = self._work.run([unit], lambda _, found: results.extend(found))
         return results, stats
 
 
-class OnRay(Generic[R]):
+class RayEngine(Generic[R]):
     """Runs work on a Ray cluster.
 
     Raises:
@@ -214,12 +215,12 @@ class OnRay(Generic[R]):
             raise _Lost from error
 
     def run(
-        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+        self, units: Sequence[Unit], write: Callable[[Unit, Sequence[R]], None], advance: Advance | None = None
     ) -> StreamStats:
-        """Run all tasks; results are written as they come."""
+        """Run all units; results are written as they come."""
         stats = StreamStats()
-        waiting, losses = deque(tasks), Counter[int]()
-        running: dict[Any, tuple[Task, Any]] = {}
+        waiting, losses = deque(units), Counter[int]()
+        running: dict[Any, tuple[Unit, Any]] = {}
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             pending: Future[None] | None = None
             while waiting or running:
@@ -234,34 +235,34 @@ class OnRay(Generic[R]):
                     if reference in self._coming:
                         self._welcome(reference)
                         continue
-                    task, actor = running.pop(reference)
+                    unit, actor = running.pop(reference)
                     try:
                         results, part = self._get(reference)
                     except _Lost:
-                        self._lose(actor, [task], waiting, running, losses)
+                        self._lose(actor, [unit], waiting, running, losses)
                         continue
                     if actor in self._free:
                         self._free[actor] += 1
                     if pending is not None:
                         pending.result()
-                    pending = writer.submit(write, task, results)
+                    pending = writer.submit(write, unit, results)
                     stats.add(part)
                     if advance:
-                        advance(len(task.samples), stats)
+                        advance(len(unit.samples), stats)
             if pending is not None:
                 pending.result()
         return stats
 
-    def _hand_out(self, waiting: deque[Task], running: dict[Any, tuple[Task, Any]]) -> None:
+    def _hand_out(self, waiting: deque[Unit], running: dict[Any, tuple[Unit, Any]]) -> None:
         for depth in range(_IN_HAND, 0, -1):  # everybody gets a first unit before anybody gets a second
             for actor, room in self._free.items():
                 if waiting and room == depth:
-                    task = waiting.popleft()
-                    running[actor.run.remote(task)] = (task, actor)
+                    unit = waiting.popleft()
+                    running[actor.run.remote(unit)] = (unit, actor)
                     self._free[actor] -= 1
 
     def _lose(
-        self, actor: Any, lost: list[Task], waiting: deque[Task], running: dict[Any, tuple[Task, Any]],
+        self, actor: Any, lost: list[Unit], waiting: deque[Unit], running: dict[Any, tuple[Unit, Any]],
         losses: Counter[int],
     ) -> None:  # fmt: skip
         """Take a lost worker's units back and look for another worker."""

@@ -24,6 +24,7 @@ from clipseed.device import is_out_of_memory
 from clipseed.errors import ImageError
 from clipseed.runtime.decode import DecodePool
 from clipseed.runtime.threads import OneByOne, single_threads
+from clipseed.store.units import Unit
 
 
 class Loaded(Protocol):
@@ -37,14 +38,6 @@ class Loaded(Protocol):
 
 T = TypeVar("T", bound=Loaded)
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A unit's number and the samples of it that are still to be done."""
-
-    index: int
-    samples: tuple[Sample, ...]
 
 
 @dataclass
@@ -97,23 +90,23 @@ class BatchSize:
 
 
 def run_stream(
-    tasks: Sequence[Task],
+    units: Sequence[Unit],
     pool: DecodePool[T],
     compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
-    write: Callable[[Task, Sequence[R]], None],
+    write: Callable[[Unit, Sequence[R]], None],
     batch: BatchSize,
     advance: Advance = lambda count, stats: None,
     one_by_one: OneByOne | None = None,
     queue: int = 0,
     lanes: int = 1,
 ) -> StreamStats:
-    """Run all tasks.
+    """Run all units.
 
     Args:
-        tasks: Units in order.
+        units: Units in order.
         pool: Decodes their samples.
         compute: Results of a batch of samples with equal keys, in the batch's order; an ImageError skips its sample.
-        write: Stores a task's results, in the order of its samples; runs in a thread of its own.
+        write: Stores a unit's results, in the order of its samples; runs in a thread of its own.
         batch: Batch-size policy.
         advance: Called with the number of samples finished, for progress.
         one_by_one: Batches are of one sample and ``compute`` is called in several threads at once.
@@ -125,7 +118,7 @@ def run_stream(
         Whatever ``compute`` or ``write`` raise; samples that cannot be decoded are skipped and reported.
     """
     stats = StreamStats()
-    outcomes = pool.stream(sample for task in tasks for sample in task.samples)
+    outcomes = pool.stream(sample for unit in units for sample in unit.samples)
     compute = _without_gradients(compute)
     with ExitStack() as stack:
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
@@ -135,19 +128,19 @@ def run_stream(
             threads = stack.enter_context(single_threads(one_by_one.threads))
             single = _one_by_one(outcomes, compute, threads, one_by_one, stats)
         pending: Future[None] | None = None
-        for task in tasks:
+        for unit in units:
             if single is not None:
-                results = _collect(task, single, stats, advance)
+                results = _collect(unit, single, stats, advance)
             else:
-                results = _run_task(task, outcomes, compute, batch, stats, advance, computer, queue)
+                results = _run_task(unit, outcomes, compute, batch, stats, advance, computer, queue)
             _await(pending, stats)
-            pending = writer.submit(write, task, results)
+            pending = writer.submit(write, unit, results)
         _await(pending, stats)
     return stats
 
 
 def _run_task(
-    task: Task,
+    unit: Unit,
     outcomes: Iterator[tuple[Sample, T | ImageError]],
     compute: Callable[[Sequence[T]], Sequence[R | ImageError]],
     batch: BatchSize,
@@ -164,7 +157,7 @@ def _run_task(
         started = time.perf_counter()
         for position, result in zip(positions, found(), strict=True):
             if isinstance(result, ImageError):
-                stats.skipped.append((task.samples[position].id, str(result)))
+                stats.skipped.append((unit.samples[position].id, str(result)))
             else:
                 results[position] = result
                 stats.computed += 1
@@ -185,7 +178,7 @@ def _run_task(
         positions, future = waiting.popleft()
         take(positions, future.result)
 
-    for position in range(len(task.samples)):
+    for position in range(len(unit.samples)):
         started = time.perf_counter()
         sample, outcome = next(outcomes)
         stats.waits["decode"] += time.perf_counter() - started
@@ -206,11 +199,11 @@ def _run_task(
 
 
 def _collect(
-    task: Task, computed: Iterator[tuple[Sample, R | ImageError]], stats: StreamStats, advance: Advance
+    unit: Unit, computed: Iterator[tuple[Sample, R | ImageError]], stats: StreamStats, advance: Advance
 ) -> list[R]:
-    """Results of a task out of those that come in the order of the samples."""
+    """Results of a unit out of those that come in the order of the samples."""
     results: list[R] = []
-    for _ in task.samples:
+    for _ in unit.samples:
         sample, result = next(computed)
         if isinstance(result, ImageError):
             stats.skipped.append((sample.id, str(result)))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from clipseed.data.types import Sample
 from clipseed.errors import ImageError, StoreError
 from clipseed.runtime.decode import DecodePool
-from clipseed.runtime.stream import Advance, BatchSize, Loaded, StreamStats, Task, run_stream
+from clipseed.runtime.stream import Advance, BatchSize, Loaded, StreamStats, run_stream
 from clipseed.runtime.threads import OneByOne
+from clipseed.store.units import Unit
 
 T = TypeVar("T", bound=Loaded)
 R = TypeVar("R")
@@ -72,17 +75,26 @@ class Work(ABC, Generic[T, R]):
         """What all workers of a run must have in common, for the manifest: plain values only."""
 
     def run(
-        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+        self, units: Sequence[Unit], write: Callable[[Unit, Sequence[R]], None], advance: Advance | None = None
     ) -> StreamStats:
-        """Run all tasks in this process; ``write`` gets each one's results, in a thread of its own."""
+        """Run all units in this process; ``write`` gets each one's results, in a thread of its own."""
         with DecodePool(self.loader, self.workers, self.ahead) as pool:
             stats = run_stream(
-                tasks, pool, self.compute, write, self.batch, advance or (lambda count, stats: None),
+                units, pool, self.compute, write, self.batch, advance or (lambda count, stats: None),
                 self.one_by_one, self.queue, self.lanes,
             )  # fmt: skip
         stats.counters = sum(self._counted, Counter())
         self._start_counting()
         return stats
+
+
+@dataclass(frozen=True)
+class Done(Generic[Result_co]):
+    """What a loader gives that did all the work itself: nothing is computed together with anything else any more."""
+
+    result: Result_co
+    key: tuple[int, ...] = ()
+    cost: int = 1
 
 
 Recipe = Callable[[], Work[Any, R]]
@@ -103,9 +115,9 @@ class Engine(Protocol[Result_co]):
         ...
 
     def run(
-        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[Result_co]], None], advance: Advance | None = None
+        self, units: Sequence[Unit], write: Callable[[Unit, Sequence[Result_co]], None], advance: Advance | None = None
     ) -> StreamStats:
-        """Run all tasks, in any order; ``write`` is never called twice at once."""
+        """Run all units, in any order; ``write`` is never called twice at once."""
         ...
 
     def close(self) -> None:
@@ -125,9 +137,18 @@ class Deferred(Generic[R]):
     """
 
     def __init__(self, start: Callable[[], Engine[R]], about: dict[str, Any] | None) -> None:
-        self._start = start
-        self._engine = start() if about is None else None
-        self._about = about
+        self._start, self._about = start, about
+        self._engine: Engine[R] | None = None
+        self.loading = 0.0
+        """Seconds that opening took."""
+        if about is None:
+            self._open()
+
+    def _open(self) -> Engine[R]:
+        began = time.perf_counter()
+        self._engine = self._start()
+        self.loading += time.perf_counter() - began
+        return self._engine
 
     @property
     def about(self) -> dict[str, Any]:
@@ -142,20 +163,21 @@ class Deferred(Generic[R]):
     @property
     def engine(self) -> Engine[R]:
         """The engine, opened."""
-        if self._engine is None:
-            self._engine = self._start()
-            if self._about is not None and self._engine.about != self._about:
-                raise StoreError(
-                    f"the model is another one than the output was made with: {self._engine.about}, not {self._about}; "
-                    "choose another --out, or start again with --overwrite"
-                )
-        return self._engine
+        if self._engine is not None:
+            return self._engine
+        engine = self._open()
+        if self._about is not None and engine.about != self._about:
+            raise StoreError(
+                f"the model is another one than the output was made with: {engine.about}, not {self._about}; "
+                "choose another --out, or start again with --overwrite"
+            )
+        return engine
 
     def run(
-        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+        self, units: Sequence[Unit], write: Callable[[Unit, Sequence[R]], None], advance: Advance | None = None
     ) -> StreamStats:
-        """Run all tasks; without any, nothing is opened."""
-        return self.engine.run(tasks, write, advance) if tasks else StreamStats()
+        """Run all units; without any, nothing is opened."""
+        return self.engine.run(units, write, advance) if units else StreamStats()
 
     def close(self) -> None:
         """Let go of workers, if there are any."""
@@ -163,7 +185,7 @@ class Deferred(Generic[R]):
             self._engine.close()
 
 
-class Here(Generic[R]):
+class LocalEngine(Generic[R]):
     """The engine that runs work in this process."""
 
     hands = 1
@@ -173,10 +195,10 @@ class Here(Generic[R]):
         self.about = self.work.about()
 
     def run(
-        self, tasks: Sequence[Task], write: Callable[[Task, Sequence[R]], None], advance: Advance | None = None
+        self, units: Sequence[Unit], write: Callable[[Unit, Sequence[R]], None], advance: Advance | None = None
     ) -> StreamStats:
-        """Run all tasks in order."""
-        return self.work.run(tasks, write, advance)
+        """Run all units in order."""
+        return self.work.run(units, write, advance)
 
     def close(self) -> None:
         """Nothing to do."""

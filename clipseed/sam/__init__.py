@@ -1,1 +1,1 @@
-"""Segment Anything: mask proposals, and seeds made from them."""
+"""Segment Anything: mask proposals, and CAMs made from them."""

@@ -19,7 +19,7 @@ from clipseed.sam.grid import Crop, crops_of, point_grid
 from clipseed.sam.levels import filter_levels
 from clipseed.sam.nms import mask_boxes, suppress
 from clipseed.sam.options import ProposalOptions
-from clipseed.segments import Proposals
+from clipseed.segments import Segments
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Limits:
 
 def generate(
     backend: SamBackend, image: npt.NDArray[Any], options: ProposalOptions, limits: Limits | None = None
-) -> Proposals:
+) -> Segments:
     """Propose masks for an image.
 
     For each crop: answers to a grid of points, the masks that pass the thresholds, NMS. Then NMS between crops,
@@ -124,7 +124,7 @@ def _refuse_unless_smaller_helps(error: BaseException, count: int) -> None:
 
 def _between_crops(
     found: Sequence[Candidates], crops: Sequence[Crop], size: tuple[int, int], options: ProposalOptions
-) -> Proposals:
+) -> Segments:
     """Masks in the image's frame; where those of several crops overlap, the smaller crop's stay."""
     owner = np.repeat(np.arange(len(found)), [len(candidates) for candidates in found])
     place = np.concatenate([np.arange(len(candidates)) for candidates in found])
@@ -145,7 +145,7 @@ def _between_crops(
         bits = np.unpackbits(found[crop_index].packed[index], count=crop.area)
         mask[crop.top : crop.bottom, crop.left : crop.right] = bits.reshape(crop.size)
     rectangles = np.array([(crop.left, crop.top, crop.size[1], crop.size[0]) for crop in crops], np.int32)
-    return Proposals(
+    return Segments(
         masks=masks,
         level=gathered("level"),
         iou=gathered("iou"),
@@ -156,7 +156,7 @@ def _between_crops(
     )
 
 
-def _cleaned(proposals: Proposals, options: ProposalOptions) -> Proposals:
+def _cleaned(proposals: Segments, options: ProposalOptions) -> Segments:
     """Masks without small holes and islands, and of those that overlap now, the ones that had none."""
     masks = np.empty_like(proposals.masks)
     untouched = np.empty(len(proposals), np.float32)
@@ -165,7 +165,7 @@ def _cleaned(proposals: Proposals, options: ProposalOptions) -> Proposals:
         untouched[index] = not changed
     box = mask_boxes(torch.from_numpy(masks)).numpy()
     kept = suppress(box, untouched, max(options.box_nms_threshold, options.crop_nms_threshold))
-    cleaned = Proposals(
+    cleaned = Segments(
         masks=masks,
         level=proposals.level,
         iou=proposals.iou,

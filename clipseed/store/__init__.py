@@ -1,6 +1,6 @@
-"""Seeds and masks on disk."""
+"""CAMs and masks on disk."""
 
-from clipseed.store.reader import Seeds, open_seeds
-from clipseed.store.records import SeedMap
+from clipseed.store.cam_records import Cam
+from clipseed.store.cams import CamSet, open_cams
 
-__all__ = ["SeedMap", "Seeds", "open_seeds"]
+__all__ = ["Cam", "CamSet", "open_cams"]

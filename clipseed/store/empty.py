@@ -26,8 +26,8 @@ from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
 
 if TYPE_CHECKING:
+    from clipseed.store.cam_records import Cam
     from clipseed.store.record_file import RecordFile
-    from clipseed.store.records import SeedMap
 
 NOTHING_COMPETES = "nothing competes with it: no background words (--background) and no other class"
 _SUFFIXES = {".h5", ".hdf5"}
@@ -52,8 +52,8 @@ def background_to_ignore(labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
     return np.where(labels == 0, np.uint8(_IGNORE), labels)
 
 
-def stored_empty_maps(file: RecordFile[SeedMap]) -> dict[str, tuple[int, ...]]:
-    """Classes without a positive value by id, for every image of a seeds file.
+def stored_empty_maps(file: RecordFile[Cam]) -> dict[str, tuple[int, ...]]:
+    """Classes without a positive value by id, for every image of a CAM file.
 
     Raises:
         StoreError: the maps cannot be read back.
@@ -303,7 +303,7 @@ def earlier_in(
     """Answers whether labels had come to nothing in a source, and where.
 
     Args:
-        source: Seeds or label masks; the list beside them knows of stages before theirs.
+        source: CAMs or label masks; the list beside them knows of stages before theirs.
         manifest: Theirs.
         empty_there: Classes of an image of the source, and those of them that are empty in it.
     """

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from clipseed.data.stamps import FileStamp
 from clipseed.errors import StoreError
 from clipseed.store import layout
+from clipseed.store.cam_records import Cam, cam_format, classes_of
 from clipseed.store.files import replacing, storage_errors
 from clipseed.store.layout import R, RecordFormat
-from clipseed.store.records import SeedMap, classes_of, seed_format
 
 _BLOCK = 4096
 _LIBVER = ("v110", "v110")
@@ -191,11 +191,11 @@ class RecordFile(Generic[R]):
 F = TypeVar("F", bound="RecordFile[Any]")
 
 
-class SeedFile(RecordFile[SeedMap]):
-    """One seeds file open for reading."""
+class CamFile(RecordFile[Cam]):
+    """One CAM file open for reading."""
 
     def __init__(self, path: Path, *, verify: bool) -> None:
-        super().__init__(path, seed_format(), verify=verify)
+        super().__init__(path, cam_format(), verify=verify)
 
     @property
     def cam_dtype(self) -> str:

@@ -38,7 +38,7 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
     """
 
     what: str
-    """One of them, for messages: ``a seeds file``."""
+    """One of them, for messages: ``a CAM file``."""
     content: str
     """What is in it."""
     maker: str

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from clipseed.data.paths import is_file
 from clipseed.data.stamps import FileStamp, replaced
+from clipseed.data.types import Sample
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.empty import EmptyLabels
 from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_errors, write_skipped, write_text_once
@@ -31,16 +32,9 @@ from clipseed.store.places import located, noted, same_places
 from clipseed.store.record_file import RecordFile, write_portable, write_unit
 from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.shards import WHOLE, Shard, ShardReports, Skipped, lock_output, unit_number
+from clipseed.store.units import Unit, missing_units, own_items
 
 _H5_SUFFIXES = {".h5", ".hdf5"}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A run of consecutive samples that is written as one file. ``ids`` are those still to be done."""
-
-    index: int
-    ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,7 @@ class Finished:
     empty: EmptyLabels | None = None
 
 
+T = TypeVar("T")
 W = TypeVar("W", bound="RecordWriter[Any]")
 
 
@@ -228,29 +223,24 @@ class RecordWriter(Generic[R]):
         """Ids that are stored already."""
         return frozenset(self._done)
 
-    def own(self, ids: Sequence[str]) -> list[str]:
-        """Those of the data set's ids that are this run's to do."""
-        size, takes = self._unit_size, self._shard.takes
-        return [
-            key for k, start in enumerate(range(0, len(ids), size)) if takes(k) for key in ids[start : start + size]
-        ]
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """Results that were not stored, with reasons: none."""
+        return []
 
-    def units(self, ids: Sequence[str]) -> list[Unit]:
-        """Cut the data set's ids into units and drop what is done; the cut never depends on what is done."""
-        found = []
-        for index, start in enumerate(range(0, len(ids), self._unit_size)):
-            if not self._shard.takes(index):
-                continue
-            missing = tuple(key for key in ids[start : start + self._unit_size] if key not in self._done)
-            if missing:
-                found.append(Unit(index, missing))
-        return found
+    def own(self, items: Sequence[T]) -> list[T]:
+        """Those of the data set's samples, or of their ids, that are this run's to do."""
+        return own_items(items, self._unit_size, self._shard)
 
-    def write(self, index: int, records: Sequence[R]) -> None:
-        """Store the records of unit ``index`` as one file; images that were skipped are simply not among them."""
+    def units(self, samples: Sequence[Sample]) -> list[Unit]:
+        """This run's units, without what is done (:func:`~clipseed.store.units.missing_units`)."""
+        return missing_units(samples, self._unit_size, self._shard, self._done)
+
+    def write(self, unit: Unit, records: Sequence[R]) -> None:
+        """Store the records of a unit as one file; images that were skipped are simply not among them."""
         if not records:
             return
-        path = self._unit_path(index)
+        path = self._unit_path(unit.index)
         write_unit(path, self._text, records, self._form)
         for record in records:
             self._done[record.id] = path

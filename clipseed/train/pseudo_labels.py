@@ -14,8 +14,8 @@ from torchvision.tv_tensors import Image, Mask
 from clipseed.data.images import read_image
 from clipseed.data.listing import list_images
 from clipseed.errors import InputError
-from clipseed.store.masks import read_mask
-from clipseed.store.reader import Seeds, open_seeds
+from clipseed.store.cams import CamSet, open_cams
+from clipseed.store.label_masks import read_label_mask
 from clipseed.train.augment import Augmentation, Scores
 from clipseed.train.data import Stacked
 
@@ -35,12 +35,12 @@ class PseudoLabels(Stacked):
 
     def __init__(self, images: Path, masks: Path, augmentation: Augmentation, soft: Path | None = None) -> None:
         self._augmentation, self._soft = augmentation, soft
-        self._seeds: Seeds | None = None  # opened by the process that reads it
+        self._cams: CamSet | None = None  # opened by the process that reads it
         labels, pixels = list_images(masks), list_images(images)
         known = set(pixels)
         if soft is not None:
-            with open_seeds(soft) as seeds:
-                known &= set(seeds)
+            with open_cams(soft) as cams:
+                known &= set(cams)
         missing = sorted(labels.keys() - known)
         if missing:
             what = "image" if soft is None else "image or scores"
@@ -50,7 +50,7 @@ class PseudoLabels(Stacked):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def sample(self, index: int, seed: int) -> tuple[Tensor, ...]:
+    def sample(self, index: int, cam: int) -> tuple[Tensor, ...]:
         """One crop: pixels ``(3, S, S)`` uint8, labels ``(S, S)`` uint8; with scores, confidence ``(S, S)`` float32.
 
         The confidence is the score of the strongest class, or of the background, which is 1 less that (CLIP-ES).
@@ -60,22 +60,22 @@ class PseudoLabels(Stacked):
             ImageError: the image cannot be read.
         """
         identifier, path, mask = self._samples[index]
-        image, labels = read_image(path), read_mask(mask)
+        image, labels = read_image(path), read_label_mask(mask)
         if image.size != labels.shape[::-1]:
             raise InputError(f"{mask}: size {labels.shape[::-1]}, but its image has {image.size}")
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
         parts = [Image(pixels), Mask(torch.from_numpy(labels.copy()))]
         if self._soft is not None:
             parts.append(Scores(torch.from_numpy(self.confidence(identifier))[None]))
-        cut = self._augmentation(seed, *parts)
+        cut = self._augmentation(cam, *parts)
         return (*cut[:2], *(scores[0].clamp(0, 1) for scores in cut[2:]))
 
     def confidence(self, identifier: str) -> npt.NDArray[np.float32]:
         """Score ``(H, W)`` of what a mask says about each pixel of an image."""
         assert self._soft is not None
-        if self._seeds is None:
-            self._seeds = open_seeds(self._soft)
-        strongest: npt.NDArray[np.float32] = self._seeds[identifier].upsampled().max(axis=0, initial=0)
+        if self._cams is None:
+            self._cams = open_cams(self._soft)
+        strongest: npt.NDArray[np.float32] = self._cams[identifier].upsampled().max(axis=0, initial=0)
         return np.maximum(strongest, 1 - strongest).astype(np.float32, copy=False)
 
     def digest(self) -> str:

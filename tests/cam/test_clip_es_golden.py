@@ -26,7 +26,7 @@ from clipseed.data import load_vocabulary
 from clipseed.data.voc import object_names
 from clipseed.evaluate.confusion import confusion, score
 from clipseed.evaluate.sweep import PowerSweep, ThresholdSweep, power_labels
-from clipseed.store import SeedMap
+from clipseed.store import Cam
 
 from helpers.clip_es import load_set, pixels_of
 from helpers.golden import CASES, CLIP_ES_DATA, SETS, case, config, vocabulary
@@ -106,11 +106,11 @@ def test_labels_from_the_annotation(folder: str, name: str) -> None:
     assert load_vocabulary("voc").indices(names, name) == tuple(arrays["keys"])
 
 
-def refined_seed(arrays: dict[str, np.ndarray]) -> SeedMap:
+def refined_seed(arrays: dict[str, np.ndarray]) -> Cam:
     maps = arrays["cam_refined"]
     maps = maps - maps.min(axis=(1, 2), keepdims=True)
     maps = (maps / (1e-7 + maps.max(axis=(1, 2), keepdims=True))).astype(np.float32)
-    return SeedMap("x", arrays["keys"].astype(np.int32), maps, arrays["gt"].shape)
+    return Cam("x", arrays["keys"].astype(np.int32), maps, arrays["gt"].shape)
 
 
 @pytest.mark.parametrize("folder", SETS)
@@ -173,10 +173,10 @@ def test_the_command_reproduces_the_maps(folder: str, tmp_path: Path) -> None:
         "--precision", "fp32", "--device", "cpu", "--out", str(out), "--quiet",
     ])  # fmt: skip
     assert code == 0, (tmp_path / "cams.skipped.csv").read_text()
-    seeds = clipseed.open_seeds(out)
+    seeds = clipseed.open_cams(out)
     assert sorted(seeds) == sorted(names)
     for name in names:
         arrays = case(folder, name)
         assert seeds[name].classes.tolist() == arrays["keys"].tolist()
         assert seeds[name].size == arrays["image"].shape[:2]
-        np.testing.assert_allclose(seeds[name].cam, arrays["cam"], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(seeds[name].maps, arrays["cam"], rtol=0, atol=5e-5)

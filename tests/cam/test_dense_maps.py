@@ -365,14 +365,17 @@ def test_a_softmax_keeps_only_the_weights_of_feature_subtraction() -> None:
 def test_every_method_can_be_chosen(tmp_path: Path) -> None:
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.cam import CamOptions, run_cam
-    from clipseed.store.reader import open_seeds
+    from clipseed.runtime.run import RunOptions
+    from clipseed.store.cams import open_cams
 
     assert set(DENSE_METHODS) < set(METHODS)
     for method in DENSE_METHODS:
         data = DatasetOptions(dataset="toy", limit=3)
-        report = run_cam(CamOptions(data, tmp_path / f"{method}.h5", device="cpu", method=method, flip=True))
+        report = run_cam(
+            CamOptions(data, tmp_path / f"{method}.h5", method=method, flip=True, run=RunOptions(device="cpu"))
+        )
         assert report.stats.computed == 3
-        with open_seeds(report.out) as seeds:
+        with open_cams(report.out) as seeds:
             assert seeds.manifest["method"] == method
 
 
@@ -380,11 +383,11 @@ def test_every_method_can_be_chosen(tmp_path: Path) -> None:
 def test_maps_find_the_toy_objects() -> None:
     """Measured on these 40 scenes: 60.9, 72.4 and 23.5; maps of random numbers score 11.5."""
     from clipseed.clip.model import FrozenClip
+    from clipseed.data.toy.world import lay_out
     from clipseed.data.vocabulary import load_vocabulary
     from clipseed.evaluate.confusion import score
     from clipseed.evaluate.sweep import ThresholdSweep
-    from clipseed.store.records import SeedMap
-    from clipseed.toy.world import lay_out
+    from clipseed.store.cam_records import Cam
     from tools.toy.measure import _pixels
 
     clip = FrozenClip.load(weights="toy", device="cpu")
@@ -399,7 +402,7 @@ def test_maps_find_the_toy_objects() -> None:
                 maps = rng.random((len(scene.labels), *grid), np.float32)
             else:
                 maps = compute_cams(clip, text, [pixels], [scene.labels], grid, method).maps[0].numpy()  # type: ignore[arg-type]
-            sweep.update(SeedMap("", np.array(scene.labels, np.int32), maps, scene.size), scene.mask())
+            sweep.update(Cam("", np.array(scene.labels, np.int32), maps, scene.size), scene.mask())
     found = {method: max(score(m).miou for m in sweep.matrices()) for method, sweep in sweeps.items()}
     assert found["random"] < 0.15
     for method, floor in {"maskclip": 0.55, "svc": 0.66, "naclip": 0.18}.items():

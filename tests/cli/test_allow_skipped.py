@@ -13,7 +13,7 @@ import pytest
 
 from clipseed.cli._options import with_values
 from clipseed.cli.main import main
-from clipseed.toy.dataset import save_devkit
+from clipseed.store.toy_devkit import save_devkit
 
 ROOT = Path(__file__).parents[2]
 

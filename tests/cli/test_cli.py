@@ -17,7 +17,7 @@ from PIL import Image
 import clipseed as package
 from clipseed.cli.main import main
 from clipseed.defaults import CamMethod, CrfSolver, SeedPreset, SegmentFormat
-from clipseed.store.reader import open_seeds
+from clipseed.store.cams import open_cams
 
 from helpers.images import photo
 from helpers.program import Runner
@@ -115,12 +115,12 @@ def test_voc_end_to_end(
     assert "voc train: 6 images, 6 to do" in captured.err
     assert "cams.h5: 6 of 6 images, 6 computed now" in captured.err
 
-    seeds = package.open_seeds("cams.h5")
+    seeds = package.open_cams("cams.h5")
     assert list(seeds) == [f"2007_00000{k}" for k in range(1, 7)]
     assert seeds["2007_000004"].classes.tolist() == [17, 7, 11]
     assert seeds["2007_000004"].size == (33, 90)
-    assert seeds["2007_000004"].cam.shape == (3, 3, 6)
-    assert seeds["2007_000005"].cam.shape == (0, 3, 4)  # shows no class
+    assert seeds["2007_000004"].maps.shape == (3, 3, 6)
+    assert seeds["2007_000005"].maps.shape == (0, 3, 4)  # shows no class
     model = seeds.manifest["model"]
     assert len(model["sha256"]) == 64
     assert seeds.manifest["versions"]["clipseed"] == package.__version__
@@ -147,7 +147,7 @@ def test_folder_of_shards_and_json(voc_words: list[str], tmp_path: Path, capsys:
     data = json.loads(captured.out)
     assert (data["images"], data["computed"], data["skipped"]) == (4, 4, [])
     assert {path.name for path in out.iterdir()} >= {"unit-000000.h5", "manifest.json"}
-    assert len(open_seeds(out)) == 4
+    assert len(open_cams(out)) == 4
 
 
 @pytest.mark.slow
@@ -155,11 +155,11 @@ def test_results_do_not_depend_on_batching_or_workers(voc_words: list[str], tmp_
     variants = {"a": ["--batch-size", "1"], "b": ["--batch-size", "5"], "c": ["--workers", "2"], "d": ["--limit", "3"]}
     for name, words in variants.items():
         assert main([*voc_words, "--out", str(tmp_path / f"{name}.h5"), "--quiet", *words]) == 0
-    first = open_seeds(tmp_path / "a.h5")
+    first = open_cams(tmp_path / "a.h5")
     for name in "bcd":
-        other = open_seeds(tmp_path / f"{name}.h5")
+        other = open_cams(tmp_path / f"{name}.h5")
         for key in other:
-            np.testing.assert_allclose(other[key].cam, first[key].cam, atol=1e-3)  # one unit of stored half precision
+            np.testing.assert_allclose(other[key].maps, first[key].maps, atol=1e-3)  # one unit of stored half precision
 
 
 def test_skipped_images_are_code_3_and_listed(
@@ -185,7 +185,7 @@ def test_skipped_images_are_code_3_and_listed(
     (images / "2007_000001.jpg").write_bytes(good)  # the mended image is picked up by the same command
     assert main([*voc_words, "--out", str(out)]) == 3
     assert "1 computed now" in capsys.readouterr().err
-    assert list(open_seeds(out)) == ["2007_000001", "2007_000002", "2007_000004", "2007_000005"]
+    assert list(open_cams(out)) == ["2007_000001", "2007_000002", "2007_000004", "2007_000005"]
 
 
 def test_when_nothing_can_be_read_it_is_a_failure(
@@ -220,13 +220,13 @@ def test_extreme_images(tiny_weights: Path, tmp_path: Path, capsys: pytest.Captu
     words = ["cam", "--dataset", "folder", "--images", images, "--labels", tmp_path / "labels.json", "--classes",
              tmp_path / "classes.txt", "--weights", tiny_weights, "--device", "cpu", "--out", out]  # fmt: skip
     assert main(list(map(str, words))) == 0, capsys.readouterr().err
-    seeds = open_seeds(out)
+    seeds = open_cams(out)
     assert set(seeds) == set(cases)
     for name, image in cases.items():
         assert seeds[name].size == (image.height, image.width)
-        assert np.isfinite(seeds[name].cam).all()
-    assert seeds["large"].cam.shape == (2, 30, 40)
-    assert seeds["line"].cam.shape == (2, 1, 40)
+        assert np.isfinite(seeds[name].maps).all()
+    assert seeds["large"].maps.shape == (2, 30, 40)
+    assert seeds["line"].maps.shape == (2, 1, 40)
     assert main(["inspect", str(out), "--preview", str(tmp_path / "preview.png"), "--count", "9"]) == 0
     with Image.open(tmp_path / "preview.png") as sheet:
         assert sheet.height > 9 * 200
@@ -259,11 +259,11 @@ def test_inspect(voc_words: list[str], devkit: Path, tmp_path: Path, capsys: pyt
 def test_preview_shows_the_map_in_place(tmp_path: Path) -> None:
     """A map that is hot in one corner colours that corner of the overlay, in the photo's own orientation."""
     from clipseed.report.overlay import heat_overlay
-    from clipseed.store.records import SeedMap
+    from clipseed.store.cam_records import Cam
 
     cam = np.zeros((1, 3, 6), np.float32)
     cam[0, 0, 5] = 1
-    seed = SeedMap("x", np.array([0], np.int32), cam, (48, 96))
+    seed = Cam("x", np.array([0], np.int32), cam, (48, 96))
     image_pixels = np.full((48, 96, 3), 128, np.uint8)
     overlay = heat_overlay(image_pixels, seed.upsampled()[0])
     redness = overlay[..., 0].astype(int) - overlay[..., 2]
@@ -314,7 +314,7 @@ def test_pipes_and_poor_terminals(clipseed: Runner, voc_words: list[str], tmp_pa
 def test_non_ascii_messages_on_an_ascii_terminal(clipseed: Runner) -> None:
     done = clipseed("evaluate", "é.h5", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"})
     assert done.returncode == 1
-    assert "no such seeds file" in done.stderr
+    assert "no such CAM file" in done.stderr
 
 
 def test_public_api_is_lazy_and_complete() -> None:

@@ -21,7 +21,7 @@ LONG = "x" * 300
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Photos with labels, a seeds file, an empty folder and a pipe, in the working folder."""
+    """Photos with labels, a CAM file, an empty folder and a pipe, in the working folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "empty"):
         (tmp_path / name).mkdir()
@@ -56,8 +56,8 @@ TOY = ["cam", "--dataset", "toy", "--limit", "1"]
         ([*TOY, "--template", "a\n{}"], 1, "--template: 'a\\n{}' holds a line break, a control character"),
         ([*TOY, "--batch-size", "9" * 5000], 2, "give auto or a number"),
         ([*TOY, "--scales", ","], 2, "--scales: give at least one number"),
-        (["evaluate", LONG], 1, "no such seeds file or mask folder"),
-        (["evaluate", "pipe"], 1, "pipe: a pipe or a device, not a seeds file"),
+        (["evaluate", LONG], 1, "no such CAM file or mask folder"),
+        (["evaluate", "pipe"], 1, "pipe: a pipe or a device, not a CAM file"),
         (["evaluate", "cams.h5", "--gt", LONG], 1, "no such folder"),
         (["evaluate", "cams.h5", "--gt", "toy:²"], 1, "--gt toy:²: the part behind 'toy:' must be a number"),
         (["evaluate", "cams.h5", "--gt", "toy:" + "9" * 5000], 1, "must be a number of at most 20 digits"),

@@ -16,7 +16,8 @@ from clipseed.cli._run import prepare
 from clipseed.cli.main import main
 from clipseed.runtime.stream import StreamStats
 from clipseed.store.files import refuse_unwritable
-from clipseed.toy.dataset import save_devkit
+from clipseed.store.toy_devkit import save_devkit
+from clipseed.store.units import Unit
 
 from helpers.images import photo
 
@@ -51,7 +52,7 @@ def test_run_reports(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(report["waits"]) == {"decode", "device", "write"}
     assert 0 < sum(report["waits"].values()) <= report["seconds"]
     assert report["waits"][report["bottleneck"]] == max(report["waits"].values())
-    assert report["images_per_second"] == pytest.approx(3 / report["seconds"], rel=0.01)
+    assert report["images_per_second"] == pytest.approx(3 / report["seconds"], rel=0.05)
     assert report["peak_memory_mb"] > 50
     assert report["versions"]["torch"]
     assert report["finished"].startswith("20")
@@ -133,20 +134,23 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed"])
+@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed", "crf", "refine"])
 def test_a_shard_of_nothing_but_broken_images_files_its_report(
     command: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So the other shards can finish the output."""
     small = ["--points-per-side", "2", "--crop-layers", "0", "--checkpoint", "toy"]
-    if command == "sam-seed":
+    from_maps = command in ("sam-seed", "crf", "refine")
+    if from_maps:
         assert main([*CAM, "--allow-skipped"]) == 0
     words = {
         "cam": [*CAM, "--out", "out.h5"],
         "sam-masks": ["sam-masks", "--dataset", "folder", "--images", "photos", *small, "--out", "out.h5"],
         "sam-seed": ["sam-seed", "cams.h5", "--method", "pixel", "--out", "out"],
+        "crf": ["crf", "cams.h5", "--device", "cpu", "--out", "out"],
+        "refine": ["refine", "par", "cams.h5", "--device", "cpu", "--out", "out.h5"],
     }[command]
-    if command == "sam-seed":
+    if from_maps:
         spoil_maps(photos / "cams.h5")
     else:
         (photos / "split.txt").write_text("2\n")
@@ -164,16 +168,16 @@ def test_a_shard_of_nothing_but_broken_images_files_its_report(
 
 
 def spoil_maps(path: Path) -> None:
-    """Seeds whose every map is not a number, with valid checksums."""
-    from clipseed.store.reader import Seeds
-    from clipseed.store.records import SeedMap
-    from clipseed.store.seed_writer import SeedWriter
+    """CAMs whose every map is not a number, with valid checksums."""
+    from clipseed.store.cam_records import Cam
+    from clipseed.store.cam_writer import CamWriter
+    from clipseed.store.cams import CamSet
 
-    with Seeds(path) as seeds:
+    with CamSet(path) as seeds:
         manifest, records = seeds.manifest, [seeds[key] for key in seeds]
     path.unlink()
-    with SeedWriter(path, manifest, "float16", 64) as writer:
-        writer.write(0, [SeedMap(r.id, r.classes, np.full_like(r.cam, np.nan), r.size) for r in records])
+    with CamWriter(path, manifest, "float16", 64) as writer:
+        writer.write(Unit(0), [Cam(r.id, r.classes, np.full_like(r.maps, np.nan), r.size) for r in records])
         writer.finish([r.id for r in records])
 
 

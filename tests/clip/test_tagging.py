@@ -17,15 +17,15 @@ from clipseed.clip.tagging import tag
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.labels import read_labels
+from clipseed.data.toy.shapes import CLASS_NAMES
+from clipseed.data.toy.textures import MATERIALS
 from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary
 from clipseed.defaults import TAG_THRESHOLD
 from clipseed.errors import InputError
-from clipseed.jobs import features
-from clipseed.jobs.tags import labels_csv
-from clipseed.store.reader import open_seeds
-from clipseed.toy.dataset import save_devkit
-from clipseed.toy.shapes import CLASS_NAMES
-from clipseed.toy.textures import MATERIALS
+from clipseed.jobs.cam import labels_csv
+from clipseed.runtime import features
+from clipseed.store.cams import open_cams
+from clipseed.store.toy_devkit import save_devkit
 
 from helpers.golden import CASES, case
 from helpers.images import photo
@@ -132,11 +132,11 @@ def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same_maps(first: Path, second: Path) -> None:
-    one, other = open_seeds(first), open_seeds(second)
+    one, other = open_cams(first), open_cams(second)
     assert list(one) == list(other)
     for key in one:
         assert one[key].classes.tolist() == other[key].classes.tolist()
-        np.testing.assert_array_equal(one[key].cam, other[key].cam)
+        np.testing.assert_array_equal(one[key].maps, other[key].maps)
 
 
 def test_auto_labels_and_back(
@@ -152,7 +152,7 @@ def test_auto_labels_and_back(
     assert labels["void"] == ()
     truth = {s.id: set(s.labels or ()) for s in open_dataset(DatasetOptions("toy", limit=8)).samples}
     assert sum(set(labels[key]) == truth[key] for key in truth) >= 6
-    seeds = open_seeds(out)
+    seeds = open_cams(out)
     assert {key: tuple(seeds[key].classes) for key in seeds} == labels
     data = seeds.manifest["dataset"]
     assert (data["labels"], data["tag_threshold"], data["tag_top_k"]) == ("auto", 0.25, None)
@@ -229,7 +229,7 @@ def test_voc_tags_what_has_no_annotation(devkit: Path, tmp_path: Path, tiny_weig
     ]
     out = tmp_path / "cams.h5"
     assert main([*words, "--labels", "auto", "--tag-threshold", "0.9", "--tag-top-k", "2", "--out", str(out)]) == 0
-    seeds = open_seeds(out)
+    seeds = open_cams(out)
     assert seeds["2007_000004"].classes.tolist() == [17, 7, 11]  # as annotated
     assert "2007_000006" in seeds
     assert main([*words, "--labels", str(tmp_path / "cams.labels.csv"), "--out", str(tmp_path / "again.h5")]) == 0
@@ -269,7 +269,7 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_an_interrupted_pass_keeps_its_tags(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipseed.jobs import tags
+    from clipseed.jobs import cam as tags
 
     monkeypatch.setattr(tags, "cut_units", lambda samples, _: [samples[k : k + 2] for k in range(0, len(samples), 2)])
     encode, calls = features.image_features, []

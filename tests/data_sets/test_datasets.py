@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from clipseed.data.dataset import DatasetOptions, image_finder, open_dataset
+from clipseed.data.toy.dataset import HELD_OUT_COUNT, toy_mask, toy_scene
 from clipseed.data.voc import object_names
 from clipseed.errors import ImageError, InputError, UsageError
-from clipseed.toy.dataset import HELD_OUT_COUNT, save_devkit, toy_mask, toy_scene
+from clipseed.store.toy_devkit import save_devkit
 
 from helpers.images import photo
 

@@ -18,11 +18,11 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import confusion, score
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
-from clipseed.store.masks import voc_palette, write_mask
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.label_masks import voc_palette, write_label_mask
+from clipseed.store.units import Unit
 
 VOC = load_vocabulary("voc")
 NAMES = ("background", *VOC.class_names)
@@ -71,16 +71,16 @@ def test_scores_agree_with_the_plain_metric(pairs: list[tuple[np.ndarray, np.nda
         assert np.isnan(value) if other is None else abs(value - other) < 1e-9
 
 
-def random_seed(rng: np.random.Generator, classes: int = 4) -> tuple[SeedMap, np.ndarray]:
+def random_seed(rng: np.random.Generator, classes: int = 4) -> tuple[Cam, np.ndarray]:
     count = int(rng.integers(0, classes + 1))
     cam = rng.random((count, 3, 4)).astype(np.float16).astype(np.float32)
     cam[:, rng.random((3, 4)) < 0.2] = 0.5  # exact ties between classes and with thresholds
     ids = rng.permutation(classes)[:count].astype(np.int32)
     truth = rng.choice(np.array([*range(classes + 1), 255], np.uint8), (40, 50))
-    return SeedMap("x", ids, cam, (40, 50)), truth
+    return Cam("x", ids, cam, (40, 50)), truth
 
 
-def brute_force(seed: SeedMap, background: np.ndarray, maps: np.ndarray) -> np.ndarray:
+def brute_force(seed: Cam, background: np.ndarray, maps: np.ndarray) -> np.ndarray:
     """Arg-max over the stacked score volume, as published code does it; the background comes first."""
     volume = np.concatenate([background[None], maps])
     return np.concatenate([[0], seed.classes + 1])[volume.argmax(axis=0)].astype(np.uint8)
@@ -135,8 +135,8 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         mask = rng.integers(0, 6, shape).astype(np.uint8)
         guess = np.where(rng.random(shape) < 0.6, mask, rng.integers(0, 21, shape)).astype(np.uint8)
         mask[0] = 255
-        write_mask(truth / f"{name}.png", mask)
-        write_mask(prediction / f"{name}.png", guess)
+        write_label_mask(truth / f"{name}.png", mask)
+        write_label_mask(prediction / f"{name}.png", guess)
     return prediction, truth
 
 
@@ -195,7 +195,7 @@ def test_predicted_255(folders: tuple[Path, Path]) -> None:
     prediction, truth = folders
     guess = np.asarray(Image.open(prediction / "b.png")).copy()
     guess[5:9] = 255
-    write_mask(prediction / "b.png", guess)
+    write_label_mask(prediction / "b.png", guess)
     with pytest.raises(InputError, match=r"b.png: holds 255.*--pred-ignore background or --pred-ignore exclude"):
         run(prediction, truth)
     pairs = pairs_in(prediction, truth)
@@ -235,9 +235,9 @@ def test_nothing_in_common(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(InputError, match="have no image in common"):
         run(folders[0], tmp_path / "other")
-    with pytest.raises(InputError, match="neither seeds nor PNG masks"):
+    with pytest.raises(InputError, match="neither CAMs nor PNG masks"):
         run(tmp_path / "other", folders[1])
-    with pytest.raises(InputError, match="no such seeds file or mask folder"):
+    with pytest.raises(InputError, match="no such CAM file or mask folder"):
         run(tmp_path / "nowhere", folders[1])
     with pytest.raises(InputError, match=r"--gt .*nowhere: no such folder \(looked for"):
         run(folders[0], tmp_path / "nowhere")
@@ -247,7 +247,7 @@ def test_sizes_must_agree(folders: tuple[Path, Path]) -> None:
     prediction, truth = folders
     guess = Image.open(prediction / "sub" / "c.png")
     small = np.asarray(guess.resize((15, 11), Image.Resampling.NEAREST))
-    write_mask(prediction / "sub" / "c.png", small)
+    write_label_mask(prediction / "sub" / "c.png", small)
     with pytest.raises(
         InputError, match=r"sub/c: the prediction is 15x11 pixels, the ground truth 30x22.*--resize-pred"
     ):
@@ -262,7 +262,7 @@ def test_values_that_are_no_class(folders: tuple[Path, Path]) -> None:
     prediction, truth = folders
     with pytest.raises(InputError, match=r"pred/a.png: holds the value \d+, but there are only 11 classes"):
         run(prediction, truth, classes="toy")
-    write_mask(truth / "a.png", np.full((20, 30), 77, np.uint8))
+    write_label_mask(truth / "a.png", np.full((20, 30), 77, np.uint8))
     with pytest.raises(InputError, match=r"gt/a: holds the value 77"):
         run(prediction, truth)
 
@@ -278,7 +278,7 @@ def test_rgb_ground_truth_in_voc_colours(folders: tuple[Path, Path]) -> None:
 def test_usage_mistakes(folders: tuple[Path, Path]) -> None:
     for options, message in (
         ({"classes": None}, "say which classes the masks hold"),
-        ({"threshold": 0.5}, "apply to seeds"),
+        ({"threshold": 0.5}, "apply to CAMs"),
         ({"threshold": 1.5}, "--threshold 1.5"),
         ({"threshold": float("nan")}, "--threshold"),
         ({"alphas": (0.0,)}, "--alpha"),
@@ -290,21 +290,21 @@ def test_usage_mistakes(folders: tuple[Path, Path]) -> None:
 
 
 @pytest.fixture
-def seeds(tmp_path: Path) -> tuple[Path, Path, list[tuple[SeedMap, np.ndarray]]]:
+def seeds(tmp_path: Path) -> tuple[Path, Path, list[tuple[Cam, np.ndarray]]]:
     rng = np.random.default_rng(3)
     cases = []
     (tmp_path / "root" / "truth").mkdir(parents=True)
     for number in range(6):
         seed, mask = random_seed(rng)
-        cases.append((SeedMap(f"p{number}", seed.classes, seed.cam, seed.size), mask))
-        write_mask(tmp_path / "root" / "truth" / f"p{number}.png", mask)
+        cases.append((Cam(f"p{number}", seed.classes, seed.maps, seed.size), mask))
+        write_label_mask(tmp_path / "root" / "truth" / f"p{number}.png", mask)
     manifest = {
         "vocabulary": {"name": "four", "classes": [{"name": name} for name in "abcd"]},
         "dataset": {"name": "voc", "root": str(tmp_path / "root"), "split": "train"},
         "options": {"paper": False},
     }
-    with SeedWriter(tmp_path / "cams.h5", manifest, "float16", 4) as writer:
-        writer.write(0, [seed for seed, _ in cases])
+    with CamWriter(tmp_path / "cams.h5", manifest, "float16", 4) as writer:
+        writer.write(Unit(0), [seed for seed, _ in cases])
         writer.finish([seed.id for seed, _ in cases])
     return tmp_path / "cams.h5", tmp_path / "root", cases
 
@@ -347,7 +347,7 @@ def test_seeds_without_known_ground_truth(seeds: Any) -> None:
 def test_seeds_of_another_size(seeds: Any) -> None:
     path, root, cases = seeds
     mask = cases[0][1][:30, :20]
-    write_mask(root / "truth" / "p0.png", mask)
+    write_label_mask(root / "truth" / "p0.png", mask)
     with pytest.raises(InputError, match=r"p0: the prediction is 50x40 pixels, the ground truth 20x30"):
         evaluate(EvaluateOptions(path, str(root / "truth")))
     report = evaluate(EvaluateOptions(path, str(root / "truth"), resize_pred=True))

@@ -17,11 +17,11 @@ from clipseed import segments
 from clipseed.errors import ClipseedError, ImageError, InputError, UsageError
 from clipseed.formats.coco import CocoInstances
 from clipseed.formats.instance_maps import InstanceMaps
-from clipseed.formats.open import KINDS, open_masks
+from clipseed.formats.open import KINDS, open_segments
 from clipseed.formats.panoptic import CocoPanoptic
 from clipseed.formats.rle import decode_counts, unpack_counts
 from clipseed.formats.sa1b import Sa1b
-from clipseed.formats.segment_folders import MaskFolders
+from clipseed.formats.segment_folders import SegmentFolders
 
 SIZE = (13, 17)
 
@@ -93,7 +93,7 @@ def test_coco_instances(tmp_path: Path) -> None:
     polygons = [[1.5, 1.0, 9.0, 2.5, 6.0, 11.0], [10, 3, 16, 3, 16, 9, 10, 9]]
     segmentations: list[Any] = [{"size": list(SIZE), "counts": runs(mask)} for mask in masks]
     segmentations += [compressed(masks[0]), polygons, []]
-    found = open_masks(instances(tmp_path / "instances_val.json", segmentations))
+    found = open_segments(instances(tmp_path / "instances_val.json", segmentations))
     assert isinstance(found, CocoInstances)
     assert found.ids() == {"a/one", "two"}
     filled = coco.decode(coco.merge(coco.frPyObjects(polygons, *SIZE))).astype(bool)
@@ -132,14 +132,14 @@ def test_coco_instances(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_segmentations(segmentation: Any, error: type[ClipseedError], message: str, tmp_path: Path) -> None:
-    found = open_masks(instances(tmp_path / "instances.json", [segmentation]))
+    found = open_segments(instances(tmp_path / "instances.json", [segmentation]))
     with pytest.raises(error, match=rf"instances\.json: annotations\[0\].*{message}"):
         found.read("a/one", SIZE)
 
 
 def test_polygons_without_pycocotools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    found = open_masks(instances(tmp_path / "i.json", [[[1, 1, 9, 1, 9, 9]]]))
+    found = open_segments(instances(tmp_path / "i.json", [[[1, 1, 9, 1, 9, 9]]]))
     with pytest.raises(UsageError, match=r"pip install 'clipseed\[sam\]'"):
         found.read("a/one", SIZE)
 
@@ -159,10 +159,10 @@ def test_polygons_without_pycocotools(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_malformed_coco_files(data: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"i\.json.*({message})"):
-        open_masks(write_json(tmp_path / "i.json", data))
+        open_segments(write_json(tmp_path / "i.json", data))
     (tmp_path / "i.json").write_text('{"images": [')
     with pytest.raises(InputError, match=r"i\.json: line 1: not valid JSON"):
-        open_masks(tmp_path / "i.json")
+        open_segments(tmp_path / "i.json")
 
 
 def panoptic_png(path: Path, ids: np.ndarray) -> None:
@@ -183,7 +183,7 @@ def test_coco_panoptic(tmp_path: Path) -> None:
         (write_json(tmp_path / "panoptic_val.json", data), "seven"),
         (tmp_path / "panoptic_val", "000007"),
     ):
-        found = open_masks(source)
+        found = open_segments(source)
         assert isinstance(found, CocoPanoptic)
         assert found.ids() == {identifier}
         np.testing.assert_array_equal(found.read(identifier, SIZE).masks, expected)
@@ -208,7 +208,7 @@ def test_instance_maps(mode: str, values: list[int], tmp_path: Path) -> None:
         image.putpalette(list(range(256)) * 3)
     (tmp_path / "sub").mkdir()
     image.save(tmp_path / "sub" / "x.png")
-    found = open_masks(tmp_path)
+    found = open_segments(tmp_path)
     assert isinstance(found, InstanceMaps)
     assert found.ids() == {"sub/x"}
     kept = values if mode == "I;16" else values[:-1]
@@ -226,8 +226,8 @@ def test_folders_of_masks(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
     Image.fromarray(np.repeat(masks[0][..., None], 3, axis=2).astype(np.uint8)).save(folder / "11.png")
-    found = open_masks(tmp_path)
-    assert isinstance(found, MaskFolders)
+    found = open_segments(tmp_path)
+    assert isinstance(found, SegmentFolders)
     assert found.ids() == {"images/2007_1"}
     ours = found.read("images/2007_1", SIZE)
     np.testing.assert_array_equal(ours.masks, [masks[0], masks[1], masks[2], masks[0]])  # the empty one is left out
@@ -249,7 +249,7 @@ def test_sa_1b(tmp_path: Path) -> None:
     annotations = [{"segmentation": compressed(mask)} for mask in masks]
     annotations[2].update(scored)
     write_json(tmp_path / "sa" / "sa_1.json", {"image": {"file_name": "sa_1.jpg"}, "annotations": annotations[::-1]})
-    found = open_masks(tmp_path / "sa")
+    found = open_segments(tmp_path / "sa")
     assert isinstance(found, Sa1b)
     assert found.ids() == {"sa_1"}
     ours = found.read("sa_1", SIZE)
@@ -271,25 +271,25 @@ def test_sa_1b(tmp_path: Path) -> None:
 def test_more_masks_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "MAX_MASK_BYTES", 10 * 13 * 17)
     segmentation = {"size": list(SIZE), "counts": [13 * 17]}
-    few = open_masks(instances(tmp_path / "few.json", [segmentation] * 10))
+    few = open_segments(instances(tmp_path / "few.json", [segmentation] * 10))
     assert len(few.read("a/one", SIZE)) == 0  # all are empty
-    many = open_masks(instances(tmp_path / "many.json", [segmentation] * 11))
+    many = open_segments(instances(tmp_path / "many.json", [segmentation] * 11))
     with pytest.raises(ImageError, match="11 masks of 17x13 pixels need more than"):
         many.read("a/one", SIZE)
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
-        open_masks(tmp_path / "nowhere")
+        open_segments(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no PNG and no JSON files here"):
-        open_masks(tmp_path)
+        open_segments(tmp_path)
     with pytest.raises(UsageError, match="choose one of auto, coco-panoptic"):
-        open_masks(tmp_path, "voc")  # type: ignore[arg-type]
+        open_segments(tmp_path, "voc")  # type: ignore[arg-type]
     file = instances(tmp_path / "annotations" / "instances_val.json", [])
     with pytest.raises(InputError, match="name one of them"):
-        open_masks(tmp_path / "annotations")
+        open_segments(tmp_path / "annotations")
     for kind in set(KINDS) - {"auto", "coco-instances", "coco-panoptic"}:
         with pytest.raises(UsageError, match=f"{kind} is a folder"):
-            open_masks(file, kind)
+            open_segments(file, kind)
     with pytest.raises(UsageError, match="is one JSON file"):
-        open_masks(tmp_path, "coco-instances")
+        open_segments(tmp_path, "coco-instances")

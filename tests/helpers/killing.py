@@ -23,10 +23,11 @@ import torch
 torch.set_num_threads(1)
 
 from clipseed.cli.main import main  # noqa: E402
-from clipseed.jobs import cam, crf, engine, refine, sam_masks, sam_seed, sam_seeder  # noqa: E402
-from clipseed.store.mask_cache import MaskCache  # noqa: E402
-from clipseed.store.masks import read_mask  # noqa: E402
-from clipseed.store.reader import open_seeds  # noqa: E402
+from clipseed.jobs import cam, crf, refine, sam_masks, sam_seed  # noqa: E402
+from clipseed.runtime import images as engine  # noqa: E402
+from clipseed.store.cams import open_cams  # noqa: E402
+from clipseed.store.label_masks import read_label_mask  # noqa: E402
+from clipseed.store.segments import SegmentSet  # noqa: E402
 
 PAUSE = 0.02
 
@@ -75,10 +76,10 @@ def check(folder: Path) -> int:
     for path in files:
         if path.suffix == ".h5":
             with h5py.File(path) as file:
-                seeds = file.attrs["format"] == "clipseed-seeds"
-            (open_seeds if seeds else MaskCache)(path, verify=True).close()
+                seeds = file.attrs["format"] == "clipseed-CAMs"
+            (open_cams if seeds else SegmentSet)(path, verify=True).close()
         else:
-            read_mask(path)
+            read_label_mask(path)
     return len(files)
 
 
@@ -125,7 +126,7 @@ if __name__ == "__main__":
     refine._Spreading.refined = slowed(refine._Spreading.refined)
     crf._CrfWork._solve = slowed(crf._CrfWork._solve)
     sam_masks.generate = slowed(sam_masks.generate)
-    sam_seeder.Seeder.__call__ = slowed(sam_seeder.Seeder.__call__)
+    sam_seed.Seeder.__call__ = slowed(sam_seed.Seeder.__call__)
     out = folder / "out"
     out.mkdir()
     duration = whole_run(words)

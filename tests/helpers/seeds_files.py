@@ -1,4 +1,4 @@
-"""Seeds files as docs/formats.md describes them, written with h5py alone, whatever they hold."""
+"""CAMs files as docs/formats.md describes them, written with h5py alone, whatever they hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def seeds_file(path: Path, content: dict[str, np.ndarray], manifest: Any = MANIFEST, libver: str = "earliest") -> Path:
-    """A seeds file with a true checksum, written with h5py alone, whatever it holds."""
+    """A CAM file with a true checksum, written with h5py alone, whatever it holds."""
     text = manifest if isinstance(manifest, str) else json.dumps(manifest)
     parts = [text]
     with h5py.File(path, "w", libver=libver) as file:
@@ -47,7 +47,7 @@ def seeds_file(path: Path, content: dict[str, np.ndarray], manifest: Any = MANIF
                 else values.tobytes()
             )
             parts.append(hashlib.sha256(raw).hexdigest())
-        attributes = {"format": "clipseed-seeds", "version": 1, "manifest": text,
+        attributes = {"format": "clipseed-CAMs", "version": 1, "manifest": text,
                       "checksum": hashlib.sha256("\n".join(parts).encode()).hexdigest()}  # fmt: skip
         file.attrs.update(attributes)
     return path

@@ -158,7 +158,7 @@ def toy_scores(vocabulary: Vocabulary, samples: list[Sample], reader: Any) -> li
 def test_the_command_on_the_toy_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipseed.jobs import features
+    from clipseed.runtime import features
 
     seen, encode = [], features.image_features
     monkeypatch.setattr(

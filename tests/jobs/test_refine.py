@@ -53,7 +53,7 @@ def test_released_maps_through_the_program(folder: str, tmp_path: Path) -> None:
         "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path / "cams.h5"), "--quiet",
     ]) == 0  # fmt: skip
     assert main(["refine", "caa", str(tmp_path / "cams.h5"), "--quiet", "--device", "cpu"]) == 0
-    seeds = clipseed.open_seeds(tmp_path / "cams-caa.h5")
+    seeds = clipseed.open_cams(tmp_path / "cams-caa.h5")
     assert seeds.manifest["options"]["box_threshold"] == {"voc": 0.4, "coco": 0.7}[vocabulary(folder)]
     for name in names:
         np.testing.assert_allclose(seeds[name].upsampled(), case(folder, name)["attn_highres"], atol=5e-5, rtol=0)
@@ -65,13 +65,13 @@ def test_one_pass_equals_two_commands(tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(["refine", "caa", "--quiet", "--device", "cpu"]) == 0
     Path("cams-caa.h5").rename("two.h5")
     assert main(["cam", *TOY, "--limit", "12", "--refine", "caa"]) == 0
-    one, two = clipseed.open_seeds("cams-caa.h5"), clipseed.open_seeds("two.h5")
+    one, two = clipseed.open_cams("cams-caa.h5"), clipseed.open_cams("two.h5")
     assert differences(one.manifest, two.manifest) == []
     assert list(one) == list(two)
     for key in one:
-        np.testing.assert_allclose(one[key].cam, two[key].cam, atol=1.1e-3)
-        assert one[key].cam.max() == pytest.approx(1)
-    assert differences(one.manifest, clipseed.open_seeds("cams.h5").manifest) != []
+        np.testing.assert_allclose(one[key].maps, two[key].maps, atol=1.1e-3)
+        assert one[key].maps.max() == pytest.approx(1)
+    assert differences(one.manifest, clipseed.open_cams("cams.h5").manifest) != []
 
 
 def test_batches_do_not_matter(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_batches_do_not_matter(tmp_path: Path) -> None:
     for name, size in (("a.h5", "1"), ("b.h5", "8")):
         words = ["refine", "caa", str(cams), "--out", str(tmp_path / name), "--batch-size", size, "--device", "cpu"]
         assert main([*words, "--quiet"]) == 0
-    one, many = clipseed.open_seeds(tmp_path / "a.h5"), clipseed.open_seeds(tmp_path / "b.h5")
+    one, many = clipseed.open_cams(tmp_path / "a.h5"), clipseed.open_cams(tmp_path / "b.h5")
     for key in one:
-        np.testing.assert_allclose(one[key].cam, many[key].cam, atol=1.1e-3)
+        np.testing.assert_allclose(one[key].maps, many[key].maps, atol=1.1e-3)
 
 
 def test_spreading_against_plain_loops() -> None:
@@ -157,10 +157,10 @@ def test_par_and_js_through_the_program(tmp_path: Path, monkeypatch: pytest.Monk
     Path("cams-js.h5").unlink()
     assert main(["refine", "caa", "--quiet", "--device", "cpu"]) == 0
     assert main(["refine", "par", "--quiet", "--device", "cpu"]) == 0  # of cams-caa.h5, the stage before
-    seeds = clipseed.open_seeds("cams-caa-par.h5")
+    seeds = clipseed.open_cams("cams-caa-par.h5")
     for seed in seeds.values():
-        assert seed.cam.shape[1:] == seed.size
-        assert 0 <= seed.cam.min() <= seed.cam.max() <= 1
+        assert seed.maps.shape[1:] == seed.size
+        assert 0 <= seed.maps.min() <= seed.maps.max() <= 1
     assert seeds.manifest["source"]["method"] == "caa"
     assert main(["evaluate", "--gt", "toy", "--quiet", "--json"]) == 0
     assert main(["refine", "caa", "cams-caa-par.h5", "--out", "x.h5", "--quiet"]) == 2
@@ -206,7 +206,7 @@ def test_images_that_moved_or_changed(
     assert "2007_000003" in (tmp_path / "cams-caa.skipped.csv").read_text()
     photo(2, 50, 70).save(tmp_path / "elsewhere" / "2007_000003.jpg")
     assert main(moved) == 3
-    assert "the image is 70x50 pixels now, 50x70 when its seeds were made" in (
+    assert "the image is 70x50 pixels now, 50x70 when its CAMs were made" in (
         tmp_path / "cams-caa.skipped.csv"
     ).read_text().replace('"', "")
     photo(3, 70, 50).save(tmp_path / "elsewhere" / "2007_000003.jpg")
@@ -215,7 +215,7 @@ def test_images_that_moved_or_changed(
     (tmp_path / "elsewhere" / "2007_000003.JpG").write_bytes(original)
     (tmp_path / "elsewhere" / "2007_000003.jpg").unlink()
     assert main(moved) == 0  # suffixes are found in any case
-    assert len(clipseed.open_seeds(tmp_path / "cams-caa.h5")) == 6
+    assert len(clipseed.open_cams(tmp_path / "cams-caa.h5")) == 6
 
 
 def test_corrected_labels_are_taken_up(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_corrected_labels_are_taken_up(tmp_path: Path, tiny_weights: Path, monke
     Path("labels.txt").write_text("".join(f"{k} rust crack\n" for k in range(4)) + "4 hole\n")
     run()
     for name in ("cams.h5", "shards", "cams-caa.h5", "soft.h5"):
-        seeds = clipseed.open_seeds(name)
+        seeds = clipseed.open_cams(name)
         assert sorted(seeds) == list("01234")
         assert seeds["4"].classes.tolist() == [2], name
         assert seeds["3"].classes.tolist() == [0, 1], name
@@ -261,11 +261,11 @@ def test_damaged_maps_are_skipped(tmp_path: Path) -> None:
 
 
 def _checksum(file: h5py.File) -> str:
+    from clipseed.store.cam_records import cam_format
     from clipseed.store.layout import Checksum
-    from clipseed.store.records import seed_format
 
-    checksum = Checksum(seed_format().datasets)
-    for name in seed_format().datasets:
+    checksum = Checksum(cam_format().datasets)
+    for name in cam_format().datasets:
         checksum.add(name, file[name][:])
     return checksum.hexdigest(str(file.attrs["manifest"]))
 
@@ -276,7 +276,8 @@ def test_kill_dash_nine(stage: str, tmp_path: Path) -> None:
     """Killed in the middle, the same command goes on, and the result is that of an undisturbed run."""
     cams = refined_cams(tmp_path, 24)
     code = (
-        "import sys, time, clipseed.jobs.crf as crf, clipseed.jobs.refine as refine, clipseed.jobs.engine as engine\n"
+        "import sys, time, clipseed.jobs.crf as crf, clipseed.jobs.refine as refine\n"
+        "import clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 4\n"
         "def slow(function):\n"

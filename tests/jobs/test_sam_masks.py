@@ -23,25 +23,27 @@ from segment_anything import SamPredictor
 
 from clipseed.cli.main import main
 from clipseed.errors import StoreError
-from clipseed.formats.open import open_masks
+from clipseed.formats.open import open_segments
 from clipseed.formats.rle import compress, expand, runs_of
 from clipseed.jobs import sam_masks
-from clipseed.jobs.inspect_masks import inspect_masks, is_mask_cache, write_mask_preview
+from clipseed.jobs.inspect import holds_segment_records, inspect_segments, write_segment_preview
 from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
 from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_pixels
 from clipseed.sam.generator import generate
 from clipseed.sam.options import FMA, STOCK
-from clipseed.segments import Proposals, from_masks
-from clipseed.store.mask_cache import MaskCache
-from clipseed.store.mask_records import MaskRecord, mask_format, pack_proposals, unpack_proposals
-from clipseed.store.records import SeedMap
+from clipseed.segments import Segments, from_masks
+from clipseed.store.cam_records import Cam
+from clipseed.store.segment_records import SegmentRecord, pack_segments, segment_format, unpack_segments
+from clipseed.store.segments import SegmentSet
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter
 
 from helpers.images import photo
 from helpers.program import environment
 from helpers.records import bump, small_manifest, write_seeds
 from helpers.sam import SWAY, backend_of, blob_sam, tiny_sam, tiny_sam_config
+from helpers.samples import samples
 
 FACTORY = ("--sam-factory", "helpers.sam:blobs", "--device", "cpu")
 FEW = ("--preset", "stock", "--points-per-side", "3")
@@ -80,7 +82,7 @@ def test_codes_are_those_of_pycocotools(seed: int, height: int, width: int, shar
     assert runs_of(mask).sum() == mask.size
 
 
-def random_record(identifier: str, seed: int, count: int) -> MaskRecord:
+def random_record(identifier: str, seed: int, count: int) -> SegmentRecord:
     rng = np.random.default_rng(seed)
     bare = from_masks(rng.random((count, 9, 14)) < 0.4)
     proposals = replace(
@@ -89,10 +91,10 @@ def random_record(identifier: str, seed: int, count: int) -> MaskRecord:
         iou=rng.random(count).astype(np.float32),
         point=np.where(rng.random((count, 1)) < 0.5, np.nan, rng.random((count, 2)) * 9).astype(np.float32),
     )
-    return pack_proposals(identifier, (90, 140), proposals, rng.integers(-1, 20, count).tolist())
+    return pack_segments(identifier, (90, 140), proposals, rng.integers(-1, 20, count).tolist())
 
 
-def same(one: MaskRecord, other: MaskRecord) -> bool:
+def same(one: SegmentRecord, other: SegmentRecord) -> bool:
     pairs = zip(vars(one).values(), vars(other).values(), strict=True)
     return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
@@ -104,15 +106,15 @@ MANIFEST = {"kind": "sam-masks", "options": {}, "source": {}, "model": {}, "voca
 def test_records_come_back(counts: tuple[int, ...], tmp_path: Path) -> None:
     records = [random_record(f"p/{k}", k, count) for k, count in enumerate(counts)]
     ids = [record.id for record in records]
-    with RecordWriter(tmp_path / "masks.h5", MANIFEST, mask_format(), 2) as writer:
-        for unit in writer.units(ids):
-            writer.write(unit.index, [record for record in records if record.id in unit.ids])
+    with RecordWriter(tmp_path / "segments.h5", MANIFEST, segment_format(), 2) as writer:
+        for unit in writer.units(samples(ids)):
+            writer.write(unit, [record for record in records if record.id in unit.ids])
         writer.finish(ids)
-    with MaskCache(tmp_path / "masks.h5", verify=True) as cache:
+    with SegmentSet(tmp_path / "segments.h5", verify=True) as cache:
         assert list(cache) == ids
         assert [len(cache[key]) for key in ids] == list(counts)
         assert all(same(cache[record.id], record) for record in records)
-    before = unpack_proposals(records[0])
+    before = unpack_segments(records[0])
     np.testing.assert_array_equal(before.masks, records[0].masks())
     np.testing.assert_array_equal(np.isnan(before.point), records[0].point < 0)
 
@@ -139,17 +141,17 @@ def reader(path: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
 
 def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every number of every mask, for grey, transparent and thin images too; without labels or classes."""
-    out = tmp_path / "masks.h5"
+    out = tmp_path / "segments.h5"
     assert masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW) == 0
     said = capsys.readouterr().err
-    bare, cache = reader(out), MaskCache(out, verify=True)
+    bare, cache = reader(out), SegmentSet(out, verify=True)
     assert list(cache) == ["a", "b", "c", "d", "e"]
     options = replace(STOCK, points_per_side=3)
     total = 0
     for key, record in cache.items():
         pixels = as_pixels(np.asarray(Image.open(photos / f"{key}.png")))
         wanted = generate(backend_of(blob_sam(sway=SWAY)), pixels, options)
-        found = unpack_proposals(record)
+        found = unpack_segments(record)
         assert record.size == record.grid == pixels.shape[:2]
         for name in vars(wanted):
             np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=f"{key} {name}")
@@ -169,14 +171,14 @@ def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.C
 def test_long_images_are_shrunk(photos: Path, tmp_path: Path) -> None:
     words = ("--dataset", "folder", "--images", photos, *FACTORY, *FEW)
     assert masks_of(*words, "--out", tmp_path / "small.h5", "--max-side", 32) == 0
-    cache = MaskCache(tmp_path / "small.h5")
+    cache = SegmentSet(tmp_path / "small.h5")
     sizes = {key: (record.size, record.grid) for key, record in cache.items()}
     assert sizes["a"] == ((48, 64), (24, 32))
     assert sizes["b"] == ((70, 50), (32, 23))
     assert sizes["d"] == ((4, 400), (1, 32))
     assert sizes["e"] == ((1, 1), (1, 1))
     assert masks_of(*words, "--out", tmp_path / "native.h5", "--max-side", 0) == 0
-    assert all(record.size == record.grid for record in MaskCache(tmp_path / "native.h5").values())
+    assert all(record.size == record.grid for record in SegmentSet(tmp_path / "native.h5").values())
 
 
 def test_checkpoints_and_presets(photos: Path, tmp_path: Path) -> None:
@@ -184,8 +186,8 @@ def test_checkpoints_and_presets(photos: Path, tmp_path: Path) -> None:
     save_sam(tmp_path / "tiny.npz", tiny_sam(), tiny_sam_config())
     words = ["--dataset", "folder", "--images", photos, "--checkpoint", tmp_path / "tiny.npz", "--device", "cpu"]
     words += ["--points-per-side", 2, "--iou-threshold", -10, "--stability-threshold", -1, "--points-per-batch", 3]
-    assert masks_of(*words, "--out", tmp_path / "masks.h5") == 0
-    manifest = MaskCache(tmp_path / "masks.h5").manifest
+    assert masks_of(*words, "--out", tmp_path / "segments.h5") == 0
+    manifest = SegmentSet(tmp_path / "segments.h5").manifest
     import hashlib
 
     assert manifest["model"]["sha256"] == hashlib.sha256((tmp_path / "tiny.npz").read_bytes()).hexdigest()
@@ -196,29 +198,29 @@ def test_checkpoints_and_presets(photos: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_segmented_is_skipped(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     Image.new("RGB", (30, 30)).save(photos / "night.png")
-    out, report = tmp_path / "masks.h5", tmp_path / "run.json"
+    out, report = tmp_path / "segments.h5", tmp_path / "run.json"
     words = ("--dataset", "folder", "--images", photos, "--out", out, "--device", "cpu", *FEW, "--report", report)
     assert masks_of(*words, "--sam-factory", "helpers.sam:moody") == 3
     assert "2 images skipped" in capsys.readouterr().err
     listed = (tmp_path / "masks.skipped.csv").read_text()
     assert "night,SAM failed on it (ValueError: too dark to see)" in listed
     assert "broken," in listed
-    assert set(MaskCache(out)) == {"a", "b", "c", "d", "e"}
+    assert set(SegmentSet(out)) == {"a", "b", "c", "d", "e"}
     told = json.loads(report.read_text())
     assert (told["computed"], len(told["skipped"]), told["masks"] > 0) == (5, 2, True)
 
 
 def test_no_mask_at_all(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An image without masks is done, and is not asked about again."""
-    words = ("--dataset", "folder", "--images", photos, "--out", tmp_path / "masks.h5", *FACTORY, *FEW)
+    words = ("--dataset", "folder", "--images", photos, "--out", tmp_path / "segments.h5", *FACTORY, *FEW)
     assert masks_of(*words, "--iou-threshold", 2) == 0
     assert "0 masks, 0.0 per image, 0 bytes each, 5 images without any" in capsys.readouterr().err
-    with MaskCache(tmp_path / "masks.h5", verify=True) as cache:
+    with SegmentSet(tmp_path / "segments.h5", verify=True) as cache:
         assert [(len(record), record.grid) for record in cache.values()][:2] == [(0, (48, 64)), (0, (70, 50))]
-    content = (tmp_path / "masks.h5").read_bytes()
+    content = (tmp_path / "segments.h5").read_bytes()
     assert masks_of(*words, "--iou-threshold", 2) == 0
     assert "sam-masks: 0 images to do, 5 done already" in capsys.readouterr().err
-    assert (tmp_path / "masks.h5").read_bytes() == content
+    assert (tmp_path / "segments.h5").read_bytes() == content
 
 
 def test_out_of_memory_halves_the_points(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +228,7 @@ def test_out_of_memory_halves_the_points(photos: Path, tmp_path: Path, capsys: p
     assert masks_of(*words, "--out", tmp_path / "a.h5", "--sam-factory", "helpers.sam:cramped") == 0
     assert "went on with fewer points at once (--points-per-batch)" in capsys.readouterr().err
     assert masks_of(*words, "--out", tmp_path / "b.h5", *FACTORY) == 0
-    one, other = MaskCache(tmp_path / "a.h5"), MaskCache(tmp_path / "b.h5")
+    one, other = SegmentSet(tmp_path / "a.h5"), SegmentSet(tmp_path / "b.h5")
     assert all(np.array_equal(one[key].rle, other[key].rle) for key in other)
 
 
@@ -274,11 +276,11 @@ def test_complaints(
     assert masks_of(*words, "--device", "cpu") == code
     # Typer draws its own complaints into a box, words broken to its width.
     assert complaint in " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert not (tmp_path / "masks.h5").exists()
+    assert not (tmp_path / "segments.h5").exists()
 
 
 def test_other_settings_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--dataset", "folder", "--images", photos, "--out", tmp_path / "masks.h5", *FACTORY)
+    words = ("--dataset", "folder", "--images", photos, "--out", tmp_path / "segments.h5", *FACTORY)
     assert masks_of(*words, *FEW, "--points-per-batch", 2) == 0
     assert masks_of(*words, *FEW, "--points-per-batch", 5) == 0  # speed only
     assert masks_of(*words, "--preset", "stock", "--points-per-side", 4) == 1
@@ -298,7 +300,7 @@ def test_shares_and_merging(photos: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "cut.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     parts = [str(tmp_path / name) for name in ("part-1.h5", "part-2.h5", "whole.h5")]
     assert main(["merge", *parts, "--out", str(tmp_path / "merged.h5")]) == 0
-    whole, merged = MaskCache(tmp_path / "whole.h5"), MaskCache(tmp_path / "merged.h5", verify=True)
+    whole, merged = SegmentSet(tmp_path / "whole.h5"), SegmentSet(tmp_path / "merged.h5", verify=True)
     assert set(whole) == set(merged)
     assert all(same(whole[key], merged[key]) for key in whole)
 
@@ -310,7 +312,7 @@ def test_merging_imported_masks_twice(photos: Path, tmp_path: Path) -> None:
     words = [str(tmp_path / "a.h5"), str(tmp_path / "a.h5"), "--out", str(tmp_path / "b.h5")]
     (tmp_path / "copy.h5").write_bytes((tmp_path / "a.h5").read_bytes())
     assert main(["merge", words[0], str(tmp_path / "copy.h5"), *words[2:]]) == 0
-    assert len(MaskCache(tmp_path / "b.h5")) == 5
+    assert len(SegmentSet(tmp_path / "b.h5")) == 5
 
 
 # Masks that exist already ---------------------------------------------------------------------------------------------
@@ -332,15 +334,15 @@ def test_import(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     Image.fromarray(np.zeros((5, 5), np.uint16)).save(folder / "b.png")
     (folder / "c.png").write_bytes(b"junk")
     (folder / "d.png").unlink()
-    words = ("--dataset", "folder", "--images", photos, "--import", folder, "--out", tmp_path / "masks.h5")
+    words = ("--dataset", "folder", "--images", photos, "--import", folder, "--out", tmp_path / "segments.h5")
     assert masks_of(*words, "--import-kind", "instance-maps") == 3
     listed = (tmp_path / "masks.skipped.csv").read_text()
     assert "masks of 5x5 pixels for an image of 50x70" in listed
     assert "c.png: not a PNG" in listed
     assert "d.png: no such mask file" in listed
-    cache = MaskCache(tmp_path / "masks.h5")
+    cache = SegmentSet(tmp_path / "segments.h5")
     assert set(cache) == {"a", "e"}
-    wanted = open_masks(folder, "instance-maps").read("a", (48, 64))
+    wanted = open_segments(folder, "instance-maps").read("a", (48, 64))
     assert len(wanted) > 390
     np.testing.assert_array_equal(cache["a"].masks(), wanted.masks)
     assert (cache["a"].point == -1).all()
@@ -357,9 +359,9 @@ def test_import(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def prompted(photos: Path, tmp_path: Path) -> Path:
     """Maps of three images: two classes, none, and one class whose map is empty beside one that is not."""
     seeds = [
-        SeedMap("a", np.array([7, 2], np.int32), np.stack([bump((6, 8), 1, 1), bump((6, 8), 4, 6)]), (48, 64)),
-        SeedMap("b", np.array([], np.int32), np.zeros((0, 5, 4), np.float32), (70, 50)),
-        SeedMap("c", np.array([0, 19], np.int32), np.stack([np.zeros((5, 5), np.float32), bump((5, 5), 2, 2)]),
+        Cam("a", np.array([7, 2], np.int32), np.stack([bump((6, 8), 1, 1), bump((6, 8), 4, 6)]), (48, 64)),
+        Cam("b", np.array([], np.int32), np.zeros((0, 5, 4), np.float32), (70, 50)),
+        Cam("c", np.array([0, 19], np.int32), np.stack([np.zeros((5, 5), np.float32), bump((5, 5), 2, 2)]),
                 (40, 40)),
     ]  # fmt: skip
     return write_seeds(tmp_path / "cams.h5", seeds, small_manifest(photos))
@@ -370,10 +372,10 @@ def test_prompts_equal_the_packages_predictor(kind: str, prompted: Path, photos:
     save_sam(tmp_path / "tiny.npz", tiny_sam(seed=3), tiny_sam_config())
     from clipseed.sam.architecture import load_sam
 
-    out = tmp_path / "masks.h5"
+    out = tmp_path / "segments.h5"
     words = ("--seeds", prompted, "--prompt", kind, "--checkpoint", tmp_path / "tiny.npz", "--device", "cpu")
     assert masks_of(*words, "--min-area", 0, "--out", out) == 0
-    cache = MaskCache(out, verify=True)
+    cache = SegmentSet(out, verify=True)
     assert [len(cache[key]) > 0 for key in ("a", "b", "c")] == [True, False, True]
     assert set(cache["c"].class_id.tolist()) == {19}
     predictor = SamPredictor(load_sam(tmp_path / "tiny.npz"))
@@ -407,16 +409,16 @@ def test_prompts_in_batches(prompted: Path, tmp_path: Path) -> None:
     words = ("--seeds", prompted, "--prompt", "points", *FACTORY)
     for size in (1, 3):
         assert masks_of(*words, "--out", tmp_path / f"{size}.h5", "--batch-size", size) == 0
-    one, three = MaskCache(tmp_path / "1.h5"), MaskCache(tmp_path / "3.h5")
+    one, three = SegmentSet(tmp_path / "1.h5"), SegmentSet(tmp_path / "3.h5")
     assert all(np.array_equal(one[key].rle, three[key].rle) for key in one)
 
 
 def test_images_that_have_changed(prompted: Path, photos: Path, tmp_path: Path) -> None:
     photo(9, 10, 10).save(photos / "a.png")
     (photos / "c.png").unlink()
-    assert masks_of("--seeds", prompted, "--prompt", "boxes", *FACTORY, "--out", tmp_path / "masks.h5") == 3
+    assert masks_of("--seeds", prompted, "--prompt", "boxes", *FACTORY, "--out", tmp_path / "segments.h5") == 3
     listed = (tmp_path / "masks.skipped.csv").read_text()
-    assert "the image is 10x10 pixels now, 64x48 when its seeds were made" in listed
+    assert "the image is 10x10 pixels now, 64x48 when its CAMs were made" in listed
     assert "the image is not there any more" in listed
 
 
@@ -425,7 +427,7 @@ def test_images_of_seeds(prompted: Path, photos: Path, tmp_path: Path, monkeypat
     moved = photos.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert masks_of(*FACTORY, *FEW, "--images", moved) == 0
-    assert list(MaskCache(tmp_path / "masks.h5")) == ["a", "b", "c"]
+    assert list(SegmentSet(tmp_path / "segments.h5")) == ["a", "b", "c"]
 
 
 # Damage and interruption ----------------------------------------------------------------------------------------------
@@ -433,10 +435,10 @@ def test_images_of_seeds(prompted: Path, photos: Path, tmp_path: Path, monkeypat
 
 @pytest.fixture
 def cache_file(tmp_path: Path) -> Path:
-    path = tmp_path / "masks.h5"
+    path = tmp_path / "segments.h5"
     records = [random_record(str(k), k, 4) for k in range(3)]
-    with RecordWriter(path, MANIFEST, mask_format(), 64) as writer:
-        writer.write(0, records)
+    with RecordWriter(path, MANIFEST, segment_format(), 64) as writer:
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 
@@ -445,7 +447,7 @@ def test_a_flipped_byte_is_found(cache_file: Path) -> None:
     content = cache_file.read_bytes()
     rng = np.random.default_rng(0)
     unnoticed = []
-    with MaskCache(cache_file) as cache:
+    with SegmentSet(cache_file) as cache:
         code = cache["1"].rle.tobytes()
     places = [content.index(code) + 3, *rng.integers(0, len(content), 60).tolist()]
     for place in places:
@@ -453,7 +455,7 @@ def test_a_flipped_byte_is_found(cache_file: Path) -> None:
         damaged[place] ^= 0x10
         cache_file.write_bytes(damaged)
         try:
-            with MaskCache(cache_file, verify=True) as cache:
+            with SegmentSet(cache_file, verify=True) as cache:
                 unnoticed += [place] if any(len(record) != 4 for record in cache.values()) else []
         except StoreError as error:
             assert str(cache_file) in str(error)
@@ -467,8 +469,8 @@ def forged(path: Path, change: Callable[[h5py.File], None]) -> None:
 
     with h5py.File(path, "r+") as file:
         change(file)
-        checksum = Checksum(mask_format().datasets)
-        for name in mask_format().datasets:
+        checksum = Checksum(segment_format().datasets)
+        for name in segment_format().datasets:
             checksum.add(name, file[name][:])
         file.attrs["checksum"] = checksum.hexdigest(str(file.attrs["manifest"]))
 
@@ -482,7 +484,7 @@ def test_impossible_values(name: str, value: int, cache_file: Path) -> None:
         file[name][1] = value
 
     forged(cache_file, change)
-    with pytest.raises(StoreError, match="damaged"), MaskCache(cache_file, verify=True) as cache:
+    with pytest.raises(StoreError, match="damaged"), SegmentSet(cache_file, verify=True) as cache:
         [record.masks() for record in cache.values()]
 
 
@@ -491,7 +493,7 @@ def test_codes_that_do_not_fill_the_image(cache_file: Path) -> None:
         file["grid"][0] = (9, 15)
 
     forged(cache_file, change)
-    with MaskCache(cache_file) as cache, pytest.raises(StoreError, match="mask 0 of '0': 'counts' make 126 pixels"):
+    with SegmentSet(cache_file) as cache, pytest.raises(StoreError, match="mask 0 of '0': 'counts' make 126 pixels"):
         cache["0"].masks()
 
 
@@ -500,11 +502,11 @@ def test_what_is_no_cache(cache_file: Path, prompted: Path, tmp_path: Path) -> N
     (tmp_path / "later.h5.parts").mkdir()
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("half.h5", "not a readable HDF5 file"), ("cams.h5", "a clipseed-seeds file, but not"),
+        ("half.h5", "not a readable HDF5 file"), ("cams.h5", "a clipseed-CAM file, but not"),
         ("later.h5", "not finished yet"), ("nowhere.h5", "clipseed sam-masks makes one"), ("empty", "no masks in this"),
     ):  # fmt: skip
         with pytest.raises(StoreError, match=message):
-            MaskCache(tmp_path / name)
+            SegmentSet(tmp_path / name)
 
 
 @pytest.mark.slow
@@ -546,11 +548,11 @@ def test_kill_dash_nine(tmp_path: Path) -> None:
 
 
 def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "masks.h5"
+    out = tmp_path / "segments.h5"
     masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW, "--max-side", 60)
-    assert is_mask_cache(out)
-    assert not is_mask_cache(photos)
-    found, records = inspect_masks(out, verify=True), list(MaskCache(out).values())
+    assert holds_segment_records(out)
+    assert not holds_segment_records(photos)
+    found, records = inspect_segments(out, verify=True), list(SegmentSet(out).values())
     counts = [len(record) for record in records]
     assert (found.images, found.masks, found.shrunk) == (5, sum(counts), 3)
     assert found.per_image == (min(counts), float(np.median(counts)), max(counts))
@@ -563,14 +565,14 @@ def test_inspection(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{sum(counts)}; per image" in capsys.readouterr().out
     with Image.open(tmp_path / "p.png") as sheet:
         assert len(sheet.getcolors(1 << 20) or ()) > 100
-    assert write_mask_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]
+    assert write_segment_preview(out, tmp_path / "q.png", count=2) == ["a", "c"]
     assert main(["inspect", str(out), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["masks"] == sum(counts)
 
 
 def test_the_cache_can_be_read_without_clipseed(photos: Path, tmp_path: Path) -> None:
     """The ten lines in docs/formats.md."""
-    out = tmp_path / "masks.h5"
+    out = tmp_path / "segments.h5"
     assert masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW) == 0
     text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
     code = text.split("```python\n")[2].split("```")[0]
@@ -579,16 +581,18 @@ def test_the_cache_can_be_read_without_clipseed(photos: Path, tmp_path: Path) ->
         [sys.executable, "read.py"], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     expected = [
-        f"{key}\t{level}\t{mask.sum()}" for key, masks in reader(tmp_path / "masks.h5").items() for level, mask in masks
+        f"{key}\t{level}\t{mask.sum()}"
+        for key, masks in reader(tmp_path / "segments.h5").items()
+        for level, mask in masks
     ]
     assert done == expected
     assert len(done) > 5
 
 
 def test_proposals_keep_their_types() -> None:
-    record = pack_proposals("x", (9, 14), from_masks(np.ones((1, 9, 14), bool)))
-    found = unpack_proposals(record)
-    assert isinstance(found, Proposals)
+    record = pack_segments("x", (9, 14), from_masks(np.ones((1, 9, 14), bool)))
+    found = unpack_segments(record)
+    assert isinstance(found, Segments)
     kinds = {name: str(value.dtype) for name, value in vars(found).items()}
     assert kinds == {
         "masks": "bool", "level": "int8", "iou": "float32", "stability": "float32", "box": "float32",

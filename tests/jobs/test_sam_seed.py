@@ -20,21 +20,21 @@ from clipseed.pseudo.rules import RuleOptions, decide
 from clipseed.pseudo.seeding import PRESETS, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.segments import enlarged, from_masks
-from clipseed.store.mask_records import mask_format, pack_proposals
-from clipseed.store.masks import mask_note, read_mask, write_mask
+from clipseed.store.label_masks import label_mask_note, read_label_mask, write_label_mask
+from clipseed.store.segment_records import pack_segments, segment_format
 from clipseed.store.writer import RecordWriter
 
-from helpers.records import GRID, SIZE, rectangles, seed_map, small_manifest, write_cache, write_seeds
+from helpers.records import GRID, SIZE, make_cam, rectangles, small_manifest, write_cache, write_seeds
 
-SEEDS = [seed_map("a", (7, 2), 0), seed_map("b", (), 1), seed_map("sub/c", (0,), 2), seed_map("d", (4, 19, 2), 3)]
+SEEDS = [make_cam("a", (7, 2), 0), make_cam("b", (), 1), make_cam("sub/c", (0,), 2), make_cam("d", (4, 19, 2), 3)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder: four images' seeds, and their masks at half their size."""
+    """A working folder: four images' CAMs, and their masks at half their size."""
     write_seeds(tmp_path / "cams.h5", SEEDS, small_manifest(tmp_path))
-    records = [pack_proposals(seed.id, SIZE, rectangles(GRID, k)) for k, seed in enumerate(SEEDS)]
-    write_cache(tmp_path / "masks.h5", records)
+    records = [pack_segments(seed.id, SIZE, rectangles(GRID, k)) for k, seed in enumerate(SEEDS)]
+    write_cache(tmp_path / "segments.h5", records)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -43,8 +43,8 @@ def seeded(*words: object) -> int:
     return main(["sam-seed", *map(str, words)])
 
 
-def labels(out: str = "seeds") -> dict[str, np.ndarray]:
-    return {seed.id: read_mask(Path(out) / f"{seed.id}.png") for seed in SEEDS}
+def labels(out: str = "pseudo-sam") -> dict[str, np.ndarray]:
+    return {seed.id: read_label_mask(Path(out) / f"{seed.id}.png") for seed in SEEDS}
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -66,15 +66,15 @@ def test_fma(words: list[str], options: object, folder: Path, capsys: pytest.Cap
     assert seeded(*words) == 0
     said = capsys.readouterr().err
     assert "reading cams.h5" in said
-    assert "seeds: 4 of 4 masks, 4 made now" in said
+    assert "CAMs: 4 of 4 masks, 4 made now" in said
     found = labels()
     for k, seed in enumerate(SEEDS):
         small = seed_from_masks(seed.cam, rectangles(GRID, k), seed.classes, options).labels
         wanted = np.asarray(Image.fromarray(small).resize((SIZE[1], SIZE[0]), Image.Resampling.NEAREST))
         np.testing.assert_array_equal(found[seed.id], wanted)
-        assert mask_note(folder / "seeds" / f"{seed.id}.png").classes == tuple(seed.classes.tolist())
+        assert label_mask_note(folder / "pseudo-sam" / f"{seed.id}.png").classes == tuple(seed.classes.tolist())
     assert len(np.unique(np.concatenate([mask.ravel() for mask in found.values()]))) > 3
-    with Image.open("seeds/a.png") as image:
+    with Image.open("CAMs/a.png") as image:
         assert (image.mode, image.size) == ("P", (64, 48))
 
 
@@ -86,7 +86,7 @@ def test_the_preset_follows_the_vocabulary(vocabulary: str, alpha: float) -> Non
 
 def test_pixels_alone(folder: Path) -> None:
     """No masks are looked at, so none need be there."""
-    (folder / "masks.h5").unlink()
+    (folder / "segments.h5").unlink()
     assert seeded("--method", "pixel", "--alpha", "3") == 0
     for seed in SEEDS:
         wanted = label_pixels(seed.cam, seed.classes, SIZE, Background("power", 3.0)).labels
@@ -109,13 +109,13 @@ def test_voting_from_label_masks(ours: bool, folder: Path) -> None:
     if not ours:
         (folder / "pseudo" / "manifest.json").unlink()
         for seed in SEEDS:
-            write_mask(folder / "pseudo" / f"{seed.id}.png", labels("pseudo")[seed.id])
+            write_label_mask(folder / "pseudo" / f"{seed.id}.png", labels("pseudo")[seed.id])
     assert seeded("pseudo", "--uncovered", "background") == 0
     for k, seed in enumerate(SEEDS):
         masks = enlarged(rectangles(GRID, k).masks, SIZE)
         wanted = vote(labels("pseudo")[seed.id], masks, VotingOptions(keep_uncovered=False))
         np.testing.assert_array_equal(labels()[seed.id], wanted)
-    manifest = json.loads((folder / "seeds" / "manifest.json").read_text())
+    manifest = json.loads((folder / "pseudo-sam" / "manifest.json").read_text())
     assert manifest["method"] == "vote"
     assert ("vocabulary" in manifest) == ours
 
@@ -125,14 +125,14 @@ def test_masks_that_were_asked_for(folder: Path) -> None:
     seed = SEEDS[3]
     proposals = rectangles(SIZE, 9, 5)
     asked = [2, 4, 11, 19, -1]  # 11 is not among the image's classes, -1 was asked for nothing
-    write_cache(folder / "asked.h5", [pack_proposals("d", SIZE, proposals, asked)], "voc")
+    write_cache(folder / "asked.h5", [pack_segments("d", SIZE, proposals, asked)], "voc")
     assert seeded("--masks", "asked.h5") == 0
     rows, kept = np.array([2, 0, 1]), [0, 1, 3]
     answers = np.where(proposals.masks[kept], 1.0, -1.0)
     wanted = label_from_prompted_masks(answers, rows, seed.cam, seed.classes)
     np.testing.assert_array_equal(labels()["d"], wanted)
     assert len(np.unique(wanted)) > 2
-    assert json.loads(Path("seeds/manifest.json").read_text())["method"] == "prompted"
+    assert json.loads(Path("CAMs/manifest.json").read_text())["method"] == "prompted"
     assert seeded("--masks", "asked.h5", "--out", "ignored", "--uncovered", "ignore") == 0
     expected = np.where(proposals.masks[kept].any(axis=0), wanted, 255)
     np.testing.assert_array_equal(labels("ignored")["d"], expected)
@@ -142,7 +142,7 @@ def test_masks_that_were_asked_for(folder: Path) -> None:
 
 
 def test_masks_asked_for_with_other_classes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cache(folder / "asked.h5", [pack_proposals("d", SIZE, rectangles(SIZE, 9, 1), [2])], "coco")
+    write_cache(folder / "asked.h5", [pack_segments("d", SIZE, rectangles(SIZE, 9, 1), [2])], "coco")
     assert seeded("--masks", "asked.h5") == 2
     assert "its masks were asked for with other classes than those of cams.h5" in capsys.readouterr().err
 
@@ -168,13 +168,13 @@ def test_enlarging_takes_the_nearest(small: tuple[int, int], large: tuple[int, i
 def test_images_without_masks(policy: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One is not in the cache, one is there with no mask; both are labelled as the policy says, and told apart."""
     empty = from_masks(np.zeros((0, *GRID), bool))
-    records = [pack_proposals("b", SIZE, rectangles(GRID, 1)), pack_proposals("a", SIZE, empty),
-               pack_proposals("d", SIZE, rectangles(GRID, 3))]  # fmt: skip
+    records = [pack_segments("b", SIZE, rectangles(GRID, 1)), pack_segments("a", SIZE, empty),
+               pack_segments("d", SIZE, rectangles(GRID, 3))]  # fmt: skip
     write_cache(folder / "few.h5", records)
     assert seeded("--masks", "few.h5", "--without-masks", policy) == 0
     said = capsys.readouterr().err
     assert "warning: 1 images are not in few.h5" in said
-    assert (folder / "seeds" / "without-masks.csv").read_text() == "id,reason\nsub/c,not in few.h5\n"
+    assert (folder / "pseudo-sam" / "without-masks.csv").read_text() == "id,reason\nsub/c,not in few.h5\n"
     assert "2 of them from no segment" in said
     found = labels()
     for seed in (SEEDS[0], SEEDS[2]):
@@ -188,7 +188,7 @@ def test_images_without_masks(policy: str, folder: Path, capsys: pytest.CaptureF
 
 
 def test_votes_without_masks_leave_labels_alone(folder: Path) -> None:
-    write_cache(folder / "few.h5", [pack_proposals("b", SIZE, rectangles(GRID, 1))])
+    write_cache(folder / "few.h5", [pack_segments("b", SIZE, rectangles(GRID, 1))])
     assert seeded("--method", "pixel", "--out", "pseudo") == 0
     assert seeded("pseudo", "--masks", "few.h5") == 0
     np.testing.assert_array_equal(labels()["a"], labels("pseudo")["a"])
@@ -197,17 +197,19 @@ def test_votes_without_masks_leave_labels_alone(folder: Path) -> None:
 
 
 def test_masks_of_another_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = [pack_proposals(seed.id, (64, 48) if seed.id == "d" else SIZE, rectangles(GRID, k))
+    records = [pack_segments(seed.id, (64, 48) if seed.id == "d" else SIZE, rectangles(GRID, k))
                for k, seed in enumerate(SEEDS)]  # fmt: skip
     write_cache(folder / "turned.h5", records)
     assert seeded("--masks", "turned.h5") == 3
-    assert "masks were made for an image of 48x64 pixels, not 64x48" in (folder / "seeds" / "skipped.csv").read_text()
-    assert not (folder / "seeds" / "d.png").exists()
+    assert (
+        "masks were made for an image of 48x64 pixels, not 64x48" in (folder / "pseudo-sam" / "skipped.csv").read_text()
+    )
+    assert not (folder / "pseudo-sam" / "d.png").exists()
     assert "1 images skipped: d" in capsys.readouterr().err
 
 
 def test_another_data_set_or_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cache(folder / "other.h5", [pack_proposals("x", SIZE, rectangles(GRID, 1))])
+    write_cache(folder / "other.h5", [pack_segments("x", SIZE, rectangles(GRID, 1))])
     assert seeded("--masks", "other.h5") == 1
     assert (
         "other.h5: holds masks of none of the 4 images of cams.h5 (the first is 'a', its first is 'x')"
@@ -216,11 +218,11 @@ def test_another_data_set_or_nothing(folder: Path, capsys: pytest.CaptureFixture
     (folder / "void.h5.parts").mkdir()
     write_cache(folder / "void", [])
     with RecordWriter(folder / "void.h5", {"kind": "sam-masks", "options": {}, "source": {}, "model": {}, "dataset": {},
-                                           "vocabulary": {}}, mask_format(), 4) as writer:  # fmt: skip
+                                           "vocabulary": {}}, segment_format(), 4) as writer:  # fmt: skip
         writer.finish([])
     assert seeded("--masks", "void.h5") == 1
     assert "it holds no image at all" in capsys.readouterr().err
-    assert not (folder / "seeds").exists()
+    assert not (folder / "pseudo-sam").exists()
 
 
 def test_foreign_masks(folder: Path) -> None:
@@ -245,19 +247,19 @@ def test_foreign_masks(folder: Path) -> None:
 
 
 def test_a_damaged_cache(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = bytearray((folder / "masks.h5").read_bytes())
-    code = pack_proposals("a", SIZE, rectangles(GRID, 0)).rle.tobytes()
+    content = bytearray((folder / "segments.h5").read_bytes())
+    code = pack_segments("a", SIZE, rectangles(GRID, 0)).rle.tobytes()
     content[content.index(code) + 2] ^= 1
-    (folder / "masks.h5").write_bytes(content)
+    (folder / "segments.h5").write_bytes(content)
     assert seeded() == 1
-    assert "masks.h5: damaged" in capsys.readouterr().err
+    assert "segments.h5: damaged" in capsys.readouterr().err
 
 
 def test_damaged_maps_are_skipped(folder: Path) -> None:
     broken = replace(SEEDS[0], cam=np.full((2, 6, 8), np.nan, np.float32))
     write_seeds(folder / "broken.h5", [broken, *SEEDS[1:]], small_manifest(folder))
     assert seeded("broken.h5") == 3
-    assert "a,its seeds hold NaN or infinity" in (folder / "seeds" / "skipped.csv").read_text()
+    assert "a,its CAMs hold NaN or infinity" in (folder / "pseudo-sam" / "skipped.csv").read_text()
 
 
 # Complaints -----------------------------------------------------------------------------------------------------------
@@ -278,16 +280,16 @@ def test_damaged_maps_are_skipped(folder: Path) -> None:
         (["--alpha", "nan"], 2, "give an exponent from 0.01 to 100"),
         (["--min-confidence", "2"], 2, "give a score from 0 to 1"),
         (["--min-confidence", "0.5", "--method", "vote"], 2, "--method vote gives no confidence"),
-        (["--masks", "nowhere.h5"], 1, "nowhere.h5: no such mask cache; clipseed sam-masks makes one"),
+        (["--masks", "nowhere.h5"], 1, "nowhere.h5: no such segments file; clipseed sam-masks makes one"),
         (["--masks", "nowhere"], 1, "nowhere: no such file or folder of masks"),
-        (["--masks", "cams.h5"], 1, "cams.h5: a clipseed-seeds file, but not a clipseed mask cache file"),
-        (["masks.h5"], 1, "masks.h5: a clipseed-masks file, but not a clipseed seeds file"),
-        (["--masks-kind", "sa-1b"], 2, "masks.h5 is a mask cache"),
+        (["--masks", "cams.h5"], 1, "cams.h5: a clipseed-CAM file, but not a clipseed segments file file"),
+        (["segments.h5"], 1, "segments.h5: a clipseed-masks file, but not a clipseed CAM file"),
+        (["--masks-kind", "sa-1b"], 2, "segments.h5 is a segments file"),
         (["nowhere.h5"], 1, "nowhere.h5: no such file"),
         (["labels", "--method", "fma"], 2, "only vote takes those"),
         (["labels", "--alpha", "1"], 2, "a label map has no scores"),
         (["labels", "--out", "labels"], 2, "--out labels: is the source as well"),
-        (["empty"], 1, "empty: neither seeds nor PNG masks"),
+        (["empty"], 1, "empty: neither CAMs nor PNG masks"),
         (["--workers", "many"], 2, "--workers many: give auto or a number"),
     ],
 )
@@ -296,10 +298,10 @@ def test_complaints(
 ) -> None:
     for name in ("labels", "empty"):
         (folder / name).mkdir()
-    write_mask(folder / "labels" / "a.png", np.zeros(SIZE, np.uint8))
+    write_label_mask(folder / "labels" / "a.png", np.zeros(SIZE, np.uint8))
     assert seeded(*words) == code
     assert complaint in capsys.readouterr().err
-    assert not (folder / "seeds").exists()
+    assert not (folder / "pseudo-sam").exists()
 
 
 def test_nothing_to_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,15 +316,15 @@ def test_nothing_to_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_scored_without_naming_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The most refined output in the folder is seeds/."""
+    """The most refined output in the folder is CAMs/."""
     (folder / "truth" / "sub").mkdir(parents=True)
     assert seeded("--report", "run.json") == 0
     for key, mask in labels().items():
-        write_mask(folder / "truth" / f"{key}.png", mask)
+        write_label_mask(folder / "truth" / f"{key}.png", mask)
     capsys.readouterr()
     assert main(["evaluate", "--gt", "truth", "--json"]) == 0
     said = capsys.readouterr()
-    assert "scoring seeds" in said.err
+    assert "scoring CAMs" in said.err
     assert json.loads(said.out)["miou"] == pytest.approx(1.0)
     told = json.loads((folder / "run.json").read_text())
     assert (told["method"], told["computed"], told["missing"]) == ("fma", 4, 0)
@@ -345,14 +347,14 @@ def test_resuming_shares_and_corrected_labels(
     assert (folder / "cut" / "a.png").read_bytes() == (folder / "whole" / "a.png").read_bytes()
     assert seeded("--out", "cut", "--alpha", "3") == 1
     assert "--alpha 0.6 then, 3.0 now" in capsys.readouterr().err
-    write_cache(folder / "other.h5", [pack_proposals(seed.id, SIZE, rectangles(GRID, 5)) for seed in SEEDS], "voc")
+    write_cache(folder / "other.h5", [pack_segments(seed.id, SIZE, rectangles(GRID, 5)) for seed in SEEDS], "voc")
     assert seeded("--out", "cut", "--masks", "other.h5", "--method", "fma") == 0  # same settings, so the same output
     (folder / "cams.h5").unlink()
-    corrected = [seed_map("a", (7,), 0), *SEEDS[1:]]
+    corrected = [make_cam("a", (7,), 0), *SEEDS[1:]]
     write_seeds(folder / "cams.h5", corrected, small_manifest(folder))
     assert seeded("--out", "cut") == 0
     assert "1 masks were made for other labels; they are made again" in capsys.readouterr().err
-    assert mask_note(folder / "cut" / "a.png").classes == (7,)
+    assert label_mask_note(folder / "cut" / "a.png").classes == (7,)
 
 
 @pytest.mark.slow

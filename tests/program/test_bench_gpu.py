@@ -108,7 +108,7 @@ def test_segments_that_are_missing_count_as_lost(bench: ModuleType, monkeypatch:
         def __exit__(self, *error: object) -> None:
             pass
 
-    monkeypatch.setattr(bench, "MaskCache", Cache)
+    monkeypatch.setattr(bench, "SegmentSet", Cache)
     found = bench.segment_differences(Path("a"), Path("b"))
     assert found["lost"] == pytest.approx(1 / 3)  # of three segments one has no match
     assert (found["segments_cpu"], found["segments"]) == (2, 1)

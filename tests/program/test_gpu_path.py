@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from clipseed.cam.gradcam import gradcam, normalize, run_last_block
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import tower_from, unfolded_products
-from clipseed.jobs.engine import batches_in_flight, dealt_unit, stacked, unit_size_for
 from clipseed.refine.affinity import balance, spread
 from clipseed.refine.crf import dense_crf
 from clipseed.refine.par import refine_par
+from clipseed.runtime.images import batches_in_flight, dealt_unit, stacked, unit_size_for
 
 from helpers.models import tiny_config, tiny_model
 

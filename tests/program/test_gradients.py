@@ -24,9 +24,10 @@ from clipseed.data.types import Sample
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.refine.caa import caa
 from clipseed.runtime.decode import DecodePool
-from clipseed.runtime.stream import BatchSize, Task, run_stream
+from clipseed.runtime.stream import BatchSize, run_stream
 from clipseed.sam.model_backend import SamInfo
 from clipseed.sam.predictor_backend import PredictorBackend
+from clipseed.store.units import Unit
 
 from helpers.models import tiny_config, tiny_model
 
@@ -189,12 +190,12 @@ def test_the_engine_computes_in_inference_mode() -> None:
         seen["compute"].append(torch.is_inference_mode_enabled())
         return [0] * len(items)
 
-    def write(task: Task, results: Any) -> None:
+    def write(task: Unit, results: Any) -> None:
         seen["write"].append(torch.is_inference_mode_enabled())
 
     samples = tuple(Sample(str(k), "", ()) for k in range(3))  # type: ignore[arg-type]
     with DecodePool(load, 0, 2) as pool:
-        stats = run_stream([Task(0, samples)], pool, compute, write, BatchSize(2, 1))
+        stats = run_stream([Unit(0, samples)], pool, compute, write, BatchSize(2, 1))
     assert stats.computed == 3
     assert seen == {"load": [False] * 3, "compute": [True, True], "write": [False]}
     assert not torch.is_inference_mode_enabled()

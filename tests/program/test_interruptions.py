@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clipseed.store.reader import open_seeds
+from clipseed.store.cams import open_cams
 
 from helpers.images import photo
 
@@ -29,7 +29,7 @@ def command(tmp_path: Path, tiny_weights: Path) -> list[str]:
     (tmp_path / "labels.txt").write_text("".join(f"{k:03d} {k % 2}\n" for k in range(IMAGES)))
     (tmp_path / "classes.txt").write_text("rust\ncrack\n")
     code = (
-        "import os, sys, time, clipseed.jobs.cam as job, clipseed.jobs.engine as engine\n"
+        "import os, sys, time, clipseed.jobs.cam as job, clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 5\n"
         "compute = job.compute_cams\n"
@@ -79,7 +79,7 @@ def test_kill_dash_nine(command: list[str], tmp_path: Path) -> None:
         process.wait()
         assert not out.exists()
         parts = tmp_path / "cams.h5.parts"
-        assert len(open_seeds(parts, verify=True)) >= 5 * (1 + attempt)  # every file under a final name is whole
+        assert len(open_cams(parts, verify=True)) >= 5 * (1 + attempt)  # every file under a final name is whole
     errors = finish(command, out)
     assert "done already" in errors
     assert out.read_bytes() == whole.read_bytes()
@@ -98,10 +98,10 @@ def test_interruption(number: signal.Signals, code: int, command: list[str], tmp
     assert "images are safe in" in errors
     assert "Run the same command again to go on" in errors
     assert "Traceback" not in errors
-    done = len(open_seeds(tmp_path / "cams.h5.parts"))
+    done = len(open_cams(tmp_path / "cams.h5.parts"))
     assert f"{done} of {IMAGES} images are safe" in errors
     assert f"{done} done already" in finish(command, out)
-    assert len(open_seeds(out)) == IMAGES
+    assert len(open_cams(out)) == IMAGES
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(command: list[str], tmp
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     finish(command, out)
-    assert len(open_seeds(out)) == IMAGES
+    assert len(open_cams(out)) == IMAGES
 
 
 @pytest.mark.slow

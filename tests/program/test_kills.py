@@ -20,8 +20,8 @@ COMMANDS = {
     "cam to shards": [*CAM, "--out", "out/cams"],
     "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
-    "sam-masks": [*SAM, *BLOBS, "--out", "out/masks.h5"],
-    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/seeds", "--workers", "0"],
+    "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
+    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/CAMs", "--workers", "0"],
 }
 
 
@@ -32,7 +32,7 @@ def test_25_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     if name in ("refine", "crf", "sam-seed"):
         assert main([*CAM, "--limit", "45" if name == "refine" else "30", "--out", "cams.h5"]) == 0
     if name == "sam-seed":
-        assert main([*SAM, *BLOBS, "--out", "masks.h5"]) == 0
+        assert main([*SAM, *BLOBS, "--out", "segments.h5"]) == 0
     done = subprocess.run(
         [sys.executable, "-m", "helpers.killing", str(tmp_path), "25", "7", "--", *COMMANDS[name]],
         env=environment(),

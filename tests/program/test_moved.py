@@ -19,8 +19,8 @@ import clipseed
 from clipseed.cli.main import main
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp, is_replaced, replaced
 from clipseed.store.differences import differences
-from clipseed.store.mask_cache import MaskCache
-from clipseed.store.masks import mask_note
+from clipseed.store.label_masks import label_mask_note
+from clipseed.store.segments import SegmentSet
 
 from helpers.images import photo
 
@@ -100,7 +100,7 @@ def test_a_project_moves_and_goes_on(project: Path, run: Run, monkeypatch: pytes
     # Computing again needs images and weights, which the records name by their old places.
     for words in (REFINE, CRF, SEGMENTS):
         assert run([*words, "--overwrite"])["computed"] == 5
-    for path in ("cams.h5", "masks.h5"):
+    for path in ("cams.h5", "segments.h5"):
         assert main(["inspect", path, "--preview", "preview.png", "--quiet"]) == 0
     assert "not there any more" not in capsys.readouterr().err
 
@@ -121,7 +121,7 @@ def test_a_renamed_photo_folder(project: Path, run: Run, capsys: Any) -> None:
     assert run([*REFINE, "--images", "images", "--out", "other.h5"])["computed"] == 5
     assert run(["crf", "other.h5", "--out", "masks", "--device", "cpu"])["computed"] == 5  # as refine was told
     assert run([*SEGMENTS, "--images", "images"])["computed"] == 5
-    assert main(["inspect", "masks.h5", "--preview", "p.png"]) == 0
+    assert main(["inspect", "segments.h5", "--preview", "p.png"]) == 0
     moved = [word if word != "photos" else "images" for word in CAM]
     assert run(moved)["computed"] == 0
     assert run(REFINE)["computed"] == 5
@@ -169,7 +169,7 @@ def replace_photo(key: str, size: tuple[int, int], *, keep_time: bool = False) -
 @pytest.mark.parametrize("size", [(48, 64), (40, 64)], ids=["same-size", "other-size"])
 def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], project: Path, run: Run) -> None:
     assert set(computed(run).values()) == {5}
-    before, old = digests(), clipseed.open_seeds("cams.h5")["a"]
+    before, old = digests(), clipseed.open_cams("cams.h5")["a"]
     replace_photo("a", size)
     # What would mix the old maps with the new image refuses it.
     assert run([*REFINE, "--out", "other.h5"], 3)["skipped"][0]["id"] == "a"
@@ -182,17 +182,17 @@ def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], projec
     skipped = run(SEED, 3)["skipped"]  # its segments are still those of the old image
     assert [item["id"] for item in skipped] == ["a"]
     assert "run clipseed sam-masks again" in skipped[0]["reason"] or size != (48, 64)
-    assert not Path("seeds/a.png").exists()
+    assert not Path("CAMs/a.png").exists()
     assert run(SEGMENTS)["computed"] == 1
     assert run(SEED)["computed"] == 1
     assert set(computed(run).values()) == {0}
-    new = clipseed.open_seeds("cams.h5")["a"]
+    new = clipseed.open_cams("cams.h5")["a"]
     assert new.size == size
-    assert not np.array_equal(old.cam, new.cam)
+    assert not np.array_equal(old.maps, new.maps)
     after = digests()
-    assert {key for key in before if before[key] != after[key]} <= {"pseudo/a.png", "seeds/a.png"}
+    assert {key for key in before if before[key] != after[key]} <= {"pseudo/a.png", "CAMs/a.png"}
     # The same as if everything had been made of the new image in the first place.
-    for words, out in ((CAM, "cams.h5"), (REFINE, "cams-caa.h5"), (SEGMENTS, "masks.h5")):
+    for words, out in ((CAM, "cams.h5"), (REFINE, "cams-caa.h5"), (SEGMENTS, "segments.h5")):
         there = Path(out).read_bytes()
         assert run([*words, "--overwrite"])["computed"] == 5
         assert Path(out).read_bytes() == there, out
@@ -237,12 +237,12 @@ def test_stamps(tmp_path: Path) -> None:
 def test_files_say_what_they_were_made_from(project: Path, run: Run) -> None:
     computed(run)
     wanted = {key: file_stamp(Path("photos") / f"{key}.png") for key in "abcde"}
-    for opened in (clipseed.open_seeds("cams.h5"), clipseed.open_seeds("cams-caa.h5"), MaskCache(Path("masks.h5"))):
+    for opened in (clipseed.open_cams("cams.h5"), clipseed.open_cams("cams-caa.h5"), SegmentSet(Path("segments.h5"))):
         assert {key: opened.stamp(key) for key in opened} == wanted
         assert {key: opened[key].stamp for key in opened} == wanted
     for key, stamp in wanted.items():
-        for folder in ("pseudo", "seeds"):
-            assert mask_note(Path(folder) / f"{key}.png").image.sha256 == stamp.sha256
+        for folder in ("pseudo", "pseudo-sam"):
+            assert label_mask_note(Path(folder) / f"{key}.png").image.sha256 == stamp.sha256
 
 
 def test_stamps_can_be_read_without_clipseed(project: Path, run: Run) -> None:
@@ -272,15 +272,15 @@ def without_stamps(path: str) -> None:
 def test_outputs_of_older_versions(project: Path, run: Run) -> None:
     """They open, go on, and are never taken for replaced; what is added to them has stamps."""
     computed(run)
-    for path in ("cams.h5", "cams-caa.h5", "masks.h5"):
+    for path in ("cams.h5", "cams-caa.h5", "segments.h5"):
         without_stamps(path)
-    assert clipseed.open_seeds("cams.h5", verify=True)["a"].stamp == UNKNOWN
+    assert clipseed.open_cams("cams.h5", verify=True)["a"].stamp == UNKNOWN
     assert set(computed(run).values()) == {0}
     replace_photo("a", (48, 64))
     assert run(CAM)["computed"] == 0
     write_labels(Path("labels.csv"), a="rust", b="crack", c="crack", d="rust", e="crack")
     assert run(CAM)["computed"] == 1
-    assert [key for key in "abcde" if clipseed.open_seeds("cams.h5").stamp(key).known] == ["b"]
+    assert [key for key in "abcde" if clipseed.open_cams("cams.h5").stamp(key).known] == ["b"]
     assert run(REFINE)["computed"] == 1
 
 
@@ -289,12 +289,12 @@ def test_stamps_are_all_or_none(project: Path, run: Run) -> None:
     with h5py.File("cams.h5", "r+") as file:
         del file["file_time"]
     with pytest.raises(clipseed.errors.StoreError, match="dataset 'file_time' is missing"):
-        clipseed.open_seeds("cams.h5")
+        clipseed.open_cams("cams.h5")
     with h5py.File("cams.h5", "r+") as file:
         for name in ("file_bytes", "file_sha256"):
             del file[name]
     with pytest.raises(clipseed.errors.StoreError, match="its checksum does not match"):
-        clipseed.open_seeds("cams.h5", verify=True)
+        clipseed.open_cams("cams.h5", verify=True)
 
 
 def test_a_removed_label_row_leaves_everywhere(project: Path, run: Run) -> None:
@@ -303,10 +303,10 @@ def test_a_removed_label_row_leaves_everywhere(project: Path, run: Run) -> None:
     found = run(CAM, 3)
     assert "1 images have no labels any more (e); they leave cams.h5" in found["err"]
     assert "computed again" not in found["err"]
-    assert list(clipseed.open_seeds("cams.h5")) == ["a", "b", "c", "d"]
+    assert list(clipseed.open_cams("cams.h5")) == ["a", "b", "c", "d"]
     assert run(REFINE)["computed"] == 0
-    assert list(clipseed.open_seeds("cams-caa.h5")) == ["a", "b", "c", "d"]
-    for words, out in ((CRF, "pseudo"), (SEED, "seeds")):
+    assert list(clipseed.open_cams("cams-caa.h5")) == ["a", "b", "c", "d"]
+    for words, out in ((CRF, "pseudo"), (SEED, "pseudo-sam")):
         assert run(words)["computed"] == 0
         assert sorted(path.stem for path in Path(out).glob("*.png")) == ["a", "b", "c", "d"]
     write_labels(Path("labels.csv"), a="rust", b="rust|crack", c="crack", d="rust", e="rust")
@@ -332,7 +332,7 @@ def test_a_trial_on_a_few_images_deletes_nothing(project: Path, run: Run) -> Non
     for _ in range(2):
         assert run(["refine", "caa", "try.h5", "--out", "cams-caa.h5", "--device", "cpu"])["computed"] == 0
         assert run(["crf", "try-caa.h5", "--device", "cpu"])["computed"] == 0
-    assert len(clipseed.open_seeds("cams-caa.h5")) == 5
+    assert len(clipseed.open_cams("cams-caa.h5")) == 5
     assert len(list(Path("pseudo").glob("*.png"))) == 5
 
 
@@ -349,12 +349,12 @@ def test_replaced_photos_are_tagged_again(project: Path, run: Run) -> None:
 def test_corrected_tags_are_taken_up_by_the_same_output(project: Path, run: Run) -> None:
     words = [word if word != "labels.csv" else "auto" for word in CAM]
     run(words)
-    tags = {key: set(clipseed.open_seeds("cams.h5")[key].classes.tolist()) for key in "abcde"}
+    tags = {key: set(clipseed.open_cams("cams.h5")[key].classes.tolist()) for key in "abcde"}
     write_labels(Path("cams.labels.csv"), **{key: "|".join(map(str, sorted(tags[key]))) for key in "abcd"}, e="crack")
-    changed = sum(list(clipseed.open_seeds("cams.h5")[key].classes) != sorted(tags[key]) for key in "abcd")
+    changed = sum(list(clipseed.open_cams("cams.h5")[key].classes) != sorted(tags[key]) for key in "abcd")
     found = run([word if word != "labels.csv" else "cams.labels.csv" for word in CAM])
     assert found["computed"] == changed + (tags["e"] != {1})
-    assert clipseed.open_seeds("cams.h5")["e"].classes.tolist() == [1]
+    assert clipseed.open_cams("cams.h5")["e"].classes.tolist() == [1]
 
 
 @pytest.fixture

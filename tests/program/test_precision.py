@@ -18,8 +18,8 @@ from clipseed.clip.model import FrozenClip
 from clipseed.clip.vision import attend, attend_with_mean_map
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.device import LEAST_WIDTH, cpu_multiplies_bf16, pick_dtype
-from clipseed.jobs.engine import ViewLoader
 from clipseed.refine.caa import caa
+from clipseed.runtime.images import ViewLoader
 
 CPU = torch.device("cpu")
 FAST: tuple[dict[str, bool], ...] = ({"avx512_bf16": True}, {"amx_tile": True, "avx512_bf16": False})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipseed.store.reader import open_seeds
+from clipseed.store.cams import open_cams
 
 from helpers.images import photo
 
@@ -90,9 +90,9 @@ def test_segments(devkit: Path, weights: Path) -> None:
     (script,) = [block for block in blocks("sh") if "sam-masks" in block]
     assert [line.split()[1] for line in script.strip().splitlines()] == ["sam-masks", "sam-seed", "evaluate"]
     shown = run(f"clipseed cam --dataset voc --split val --out cams.h5\n{script}", devkit, weights)
-    assert "masks.h5: 2 of 2 images" in shown
-    assert "seeds: 2 of 2 masks" in shown
-    assert re.search(r"seeds.*mean IoU|mean IoU.*seeds", shown, re.DOTALL)
+    assert "segments.h5: 2 of 2 images" in shown
+    assert "CAMs: 2 of 2 masks" in shown
+    assert re.search(r"CAMs.*mean IoU|mean IoU.*CAMs", shown, re.DOTALL)
 
 
 @pytest.mark.slow
@@ -104,11 +104,11 @@ def test_own_images(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "labels.csv").write_text("IMG_0001.jpg,rust\nIMG_0002.jpg,rust\nIMG_0002.jpg,crack\n")
     (tmp_path / "classes.txt").write_text("rust\ncrack: thin crack, fissure\n")
     assert "2 of 2 images" in run(script, tmp_path, weights)
-    with open_seeds(tmp_path / "cams.h5") as seeds:
+    with open_cams(tmp_path / "cams.h5") as seeds:
         assert seeds.manifest["vocabulary"]["background_from"] == "general"
         for key, seed in seeds.items():
             assert len(seed.classes) == {"IMG_0001": 1, "IMG_0002": 2}[key]
-            assert (seed.cam.max(axis=(1, 2)) > 0.5).all(), key  # one class alone in its image, too
+            assert (seed.maps.max(axis=(1, 2)) > 0.5).all(), key  # one class alone in its image, too
     assert not (tmp_path / "cams.empty.csv").exists()
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Runner
 
 from clipseed.cli.main import main
 from clipseed.device import local_device
 from clipseed.errors import StoreError, UsageError
-from clipseed.jobs import crf, engine
+from clipseed.jobs import crf
+from clipseed.runtime import images as engine
 from clipseed.runtime.launch import Launch, find_shard
-from clipseed.store.reader import open_seeds
-from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import open_cams
 from clipseed.store.shards import Shard, ShardReports, lock_output
 
-from helpers.program import Runner
+from helpers.samples import samples
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
@@ -115,8 +117,8 @@ def test_shards_cover_everything_once(tmp_path: Path) -> None:
     manifest = {"kind": "cam", "vocabulary": {}}
     seen: list[str] = []
     for k in range(4):
-        with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(k, 4)) as writer:
-            mine = [key for unit in writer.units(ids) for key in unit.ids]
+        with CamWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(k, 4)) as writer:
+            mine = [key for unit in writer.units(samples(ids)) for key in unit.ids]
             assert mine == writer.own(ids)
             seen += mine
     assert sorted(seen) == ids
@@ -126,12 +128,12 @@ def test_shards_cover_everything_once(tmp_path: Path) -> None:
 def test_the_temporary_files_of_other_shards_stay(index: int, tmp_path: Path) -> None:
     """They may be in work; those of the shard's own units are left over."""
     manifest = {"kind": "cam", "vocabulary": {}}
-    with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard((index + 1) % 3, 3)):
+    with CamWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard((index + 1) % 3, 3)):
         pass
     names = [".tmp-9-once-manifest.json", ".tmp-9-shard-1-of-3.json", *(f".tmp-9-unit-{k:06d}.h5" for k in range(6))]
     for name in names:
         (tmp_path / "out" / name).touch()
-    with SeedWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(index, 3)):
+    with CamWriter(tmp_path / "out", manifest, "float16", 5, shard=Shard(index, 3)):
         left = {path.name for path in (tmp_path / "out").glob(".tmp-*")}
     assert left == {name for k, name in enumerate(names) if k < 2 or (k - 2) % 3 != index}
 
@@ -193,7 +195,7 @@ def test_torchrun(run: Run, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     assert run(*CAM, cwd=tmp_path / "whole").returncode == 0
     (tmp_path / "program.py").write_text(
-        "import sys, clipseed.jobs.engine as engine\n"
+        "import sys, clipseed.runtime.images as engine\n"
         "from clipseed.cli.main import main\n"
         "engine._UNIT_SIZE['cpu'] = 3\n"
         "sys.exit(main(sys.argv[1:]))"
@@ -222,7 +224,7 @@ def test_slurm_and_resuming(run: Run, tmp_path: Path) -> None:
     assert "--overwrite cannot be used by one of several runs" in refused.stderr
     last = run(*CAM, "--report", "run.json", cwd=tmp_path, SLURM_PROCID="1", SLURM_NTASKS="2")
     assert last.returncode == 0, last.stderr
-    assert len(open_seeds(tmp_path / "cams.h5")) == 20
+    assert len(open_cams(tmp_path / "cams.h5")) == 20
     report = json.loads((tmp_path / "run.json").read_text())
     assert (report["shard"], report["images"], report["computed"], report["open_shards"]) == ("2/2", 9, 9, 0)
     content = (tmp_path / "cams.h5").read_bytes()
@@ -244,10 +246,10 @@ def test_merge(run: Run, tmp_path: Path) -> None:
     merged = run("merge", "a/cams.h5", "b/cams.h5", "--out", "cams.h5", cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
     assert "cams.h5: 20 images" in merged.stderr
-    with open_seeds(tmp_path / "cams.h5", verify=True) as mine, open_seeds(tmp_path / "whole" / "cams.h5") as theirs:
+    with open_cams(tmp_path / "cams.h5", verify=True) as mine, open_cams(tmp_path / "whole" / "cams.h5") as theirs:
         assert mine.manifest == theirs.manifest
         assert set(mine) == set(theirs)
-        assert all(np.array_equal(mine[key].cam, theirs[key].cam) for key in mine)
+        assert all(np.array_equal(mine[key].maps, theirs[key].maps) for key in mine)
     finished = run("merge", "a/cams.h5", "--json", cwd=tmp_path)
     assert json.loads(finished.stdout)["images"] == 11
     assert not (tmp_path / "a" / "cams.h5.parts").exists()

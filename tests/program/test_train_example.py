@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from clipseed.cli.main import main
-from clipseed.store.masks import read_mask, write_mask
-from clipseed.toy.dataset import save_devkit
-from clipseed.toy.world import lay_out
+from clipseed.data.toy.world import lay_out
+from clipseed.store.label_masks import read_label_mask, write_label_mask
+from clipseed.store.toy_devkit import save_devkit
 from clipseed.train.checkpoint import read_checkpoint
 from clipseed.train.loop import CHECKPOINT, METRICS
 
@@ -70,7 +70,9 @@ def test_it_learns(scenes: Path, tmp_path: Path) -> None:
     assert np.mean(losses[-3:]) < 0.75 * losses[0]
     predictions = tmp_path / "out" / "predictions"
     assert sorted(path.name for path in predictions.iterdir()) == [f"toy_{k:06d}.png" for k in range(10)]
-    assert all(read_mask(path).shape == lay_out(0, k).size for k, path in enumerate(sorted(predictions.iterdir())))
+    assert all(
+        read_label_mask(path).shape == lay_out(0, k).size for k, path in enumerate(sorted(predictions.iterdir()))
+    )
     first, last = done.stdout.splitlines()
     assert first == f"clipseed evaluate {predictions} --gt {scenes / 'val' / 'SegmentationClass'} --classes toy"
     found = float(re.fullmatch(r"mIoU ([\d.]+) % on 10 images", last)[1])
@@ -102,9 +104,9 @@ def test_a_killed_run_goes_on(scenes: Path, tmp_path: Path) -> None:
     refused = run([*words, "--lr", "0.5"])
     assert refused.returncode == 1
     assert "made with other settings (lr 0.002 -> 0.5); choose another --out" in refused.stderr
-    write_mask(scenes / "train" / "SegmentationClass" / "toy_000000.png", lay_out(TRAINING_SEED, 0).mask() // 2)
+    write_label_mask(scenes / "train" / "SegmentationClass" / "toy_000000.png", lay_out(TRAINING_SEED, 0).mask() // 2)
     assert "made with other settings (data " in run(words).stderr
-    write_mask(scenes / "train" / "SegmentationClass" / "toy_000000.png", lay_out(TRAINING_SEED, 0).mask())
+    write_label_mask(scenes / "train" / "SegmentationClass" / "toy_000000.png", lay_out(TRAINING_SEED, 0).mask())
     assert not list(broken.glob(".tmp-*"))
 
 
@@ -167,12 +169,12 @@ def test_training_scenes_are_not_the_scored_ones(tmp_path: Path, capsys: pytest.
     assert main(["demo", "--save-dataset", str(train), "--save-seed", "9000", "--limit", "3"]) == 0
     assert (train / "ImageSets/Segmentation/train.txt").read_text().split() == [f"toy_{k:06d}" for k in range(3)]
     assert not (train / "ImageSets/Segmentation/val.txt").exists()
-    written = read_mask(train / "SegmentationClass" / "toy_000002.png")
+    written = read_label_mask(train / "SegmentationClass" / "toy_000002.png")
     np.testing.assert_array_equal(written, lay_out(9000, 2).mask())
     capsys.readouterr()
     assert main(["demo", "--save-dataset", str(train), "--limit", "3"]) == 1  # would mix the two
     assert "holds scenes of another seed (train.txt); choose another folder" in capsys.readouterr().err
-    np.testing.assert_array_equal(read_mask(train / "SegmentationClass" / "toy_000002.png"), written)
+    np.testing.assert_array_equal(read_label_mask(train / "SegmentationClass" / "toy_000002.png"), written)
     assert main(["demo", "--save-seed", "3"]) == 2
     assert "--save-seed says which scenes --save-dataset writes" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Seeds from masks, mask voting, pixel seeds and prompts: the released code's arrays, plain loops, and odd input."""
+"""CAMs from masks, mask voting, pixel CAMs and prompts: the released code's arrays, plain loops, and odd input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.refine.affinity import balance
 from clipseed.refine.caa import FMA_WSSS, CaaOptions, caa, caa_of_raw
-from clipseed.segments import Proposals, from_masks
+from clipseed.segments import Segments, from_masks
 
 from helpers.golden import FMA_WSSS_DATA, names, with_meta
 
@@ -31,7 +31,7 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return with_meta(FMA_WSSS_DATA, name)
 
 
-def with_levels(arrays: dict[str, np.ndarray]) -> Proposals:
+def with_levels(arrays: dict[str, np.ndarray]) -> Segments:
     proposals = from_masks(arrays["masks"])
     assert len(proposals) == len(arrays["masks"])
     return replace(proposals, level=arrays["levels"].astype(np.int8))

@@ -15,12 +15,12 @@ from PIL import Image
 import clipseed
 from clipseed.cli.main import main
 from clipseed.data.types import Sample
-from clipseed.jobs.crf_problem import NativeSolver, Problem
+from clipseed.jobs.crf import NativeSolver, Problem
 from clipseed.refine.crf import CLIP_ES, PRESETS, CrfParameters, clip_es_unary, crf_parameters, dense_crf
 from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool
-from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.masks import read_mask, voc_palette
+from clipseed.store.label_mask_writer import read_label_mask_manifest
+from clipseed.store.label_masks import read_label_mask, voc_palette
 
 from helpers.images import photo
 
@@ -116,16 +116,16 @@ def test_masks(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out, soft = tmp_path / "pseudo", tmp_path / "soft.h5"
     words = ["crf", str(toy / "cams-caa.h5"), "--out", str(out), "--soft", str(soft), "--device", "cpu"]
     assert main([*words, "--confidence", "0.9", "--quiet"]) == 0
-    seeds, posterior = clipseed.open_seeds(toy / "cams-caa.h5"), clipseed.open_seeds(soft)
+    seeds, posterior = clipseed.open_cams(toy / "cams-caa.h5"), clipseed.open_cams(soft)
     assert {path.stem for path in out.glob("*.png")} == set(seeds) == set(posterior)
     for key, seed in seeds.items():
         with Image.open(out / f"{key}.png") as image:
             assert image.mode == "P"
             assert image.size == seed.size[::-1]
             assert np.array_equal(np.array(image.getpalette()).reshape(-1, 3)[:256], voc_palette()[:256])
-        labels = read_mask(out / f"{key}.png")
+        labels = read_label_mask(out / f"{key}.png")
         assert set(np.unique(labels)) <= {0, 255, *(seed.classes + 1)}
-        chances = posterior[key].cam
+        chances = posterior[key].maps
         everything = np.concatenate([1 - chances.sum(axis=0, keepdims=True), chances])
         certain = everything.max(axis=0)
         assert (labels == 255)[certain < 0.89].all()
@@ -147,11 +147,11 @@ def test_solvers_make_equal_masks(toy: Path, tmp_path: Path) -> None:
     for solver in ("torch", "pydensecrf"):
         words = ["crf", str(toy / "cams-caa.h5"), "--solver", solver, "--workers", "1", "--device", "cpu", "--quiet"]
         assert main([*words, "--out", str(tmp_path / solver)]) == 0
-        manifest = read_mask_manifest(tmp_path / solver)
+        manifest = read_label_mask_manifest(tmp_path / solver)
         assert manifest is not None
         assert manifest["options"]["solver"] == solver
     for path in (tmp_path / "torch").glob("*.png"):
-        ours, theirs = read_mask(path), read_mask(tmp_path / "pydensecrf" / path.name)
+        ours, theirs = read_label_mask(path), read_label_mask(tmp_path / "pydensecrf" / path.name)
         same, total = same + int((ours == theirs).sum()), total + ours.size
     assert same / total >= 0.999
 
@@ -180,7 +180,7 @@ def test_what_is_not_ours_is_never_deleted(
     for words in (["--soft", source], ["--out", "x", "--soft", "x"], ["--out", source]):
         assert main(["crf", source, *words, "--overwrite"]) == 2
         assert "are both" in capsys.readouterr().err
-    assert len(clipseed.open_seeds(source)) == 6
+    assert len(clipseed.open_cams(source)) == 6
     small = ["--smooth-xy", "0.01", "--colour-xy", "0.01", "--colour-rgb", "0.01"]
     assert main(["crf", source, "--out", "small", *small, "--device", "cpu", "--quiet"]) == 2
     assert "too small" in capsys.readouterr().err
@@ -193,7 +193,7 @@ class DeadlyReader:
     deadly: str
 
     def __call__(self, sample: Sample) -> Image.Image:
-        from clipseed.toy.dataset import ToyReader
+        from clipseed.data.toy.dataset import ToyReader
 
         if sample.id == self.deadly:
             os._exit(139)
@@ -207,7 +207,7 @@ class DeadlyReader:
 @pytest.mark.slow
 def test_a_crash_of_the_library_costs_one_image(toy: Path) -> None:
     source = toy / "cams-caa.h5"
-    ids = list(clipseed.open_seeds(source))
+    ids = list(clipseed.open_cams(source))
     reader = DeadlyReader(ids[2])
     problem = Problem(source, reader, replace(CLIP_ES, iterations=1), 1.0, False)
     with DecodePool(NativeSolver(problem), 1, 4) as pool:

@@ -126,12 +126,12 @@ def test_refinement_helps_on_the_toy_set() -> None:
     from clipseed.cam.gradcam import minmax, run_last_block
     from clipseed.cam.methods import compute_cams
     from clipseed.clip.model import FrozenClip
+    from clipseed.data.toy.world import lay_out
     from clipseed.data.vocabulary import load_vocabulary
     from clipseed.evaluate.confusion import score
     from clipseed.evaluate.sweep import ThresholdSweep
     from clipseed.refine.boxes import box_masks
-    from clipseed.store.records import SeedMap
-    from clipseed.toy.world import lay_out
+    from clipseed.store.cam_records import Cam
     from tools.toy.measure import _pixels
 
     clip = FrozenClip.load(weights="toy", device="cpu")
@@ -151,7 +151,7 @@ def test_refinement_helps_on_the_toy_set() -> None:
         boxes = torch.from_numpy(box_masks(maps.numpy(), 0.4))
         refined = minmax(spread(distribution_affinity(scores, mean)[0], maps * boxes))
         for sweep, cam in ((before, maps), (after, refined)):
-            sweep.update(SeedMap("", np.array(scene.labels, np.int32), cam.numpy(), scene.size), scene.mask())
+            sweep.update(Cam("", np.array(scene.labels, np.int32), cam.numpy(), scene.size), scene.mask())
     first, second = (max(score(matrix).miou for matrix in sweep.matrices()) for sweep in (before, after))
     assert second > 0.74
     assert second > first + 0.1

@@ -21,17 +21,17 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.errors import InputError, StoreError, UsageError
 from clipseed.evaluate.confusion import confusion, score
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.jobs.report import ReportOptions, ReportResult, write_report
 from clipseed.report.charts import HUES, confusion_chart, curve_chart
 from clipseed.report.gallery import Gallery
 from clipseed.report.overlay import outlined
 from clipseed.report.text import escaped, percent
 from clipseed.report.thumbnails import THUMBNAIL
-from clipseed.store.masks import voc_palette, write_mask
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.label_masks import voc_palette, write_label_mask
+from clipseed.store.units import Unit
 
 from helpers.images import photo
 
@@ -133,22 +133,22 @@ def read(path: Path) -> Page:
     return page
 
 
-def write_seeds(path: Path, records: list[SeedMap], names: tuple[str, ...], **manifest: Any) -> Path:
+def write_seeds(path: Path, records: list[Cam], names: tuple[str, ...], **manifest: Any) -> Path:
     content = {
         "vocabulary": {"name": "some", "classes": [{"name": name} for name in names]},
         "options": {"paper": False},
         "dataset": {"name": "folder", "split": "all"},
         **manifest,
     }
-    with SeedWriter(path, content, "float32", 64) as writer:
-        writer.write(0, records)
+    with CamWriter(path, content, "float32", 64) as writer:
+        writer.write(Unit(0), records)
         writer.finish([record.id for record in records])
     return path
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Twelve images with seeds and masks; image p00 is guessed best, p11 worst."""
+    """Twelve images with CAMs and masks; image p00 is guessed best, p11 worst."""
     rng = np.random.default_rng(4)
     truth, masks, images = (tmp_path / name for name in ("gt", "masks", "photos"))
     for folder in (truth, masks, images):
@@ -160,11 +160,11 @@ def world(tmp_path: Path) -> tuple[Path, Path, Path]:
         wrong = rng.random(mask.shape) < number / 12
         guess = np.where(wrong, (mask + 1) % 4, np.where(mask == 255, 0, mask)).astype(np.uint8)
         key = f"p{number:02d}"
-        write_mask(truth / f"{key}.png", mask)
-        write_mask(masks / f"{key}.png", guess)
+        write_label_mask(truth / f"{key}.png", mask)
+        write_label_mask(masks / f"{key}.png", guess)
         photo(number, *mask.shape).save(images / f"{key}.jpg")
         cam = np.stack([(guess == label) * rng.uniform(0.1, 1, mask.shape) for label in (1, 2, 3)])
-        records.append(SeedMap(key, np.array([0, 1, 2], np.int32), cam.astype(np.float32), mask.shape))
+        records.append(Cam(key, np.array([0, 1, 2], np.int32), cam.astype(np.float32), mask.shape))
     data = {"name": "folder", "split": "all", "images": str(images), "ground_truth": str(truth)}
     write_seeds(tmp_path / "cams.h5", records, ("ant", "bee", "cow"), dataset=data)
     (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
@@ -214,9 +214,9 @@ def test_images_add_up_to_the_whole(world: tuple[Path, Path, Path], options: dic
     """What each image is counted with, at the setting that was found best, is what the score was made from."""
     seeds, _, truth = world
     if paper:
-        from clipseed.store.reader import open_seeds
+        from clipseed.store.cams import open_cams
 
-        records = list(open_seeds(seeds).values())
+        records = list(open_cams(seeds).values())
         seeds = write_seeds(seeds.with_name("paper.h5"), records, ("ant", "bee", "cow"), options={"paper": True})
     total = np.zeros((4, 4), np.int64)
     ids = []
@@ -240,7 +240,7 @@ def test_predicted_255_counts_as_evaluate_counts_it(world: tuple[Path, Path, Pat
     _, masks, _ = world
     guess = np.asarray(Image.open(masks / "p03.png")).copy()
     guess[10:30] = 255
-    write_mask(masks / "p03.png", guess)
+    write_label_mask(masks / "p03.png", guess)
     with pytest.raises(InputError, match="--pred-ignore background or --pred-ignore exclude"):
         run(world, masks)
     assert not (masks.parent / "page.html").exists()
@@ -260,11 +260,11 @@ def test_predicted_255_counts_as_evaluate_counts_it(world: tuple[Path, Path, Pat
 def test_settings_in_words(world: tuple[Path, Path, Path]) -> None:
     seeds, masks, _ = world
     assert "threshold 0.25, fixed" in run(world, seeds, threshold=0.25)[1].text
-    result, page = run(world, seeds, masks, alphas=(1.0, 2.0))  # masks beside seeds have no setting
+    result, page = run(world, seeds, masks, alphas=(1.0, 2.0))  # masks beside CAMs have no setting
     assert f"background (1 − max)^{result.reports[0].alpha:g}, the best of 2 tried" in page.text
     assert "Mean IoU over the alpha" in page.text
     assert "Mean IoU over the threshold" not in page.text
-    with pytest.raises(UsageError, match="apply to seeds"):
+    with pytest.raises(UsageError, match="apply to CAMs"):
         run(world, masks, threshold=0.25)
 
 
@@ -410,7 +410,7 @@ def test_images_beside_the_ground_truth(devkit: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "same").glob("*.png"):
         labels = np.asarray(Image.open(path)).copy()
         labels[labels == 255] = 0
-        write_mask(path, labels)
+        write_label_mask(path, labels)
     (tmp_path / "same" / "manifest.json").write_text('{"kind": "crf", "made": "by hand"}')
     scoring = EvaluateOptions(tmp_path, str(devkit / "SegmentationClass"), "voc")
     write_report(ReportOptions((tmp_path / "same",), scoring, tmp_path / "page.html"))
@@ -422,11 +422,11 @@ def test_images_beside_the_ground_truth(devkit: Path, tmp_path: Path) -> None:
 
 
 def test_toy_images_are_drawn(tmp_path: Path) -> None:
-    from clipseed.toy.dataset import toy_mask
+    from clipseed.data.toy.dataset import toy_mask
 
     (tmp_path / "masks").mkdir()
     for number in range(2):
-        write_mask(tmp_path / "masks" / f"toy_{number:06d}.png", toy_mask(0, f"toy_{number:06d}"))
+        write_label_mask(tmp_path / "masks" / f"toy_{number:06d}.png", toy_mask(0, f"toy_{number:06d}"))
     scoring = EvaluateOptions(tmp_path, "toy", "toy")
     write_report(ReportOptions((tmp_path / "masks",), scoring, tmp_path / "page.html"))
     assert "image toy_000001" in read(tmp_path / "page.html").images()
@@ -462,9 +462,9 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     records = []
     for key in keys:
         if not key.startswith(".."):
-            write_mask(truth / f"{key}.png", mask)
+            write_label_mask(truth / f"{key}.png", mask)
         cam = np.random.default_rng(0).random((4, 5, 3)).astype(np.float32)
-        records.append(SeedMap(key, np.arange(4, dtype=np.int32), cam, mask.shape))
+        records.append(Cam(key, np.arange(4, dtype=np.int32), cam, mask.shape))
     data = {"name": "folder", "images": str(tmp_path), "split": HOSTILE, "x": "</pre></script>\ud800"}
     seeds = write_seeds(tmp_path / "<i>&.h5", records, names, dataset=data)
     out = tmp_path / "page.html"
@@ -484,10 +484,10 @@ def test_ids_cannot_lead_out_of_the_image_folder(world: tuple[Path, Path, Path])
     seeds, _, truth = world
     mask = np.ones((48, 60), np.uint8)
     (truth / "deep").mkdir()
-    write_mask(truth / "p00.png", mask)
+    write_label_mask(truth / "p00.png", mask)
     photo(0, 48, 60).save(truth.parent / "secret.jpg")
-    write_mask(truth.parent / "secret.png", mask)
-    record = SeedMap("../secret", np.array([0], np.int32), np.ones((1, 2, 2), np.float32), (48, 60))
+    write_label_mask(truth.parent / "secret.png", mask)
+    record = Cam("../secret", np.array([0], np.int32), np.ones((1, 2, 2), np.float32), (48, 60))
     path = write_seeds(seeds.with_name("evil.h5"), [record], ("ant", "bee", "cow"))
     _, page = run(world, path, images=truth.parent / "photos")
     assert "leaves the image folder" in page.text
@@ -496,7 +496,7 @@ def test_ids_cannot_lead_out_of_the_image_folder(world: tuple[Path, Path, Path])
 
 @pytest.mark.parametrize("seed", ["x", "9" * 5000, -1, {"a": 1}, None])
 def test_a_nonsensical_manifest_does_no_harm(world: tuple[Path, Path, Path], seed: Any) -> None:
-    records = [SeedMap("p01", np.array([0], np.int32), np.ones((1, 2, 2), np.float32), (48, 60))]
+    records = [Cam("p01", np.array([0], np.int32), np.ones((1, 2, 2), np.float32), (48, 60))]
     data = {"name": "toy", "toy_seed": seed, "split": 3}
     path = write_seeds(world[0].with_name("odd.h5"), records, ("ant", "bee", "cow"), dataset=data, options={"exif": []})
     assert "No image" in run(world, path)[1].text
@@ -505,7 +505,7 @@ def test_a_nonsensical_manifest_does_no_harm(world: tuple[Path, Path, Path], see
 def test_nothing_but_ignored_pixels(world: tuple[Path, Path, Path]) -> None:
     seeds, masks, truth = world
     for path in truth.glob("*.png"):
-        write_mask(path, np.full((48, 60), 255, np.uint8))
+        write_label_mask(path, np.full((48, 60), 255, np.uint8))
     result, page = run(world, seeds, masks)
     assert "12 images have no score of their own" in page.text
     assert result.as_dict()["inputs"][0]["miou"] is None
@@ -619,7 +619,7 @@ def test_mistakes_are_found_before_scoring(
         (["--out", "nowhere/x.html"], 2, "the folder nowhere does not exist"),
         (["--threshold", "2"], 2, "--threshold 2"),
         (["--alpha", "x"], 2, "--alpha x"),
-        (["nowhere.h5"], 1, "nowhere.h5: no such seeds file"),
+        (["nowhere.h5"], 1, "nowhere.h5: no such CAM file"),
     ):
         assert main(["report", "cams.h5", *words]) == code
         assert message in capsys.readouterr().err

@@ -15,9 +15,10 @@ from clipseed.cli.main import main
 from clipseed.data.types import Sample
 from clipseed.errors import ClipseedError, ImageError, UsageError, WeightsError
 from clipseed.runtime import cluster as runtime
-from clipseed.runtime.cluster import ClusterOptions, OnRay, plan_workers
-from clipseed.runtime.stream import BatchSize, StreamStats, Task
+from clipseed.runtime.cluster import ClusterOptions, RayEngine, plan_workers
+from clipseed.runtime.stream import BatchSize, StreamStats
 from clipseed.runtime.work import Work
+from clipseed.store.units import Unit
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")
@@ -82,14 +83,14 @@ class Recipe:
         return Doubling(self.pause)
 
 
-def units(*ids: str, size: int = 3) -> list[Task]:
+def units(*ids: str, size: int = 3) -> list[Unit]:
     samples = [Sample(key, Path(key), None) for key in ids]
-    return [Task(k, tuple(samples[start : start + size])) for k, start in enumerate(range(0, len(ids), size))]
+    return [Unit(k, tuple(samples[start : start + size])) for k, start in enumerate(range(0, len(ids), size))]
 
 
-def run(recipe: Recipe, tasks: list[Task], options: ClusterOptions | None = None) -> tuple[dict[int, Any], StreamStats]:
+def run(recipe: Recipe, tasks: list[Unit], options: ClusterOptions | None = None) -> tuple[dict[int, Any], StreamStats]:
     found: dict[int, Any] = {}
-    engine: OnRay[str] = OnRay(recipe, options or ClusterOptions())
+    engine: RayEngine[str] = RayEngine(recipe, options or ClusterOptions())
     try:
         stats = engine.run(tasks, lambda task, results: found.update({task.index: list(results)}))
     finally:
@@ -153,9 +154,9 @@ def test_a_node_is_lost(nodes: Any) -> None:
     written: list[int] = []
     extra = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    engine: OnRay[str] = OnRay(Recipe(pause=0.15), ClusterOptions(workers=3))
+    engine: RayEngine[str] = RayEngine(Recipe(pause=0.15), ClusterOptions(workers=3))
 
-    def write(task: Task, results: Sequence[str]) -> None:
+    def write(task: Unit, results: Sequence[str]) -> None:
         written.append(task.index)
         found[task.index] = list(results)
         if len(written) == 6:
@@ -184,16 +185,16 @@ def test_commands_give_the_output_of_one_process(
         monkeypatch.chdir(tmp_path / name)
         if more:
             extra = nodes.add_node(num_cpus=1)
-            original = runtime.OnRay._get
+            original = runtime.RayEngine._get
 
             def first_result_costs_a_node(self: Any, reference: Any, extra: Any = extra, get: Any = original) -> Any:
                 found = get(self, reference)
                 if isinstance(found, tuple):
-                    monkeypatch.setattr(runtime.OnRay, "_get", get)
+                    monkeypatch.setattr(runtime.RayEngine, "_get", get)
                     nodes.remove_node(extra, allow_graceful=False)
                 return found
 
-            monkeypatch.setattr(runtime.OnRay, "_get", first_result_costs_a_node)
+            monkeypatch.setattr(runtime.RayEngine, "_get", first_result_costs_a_node)
         for command in (cam, ["refine", "caa", "--device", "cpu"], crf):
             assert main([*command, *more]) == 0, capsys.readouterr().err
     here = {path.name: path.read_bytes() for path in (tmp_path / "here").rglob("*.*") if path.name != "manifest.json"}
@@ -218,7 +219,7 @@ def test_plans() -> None:
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'clipseed\[ray\]'"):
-        OnRay(Recipe(), ClusterOptions())
+        RayEngine(Recipe(), ClusterOptions())
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 
 from clipseed.data.types import Sample
 from clipseed.runtime.decode import DecodePool
-from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.runtime.stream import BatchSize, StreamStats, run_stream
+from clipseed.store.units import Unit
 
 from helpers.stream import Item, load, samples
 
@@ -35,12 +36,12 @@ class Recorder:
         self.batches.append([item.number for item in items])
         return [item.number * 100 for item in items]
 
-    def write(self, task: Task, results: Sequence[int]) -> None:
+    def write(self, task: Unit, results: Sequence[int]) -> None:
         self.threads.add(threading.current_thread().name)
         self.written.append((task.index, list(results)))
 
 
-def run(recorder: Recorder, tasks: Sequence[Task], batch: BatchSize, workers: int = 0, loader=load) -> StreamStats:  # type: ignore[no-untyped-def]
+def run(recorder: Recorder, tasks: Sequence[Unit], batch: BatchSize, workers: int = 0, loader=load) -> StreamStats:  # type: ignore[no-untyped-def]
     with DecodePool(loader, workers, ahead=6) as pool:
         return run_stream(tasks, pool, recorder.compute, recorder.write, batch)
 
@@ -48,7 +49,7 @@ def run(recorder: Recorder, tasks: Sequence[Task], batch: BatchSize, workers: in
 def test_order_grouping_and_skipping() -> None:
     recorder = Recorder()
     everything = samples(20)
-    tasks = [Task(4, everything[:12]), Task(9, everything[12:])]
+    tasks = [Unit(4, everything[:12]), Unit(9, everything[12:])]
     progress: list[int] = []
     with DecodePool(load, 0, ahead=3) as pool:
         stats = run_stream(
@@ -68,7 +69,7 @@ def test_order_grouping_and_skipping() -> None:
 def test_batches_do_not_depend_on_what_was_done_before() -> None:
     """A resumed run repeats the batches of the units it still has to do."""
     everything = samples(30)
-    tasks = [Task(0, everything[:10]), Task(1, everything[10:20]), Task(2, everything[20:])]
+    tasks = [Unit(0, everything[:10]), Unit(1, everything[10:20]), Unit(2, everything[20:])]
     whole, rest = Recorder(), Recorder()
     run(whole, tasks, BatchSize(4, 1))
     run(rest, tasks[1:], BatchSize(4, 1))
@@ -93,7 +94,7 @@ def test_out_of_memory_halves_the_batch(batch: BatchSize) -> None:
 
     recorder = Small()
     everything = tuple(Sample(str(3 * k), Path("x"), ()) for k in range(16) if 3 * k % 10 != 7)
-    stats = run(recorder, [Task(0, everything)], batch)
+    stats = run(recorder, [Unit(0, everything)], batch)
     assert recorder.written == [(0, [int(sample.id) * 100 for sample in everything])]
     assert batch.limit(10) <= 3
     assert stats.out_of_memory == (8, 2)
@@ -107,7 +108,7 @@ def test_an_image_that_never_fits_is_skipped() -> None:
             return super().compute(items)
 
     recorder = Tiny()
-    stats = run(recorder, [Task(0, samples(7))], BatchSize(4, 1))
+    stats = run(recorder, [Unit(0, samples(7))], BatchSize(4, 1))
     assert recorder.written == [(0, [0, 100, 200, 400, 500, 600])]
     assert stats.skipped == [("3", "does not fit into the device's memory even alone; lower --max-side")]
 
@@ -118,16 +119,16 @@ def test_other_errors_end_the_run() -> None:
             raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        run(Faulty(), [Task(0, samples(3))], BatchSize(4, 1))
+        run(Faulty(), [Unit(0, samples(3))], BatchSize(4, 1))
 
 
 def test_a_failing_writer_ends_the_run() -> None:
     class Full(Recorder):
-        def write(self, task: Task, results: Sequence[int]) -> None:
+        def write(self, task: Unit, results: Sequence[int]) -> None:
             raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        run(Full(), [Task(k, samples(3)) for k in range(4)], BatchSize(4, 1))
+        run(Full(), [Unit(k, samples(3)) for k in range(4)], BatchSize(4, 1))
 
 
 def test_writing_overlaps_computing() -> None:
@@ -136,13 +137,13 @@ def test_writing_overlaps_computing() -> None:
             time.sleep(0.05)
             return super().compute(items)
 
-        def write(self, task: Task, results: Sequence[int]) -> None:
+        def write(self, task: Unit, results: Sequence[int]) -> None:
             time.sleep(0.15)
             super().write(task, results)
 
     recorder = Slow()
     started = time.perf_counter()
-    stats = run(recorder, [Task(k, samples(6)) for k in range(6)], BatchSize(2, 1))
+    stats = run(recorder, [Unit(k, samples(6)) for k in range(6)], BatchSize(2, 1))
     assert time.perf_counter() - started < 6 * (0.15 + 0.15) * 0.85
     assert [index for index, _ in recorder.written] == list(range(6))
     assert stats.bottleneck == "device"
@@ -151,7 +152,7 @@ def test_writing_overlaps_computing() -> None:
 @pytest.mark.slow
 def test_processes_give_the_same(tmp_path: Path) -> None:
     one, two = Recorder(), Recorder()
-    tasks = [Task(0, samples(12)), Task(1, samples(9))]
+    tasks = [Unit(0, samples(12)), Unit(1, samples(9))]
     first = run(one, tasks, BatchSize(3, 1))
     second = run(two, tasks, BatchSize(3, 1), workers=2)
     assert (one.written, one.batches) == (two.written, two.batches)
@@ -161,7 +162,7 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_dying_worker_costs_one_image() -> None:
     recorder = Recorder()
-    stats = run(recorder, [Task(0, samples(12))], BatchSize(3, 1), workers=2, loader=dying_load)
+    stats = run(recorder, [Unit(0, samples(12))], BatchSize(3, 1), workers=2, loader=dying_load)
     assert recorder.written == [(0, [k * 100 for k in range(12) if k not in (5, 7)])]
     assert stats.skipped == [("5", "5.png: the decoder crashed on it"), ("7", "7.png: unreadable")]
 
@@ -197,7 +198,7 @@ def test_decoding_stays_a_bounded_number_ahead() -> None:
 
 def test_batches_in_flight_are_those_of_one_after_the_other() -> None:
     everything = samples(40)
-    tasks = [Task(0, everything[:25]), Task(1, everything[25:])]
+    tasks = [Unit(0, everything[:25]), Unit(1, everything[25:])]
     plain, ahead = Recorder(), Recorder()
     run(plain, tasks, BatchSize(3, 1))
     running, most = 0, 0
@@ -231,7 +232,7 @@ def test_what_fails_in_flight_is_raised_and_smaller_batches_are_tried() -> None:
         return recorder.compute(items)
 
     with DecodePool(load, 0, ahead=6) as pool:
-        stats = run_stream([Task(0, samples(30))], pool, cramped, recorder.write, BatchSize(4, 1), queue=2, lanes=2)
+        stats = run_stream([Unit(0, samples(30))], pool, cramped, recorder.write, BatchSize(4, 1), queue=2, lanes=2)
     assert recorder.written == [(0, [k * 100 for k in range(30) if k % 10 != 7])]
     assert stats.out_of_memory == (4, 2)
 
@@ -239,4 +240,4 @@ def test_what_fails_in_flight_is_raised_and_smaller_batches_are_tried() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with DecodePool(load, 0, ahead=6) as pool, pytest.raises(RuntimeError, match="illegal memory access"):
-        run_stream([Task(0, samples(30))], pool, failing, recorder.write, BatchSize(4, 1), queue=2, lanes=2)
+        run_stream([Unit(0, samples(30))], pool, failing, recorder.write, BatchSize(4, 1), queue=2, lanes=2)

@@ -18,18 +18,17 @@ from clipseed.data.types import Sample
 from clipseed.errors import ImageError
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
-from clipseed.jobs.engine import one_by_one
-from clipseed.jobs.refine import run_refine
-from clipseed.jobs.refine_options import RefineOptions
-from clipseed.jobs.sam_masks import run_sam_masks
-from clipseed.jobs.sam_options import SamMasksOptions
+from clipseed.jobs.refine import RefineOptions, run_refine
+from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks
 from clipseed.runtime.decode import DecodePool
-from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.runtime.images import one_by_one
+from clipseed.runtime.stream import BatchSize, StreamStats, run_stream
 from clipseed.runtime.threads import OneByOne, let_waiting_threads_sleep, single_threads
 from clipseed.runtime.work import Work
 from clipseed.sam.options import FMA
-from clipseed.store.mask_cache import MaskCache
-from clipseed.store.reader import Seeds
+from clipseed.store.cams import CamSet
+from clipseed.store.segments import SegmentSet
+from clipseed.store.units import Unit
 
 from helpers.stream import Item, load, samples
 
@@ -128,10 +127,10 @@ class Together:
             with self.lock:
                 self.running -= 1
 
-    def write(self, task: Task, results: Sequence[int]) -> None:
+    def write(self, task: Unit, results: Sequence[int]) -> None:
         self.written.append((task.index, list(results)))
 
-    def run(self, tasks: Sequence[Task], threads: int = 2, largest: int = 10, loader: object = load) -> StreamStats:
+    def run(self, tasks: Sequence[Unit], threads: int = 2, largest: int = 10, loader: object = load) -> StreamStats:
         with DecodePool(loader, 0, ahead=4) as pool:  # type: ignore[arg-type]
             how = OneByOne(threads, largest)
             return run_stream(tasks, pool, self.compute, self.write, BatchSize(4, 1), one_by_one=how)
@@ -141,7 +140,7 @@ class Together:
 def test_order_and_skipping_are_those_of_the_samples(threads: int) -> None:
     work = Together()
     everything = samples(20)
-    stats = work.run([Task(4, everything[:12]), Task(9, everything[12:])], threads)
+    stats = work.run([Unit(4, everything[:12]), Unit(9, everything[12:])], threads)
     assert work.written == [
         (4, [k * 100 for k in range(12) if k not in (3, 7)]),
         (9, [k * 100 for k in range(12, 20) if k != 17]),
@@ -158,7 +157,7 @@ def test_they_run_at_the_same_time() -> None:
         pairs.wait(20)  # fails where no second one comes
 
     work = Together(in_pairs)
-    work.run([Task(0, samples(6))])
+    work.run([Unit(0, samples(6))])
     assert work.written == [(0, [0, 100, 200, 400, 500])]
     assert work.most == 2
 
@@ -176,7 +175,7 @@ def test_a_large_one_runs_alone() -> None:
             where.append((beside, threading.current_thread().name))
 
     work = Together(note)
-    work.run([Task(0, samples(7))], loader=large_fourth)
+    work.run([Unit(0, samples(7))], loader=large_fourth)
     assert work.written == [(0, [0, 100, 200, 400, 500, 600])]
     assert where == [(1, threading.current_thread().name)]
 
@@ -189,7 +188,7 @@ def test_out_of_memory_is_tried_again_alone() -> None:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     work = Together(crowded)
-    stats = work.run([Task(0, samples(7))])
+    stats = work.run([Unit(0, samples(7))])
     assert work.written == [(0, [0, 100, 200, 400, 600])]
     assert stats.out_of_memory == (2, 1)
     assert [key for key, _ in stats.skipped] == ["3", "5"]
@@ -201,7 +200,7 @@ def test_other_errors_end_the_run() -> None:
             raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        Together(faulty).run([Task(0, samples(7))])
+        Together(faulty).run([Unit(0, samples(7))])
 
 
 class Counting(Work[Item, int]):
@@ -226,34 +225,34 @@ class Counting(Work[Item, int]):
 def test_counts_of_all_threads_add_up_run_by_run() -> None:
     work = Counting()
     for _ in range(2):
-        stats = work.run([Task(0, samples(40))], lambda task, results: None)
+        stats = work.run([Unit(0, samples(40))], lambda task, results: None)
         assert stats.counters == {"steps": 8000}
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("seeds") / "cams.h5"
+    out = tmp_path_factory.mktemp("pseudo-sam") / "cams.h5"
     run_cam(CamOptions(data=DatasetOptions(dataset="toy", limit=4), out=out))
     return out
 
 
 def crf_bytes(seeds: Path, folder: Path) -> Sized:
     run_crf(CrfOptions(seeds, folder / "masks", soft=folder / "soft.h5"))
-    with Seeds(folder / "soft.h5") as soft:
+    with CamSet(folder / "soft.h5") as soft:
         masks = {path.name: path.read_bytes() for path in (folder / "masks").glob("*.png")}
-        return masks, {key: soft[key].cam.tobytes() for key in soft}
+        return masks, {key: soft[key].maps.tobytes() for key in soft}
 
 
 def par_bytes(seeds: Path, folder: Path) -> Sized:
     run_refine(RefineOptions("par", seeds, folder / "par.h5"))
-    with Seeds(folder / "par.h5") as found:
-        return {key: found[key].cam.tobytes() for key in found}
+    with CamSet(folder / "par.h5") as found:
+        return {key: found[key].maps.tobytes() for key in found}
 
 
 def segment_bytes(seeds: Path, folder: Path) -> Sized:
     proposals = replace(FMA, points_per_side=6, crop_layers=0)
-    run_sam_masks(SamMasksOptions(folder / "segments.h5", seeds=seeds, proposals=proposals))
-    with MaskCache(folder / "segments.h5") as found:
+    run_sam_masks(SamMasksOptions(folder / "segments.h5", cams=seeds, proposals=proposals))
+    with SegmentSet(folder / "segments.h5") as found:
         return {key: (found[key].rle.tobytes(), found[key].iou.tobytes()) for key in found}
 
 

@@ -27,7 +27,7 @@ from clipseed.sam.nms import mask_boxes, suppress
 from clipseed.sam.options import FMA, STOCK, ProposalOptions
 from clipseed.sam.plain import has_plain_decoder, has_plain_encoder
 from clipseed.sam.predictor_backend import PredictorBackend
-from clipseed.segments import Proposals
+from clipseed.segments import Segments
 
 from helpers.golden import FMA_WSSS_DATA, names, with_meta
 from helpers.sam import CPU, INFO, NestedBlobs, backend_of, blob_sam, tiny_sam
@@ -58,7 +58,7 @@ def stock(sam: Any, image: np.ndarray, options: ProposalOptions) -> list[dict[st
     return generator.generate(image)
 
 
-def assert_equal(ours: Proposals, records: list[dict[str, Any]]) -> None:
+def assert_equal(ours: Segments, records: list[dict[str, Any]]) -> None:
     assert len(ours) == len(records)
     for index, record in enumerate(records):
         np.testing.assert_array_equal(ours.masks[index], record["segmentation"])

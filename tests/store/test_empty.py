@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from clipseed.cli.main import main
-from clipseed.jobs import crf, engine
+from clipseed.jobs import crf
+from clipseed.runtime import images as engine
 from clipseed.store import empty
+from clipseed.store.cam_records import Cam
+from clipseed.store.cam_writer import CamWriter
+from clipseed.store.cams import open_cams
 from clipseed.store.empty import (
     NOTHING_COMPETES,
     EmptyLabel,
@@ -23,14 +27,12 @@ from clipseed.store.empty import (
     stored_empty_maps,
     without_pixel,
 )
-from clipseed.store.mask_records import pack_proposals
-from clipseed.store.masks import mask_note, read_mask
-from clipseed.store.reader import open_seeds
-from clipseed.store.record_file import SeedFile
-from clipseed.store.records import SeedMap
-from clipseed.store.seed_writer import SeedWriter
+from clipseed.store.label_masks import label_mask_note, read_label_mask
+from clipseed.store.record_file import CamFile
+from clipseed.store.segment_records import pack_segments
+from clipseed.store.units import Unit
 
-from helpers.records import GRID, SIZE, rectangles, seed_map, small_manifest, write_cache, write_seeds
+from helpers.records import GRID, SIZE, make_cam, rectangles, small_manifest, write_cache, write_seeds
 
 CAM = ("cam", "--dataset", "toy", "--limit", "10", "--device", "cpu", "--max-side", "96", "--background", "none")
 
@@ -59,10 +61,10 @@ def test_stored_maps(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         classes = rng.permutation(20)[: rng.integers(0, 4)].astype(np.int32)
         grid = tuple(rng.integers(1, 5, 2))
         maps = (rng.random((len(classes), *grid)) * (rng.random((len(classes), 1, 1)) < 0.6)).astype(np.float32)
-        records.append(SeedMap(f"i{k}", classes, maps, (9, 9)))
+        records.append(Cam(f"i{k}", classes, maps, (9, 9)))
     write_seeds(tmp_path / "s.h5", records, small_manifest(tmp_path))
-    expected = {r.id: tuple(int(c) for c, m in zip(r.classes, r.cam, strict=True) if m.max() == 0) for r in records}
-    with SeedFile(tmp_path / "s.h5", verify=False) as file:
+    expected = {r.id: tuple(int(c) for c, m in zip(r.classes, r.maps, strict=True) if m.max() == 0) for r in records}
+    with CamFile(tmp_path / "s.h5", verify=False) as file:
         assert stored_empty_maps(file) == {key: row for key, row in expected.items() if row}
     assert any(expected.values())
 
@@ -110,12 +112,12 @@ def told(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> t
 def test_cam(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole, again, in shards, merged, after a kill and in a folder: the same list, that of the stored maps."""
     found, said = told(capsys, *CAM, "--report", "run.json")
-    with open_seeds("cams.h5") as seeds:
+    with open_cams("cams.h5") as seeds:
         names, labels = seeds.class_names, sum(len(seeds.classes(key)) for key in seeds)
         expected = {
             (key, names[k]): len(seed.classes)
             for key, seed in seeds.items()
-            for k, cam in zip(seed.classes, seed.cam, strict=True)
+            for k, cam in zip(seed.classes, seed.maps, strict=True)
             if cam.max() == 0
         }
     assert found["count"] == len(expected) >= 3
@@ -184,7 +186,7 @@ def test_most_maps_empty(devkit: Path, tiny_weights: Path, here: Path, capsys: p
 def test_crf(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scene 0 shows one class, so its map is empty; scene 1's is not."""
     told(capsys, *CAM, "--limit", "2")
-    with open_seeds("cams.h5") as seeds:
+    with open_cams("cams.h5") as seeds:
         (gone,), shown = seeds.classes("toy_000000"), seeds.classes("toy_000001")
         name = seeds.class_names[gone]
     run = ("crf", "cams.h5", "--iterations", "1", "--device", "cpu")
@@ -194,16 +196,16 @@ def test_crf(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(here / "pseudo" / "empty.csv") == [
         {"id": "toy_000000", "class": name, "stage": "cam", "reason": NOTHING_COMPETES}
     ]
-    note = mask_note(here / "pseudo" / "toy_000000.png")
+    note = label_mask_note(here / "pseudo" / "toy_000000.png")
     assert (note.classes, note.empty) == ((gone,), (gone,))
-    assert not read_mask(here / "pseudo" / "toy_000000.png").any()
+    assert not read_label_mask(here / "pseudo" / "toy_000000.png").any()
     again, said = told(capsys, *run)
     assert again == found
     assert "0 images to do" in said
 
     found, _ = told(capsys, *run, "--out", "ignored", "--empty", "ignore")
-    assert (read_mask(here / "ignored" / "toy_000000.png") == 255).all()
-    assert mask_note(here / "ignored" / "toy_000000.png").classes == (gone,)
+    assert (read_label_mask(here / "ignored" / "toy_000000.png") == 255).all()
+    assert label_mask_note(here / "ignored" / "toy_000000.png").classes == (gone,)
     other = "toy_000001.png"
     assert (here / "ignored" / other).read_bytes() == (here / "pseudo" / other).read_bytes()
     assert json.loads((here / "ignored" / "manifest.json").read_text())["options"]["empty"] == "ignore"
@@ -232,17 +234,17 @@ def test_crf(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sam_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One class has no map, another loses every pixel to a stronger one; both are named with their stages."""
-    strong, zero = seed_map("a", (7,), 0), np.zeros((1, 6, 8), np.float32)
-    cam = np.concatenate([strong.cam, strong.cam / 2, zero])
-    seeds = [SeedMap("a", np.array([7, 2, 4], np.int32), cam, SIZE), seed_map("b", (0,), 1)]
+    strong, zero = make_cam("a", (7,), 0), np.zeros((1, 6, 8), np.float32)
+    cam = np.concatenate([strong.maps, strong.maps / 2, zero])
+    seeds = [Cam("a", np.array([7, 2, 4], np.int32), cam, SIZE), make_cam("b", (0,), 1)]
     write_seeds(here / "cams.h5", seeds, small_manifest(here))
-    write_cache(here / "masks.h5", [pack_proposals(s.id, SIZE, rectangles(GRID, k)) for k, s in enumerate(seeds)])
+    write_cache(here / "segments.h5", [pack_segments(s.id, SIZE, rectangles(GRID, k)) for k, s in enumerate(seeds)])
     for method in ("fma", "pixel", "vote"):
         found, said = told(capsys, "sam-seed", "--method", method, "--out", method, "--empty", "ignore")
         stages = {(item["id"], item["label"]): item["stage"] for item in found["labels"] if item["id"] == "a"}
         assert stages["a", "bottle"] == "cam"
         assert stages["a", "bird"] == "sam-seed", said
-        assert not (read_mask(here / method / "a.png") == 0).any()
+        assert not (read_label_mask(here / method / "a.png") == 0).any()
 
     # A vote on label masks knows from their list since when a label is gone.
     voted, _ = told(capsys, "sam-seed", "pixel", "--out", "voted")
@@ -254,11 +256,11 @@ def test_sam_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_shards_made_before(tmp_path: Path) -> None:
     """A writer that finds a shard and a newer one of the same image lists what it keeps."""
     manifest = small_manifest(tmp_path)
-    full, nothing = seed_map("a", (3,), 0), SeedMap("a", np.array([3], np.int32), np.zeros((1, 6, 8), np.float32), SIZE)
-    with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:
-        writer.write(0, [full])
+    full, nothing = make_cam("a", (3,), 0), Cam("a", np.array([3], np.int32), np.zeros((1, 6, 8), np.float32), SIZE)
+    with CamWriter(tmp_path / "out", manifest, "float16", 4) as writer:
+        writer.write(Unit(0), [full])
         assert writer.finish(["a"]).empty.labels == ()
-    with SeedWriter(tmp_path / "out", manifest, "float16", 4) as writer:
+    with CamWriter(tmp_path / "out", manifest, "float16", 4) as writer:
         writer.forget_unlike({"a": (5,)})
-        writer.write(0, [nothing])
+        writer.write(Unit(0), [nothing])
         assert [item.label for item in writer.finish(["a"]).empty.labels] == ["boat"]

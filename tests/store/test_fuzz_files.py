@@ -1,4 +1,4 @@
-"""Seeds, masks and manifests with anything in them: what can be used, or one of our errors, in bounded memory."""
+"""CAMs, masks and manifests with anything in them: what can be used, or one of our errors, in bounded memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.data.dataset import image_finder
 from clipseed.errors import ClipseedError, ImageError, InputError, StoreError
-from clipseed.jobs.evaluate import evaluate
-from clipseed.jobs.evaluate_options import EvaluateOptions
-from clipseed.jobs.inspect import inspect_seeds
-from clipseed.store.mask_folder import read_mask_manifest
-from clipseed.store.masks import mask_note, read_mask, write_mask
-from clipseed.store.reader import open_seeds
+from clipseed.jobs.evaluate import EvaluateOptions, evaluate
+from clipseed.jobs.inspect import inspect_cams
+from clipseed.store.cams import open_cams
+from clipseed.store.label_mask_writer import read_label_mask_manifest
+from clipseed.store.label_masks import label_mask_note, read_label_mask, write_label_mask
+from clipseed.store.units import Unit
 
 from helpers.images import photo
 from helpers.seeds_files import DATASETS, MANIFEST, arrays, seeds_file
@@ -49,14 +49,14 @@ def survives(function: Callable[[], Any]) -> Any:
 
 
 def use_seeds(path: Path) -> list[str]:
-    """Everything that commands do with seeds before they look at images."""
-    with open_seeds(path) as seeds:
+    """Everything that commands do with CAMs before they look at images."""
+    with open_cams(path) as seeds:
         for key in seeds:
             record = seeds[key]
-            assert record.cam.shape[0] == len(record.classes) == len(seeds.classes(key))
+            assert record.maps.shape[0] == len(record.classes) == len(seeds.classes(key))
             assert all(seeds.class_names[k] for k in record.classes)
         found = list(seeds)
-    inspect_seeds(path)
+    inspect_cams(path)
     return found
 
 
@@ -112,7 +112,7 @@ def test_values_that_would_take_memory(name: str, values: Any, message: str, tmp
     content = arrays()
     content[name] = np.array(values) if message.startswith("'size'") else np.array(values, content[name].dtype)
     with pytest.raises(StoreError, match=message):
-        open_seeds(seeds_file(tmp_path / "x.h5", content))
+        open_cams(seeds_file(tmp_path / "x.h5", content))
 
 
 # Manifests ------------------------------------------------------------------------------------------------------------
@@ -140,17 +140,17 @@ def test_manifests_of_seeds(manifest: Any, tmp_path: Path) -> None:
     survives(lambda: use_seeds(path))
     survives(lambda: evaluate(EvaluateOptions(path, gt=str(tmp_path / "gt"))))
     survives(lambda: evaluate(EvaluateOptions(path)))
-    if survives(lambda: open_seeds(path).manifest):
+    if survives(lambda: open_cams(path).manifest):
         assert main(["inspect", str(path), "--preview", str(tmp_path / "sheet.png")]) in (0, 1)
-        dataset = open_seeds(path).manifest["dataset"]
+        dataset = open_cams(path).manifest["dataset"]
         survives(lambda: image_finder(dataset)("a"))
 
 
 def write_truth(folder: Path) -> None:
     if not (folder / "gt").is_dir():
         (folder / "gt" / "b").mkdir(parents=True)
-        write_mask(folder / "gt" / "a.png", np.ones((48, 64), np.uint8))
-        write_mask(folder / "gt" / "b" / "c.png", np.ones((32, 32), np.uint8))
+        write_label_mask(folder / "gt" / "a.png", np.ones((48, 64), np.uint8))
+        write_label_mask(folder / "gt" / "b" / "c.png", np.ones((32, 32), np.uint8))
 
 
 def test_inspecting_odd_manifests_is_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_inspecting_odd_manifests_is_no_fault(tmp_path: Path, capsys: pytest.Cap
 def test_manifests_of_masks(content: bytes, tmp_path: Path) -> None:
     write_truth(tmp_path)
     (tmp_path / "gt" / "manifest.json").write_bytes(content)
-    found = read_mask_manifest(tmp_path / "gt")
+    found = read_label_mask_manifest(tmp_path / "gt")
     assert found is None or isinstance(found, dict)
     survives(lambda: evaluate(EvaluateOptions(tmp_path / "gt", gt=str(tmp_path / "gt"))))
     survives(lambda: evaluate(EvaluateOptions(tmp_path / "gt", classes="voc")))
@@ -191,9 +191,9 @@ def png(width: int, height: int, depth: int, colour: int, *chunks: bytes, pixels
 
 
 def check_mask(path: Path) -> None:
-    found = survives(lambda: read_mask(path))
+    found = survives(lambda: read_label_mask(path))
     assert found is None or (found.dtype == np.uint8 and found.ndim == 2)
-    classes = mask_note(path).classes
+    classes = label_mask_note(path).classes
     assert classes is None or all(isinstance(k, int) for k in classes)
 
 
@@ -249,14 +249,14 @@ def test_masks_are_images_without_loss_only(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(InputError, match="not an image"):
-        read_mask(path)
+        read_label_mask(path)
     photo(0, 8, 8).save(path, format="JPEG")
     with pytest.raises(InputError, match="not an image"):
-        read_mask(path)
+        read_label_mask(path)
     path.write_bytes(png(60_000, 60_000, 8, 3, chunk(b"PLTE", bytes(768))))
     with pytest.raises(InputError, match="its header promises an enormous mask"):
-        read_mask(path)
-    assert mask_note(path).classes is None
+        read_label_mask(path)
+    assert label_mask_note(path).classes is None
 
 
 # Memory and crashes ---------------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.data.voc import object_names
 from clipseed.data import coco
 from clipseed.errors import ClipseedError
-from clipseed.store.masks import mask_note, read_mask
-from clipseed.store.reader import open_seeds
+from clipseed.store.label_masks import label_mask_note, read_label_mask
+from clipseed.store.cams import open_cams
 Image.init()
 voc = load_vocabulary("voc")
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -307,7 +307,7 @@ def limited(code: str, *words: object, megabytes: int = 300) -> list[str]:
 @pytest.fixture
 def hostile_seeds(tmp_path: Path) -> Path:
     """Small files that promise gigabytes, each in its own way."""
-    folder = tmp_path / "seeds"
+    folder = tmp_path / "pseudo-sam"
     folder.mkdir()
 
     def replaced(kind: str, name: str, **options: Any) -> None:
@@ -346,7 +346,7 @@ def test_seeds_that_promise_gigabytes(hostile_seeds: Path) -> None:
     code = """
 for path in sorted(Path(sys.argv[1]).iterdir()):
     for verify in (True, False):
-        print(path.name, outcome(lambda: open_seeds(path, verify=verify)), "damaged, " in str(last))
+        print(path.name, outcome(lambda: open_cams(path, verify=verify)), "damaged, " in str(last))
 """
     lines = limited(code, hostile_seeds)
     assert len(lines) == 2 * len(list(hostile_seeds.iterdir())) >= 24
@@ -363,8 +363,8 @@ start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 original = path.read_bytes()
 
 def use(verify):
-    with open_seeds(target, verify=verify) as seeds:
-        return str([seeds[key].cam.shape for key in seeds])[:0] + "read"
+    with open_cams(target, verify=verify) as CAMs:
+        return str([CAMs[key].cam.shape for key in CAMs])[:0] + "read"
 
 for attempt in range(600):
     content = bytearray(original)
@@ -410,8 +410,8 @@ deep = folder / "deep.json"
 print("json", outcome(read_labels, deep, voc), outcome(coco.read_instances, deep, folder, voc, None))
 print("xml", outcome(object_names, (folder / "laughs.xml").read_bytes(), "laughs.xml"))
 for path in sorted(folder.glob("*.png")):
-    note = outcome(mask_note, path)
-    found = outcome(read_mask, path), note.classes, outcome(read_image, path)
+    note = outcome(label_mask_note, path)
+    found = outcome(read_label_mask, path), note.classes, outcome(read_image, path)
     print(path.name, *[word if isinstance(word, str | None) else "read" for word in found])
 """
     assert limited(code, tmp_path) == [
@@ -438,26 +438,26 @@ def test_pipes_never_block(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="a pipe or a device, not an image"):
         read_image(pipe)
     with pytest.raises(InputError, match="a pipe or a device, not a mask"):
-        read_mask(pipe)
-    assert mask_note(pipe).classes is None
-    with pytest.raises(StoreError, match="a pipe or a device, not a seeds file"):
-        open_seeds(pipe)
+        read_label_mask(pipe)
+    assert label_mask_note(pipe).classes is None
+    with pytest.raises(StoreError, match="a pipe or a device, not a CAM file"):
+        open_cams(pipe)
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(InputError, match="must be a file, not a pipe or a device"):
             read_labels(path, load_vocabulary("voc"))
 
 
 def test_ids_of_foreign_seeds_lead_nowhere(tmp_path: Path) -> None:
-    """Seeds are data from elsewhere: their ids must not read images or write masks outside the folders given."""
-    from clipseed.store.mask_folder import MaskWriter
+    """CAMs are data from elsewhere: their ids must not read images or write masks outside the folders given."""
+    from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 
     (tmp_path / "photos").mkdir()
     photo(0, 8, 8).save(tmp_path / "secret.png")
     find = image_finder({"name": "folder", "images": str(tmp_path / "photos")})
-    with MaskWriter(tmp_path / "masks", {"kind": "crf"}) as writer:
+    with LabelMaskWriter(tmp_path / "masks", {"kind": "crf"}, 16) as writer:
         for identifier in ("../secret", str(tmp_path / "secret"), "a/../../secret", "x\0y", "a\nb"):
             with pytest.raises(ImageError, match="the image id"):
                 find(identifier)
             with pytest.raises(InputError, match="the image id"):
-                writer.write(identifier, np.zeros((8, 8), np.uint8), ())
+                writer.write(Unit(0), [Labelled(identifier, np.zeros((8, 8), np.uint8), ())])
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "secret.png", "masks"}

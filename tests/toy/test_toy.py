@@ -13,12 +13,12 @@ from PIL import Image
 
 from clipseed.cli.main import main
 from clipseed.clip.model import toy_weights_path
+from clipseed.data.toy.dataset import HELD_OUT_COUNT
+from clipseed.data.toy.shapes import SHAPES
+from clipseed.data.toy.textures import MATERIALS, PATTERNS
+from clipseed.data.toy.world import WorldOptions, lay_out
 from clipseed.errors import InputError
-from clipseed.store.reader import open_seeds
-from clipseed.toy.dataset import HELD_OUT_COUNT
-from clipseed.toy.shapes import SHAPES
-from clipseed.toy.textures import MATERIALS, PATTERNS
-from clipseed.toy.world import WorldOptions, lay_out
+from clipseed.store.cams import open_cams
 from tools.toy.captions import CONCEPTS, Captioner, Description, concept_targets, hue_name
 
 
@@ -211,7 +211,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert scores[3] > 0.6
     assert scores[4] > scores[3] + 0.03  # segments know where things end
     assert [stage["images"] for stage in data["stages"]] == [30] * 5
-    assert len(open_seeds("demo/cams.h5")) == 30
+    assert len(open_cams("demo/cams.h5")) == 30
     assert shown.err.startswith("5 stages on 30 scenes of the built-in world, about ")
     assert data["previews"] == ["demo/pseudo-labels.png", "demo/maps.png"]
     for preview in data["previews"]:

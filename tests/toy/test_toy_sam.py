@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipseed.data.toy.dataset import HELD_OUT_SEED
+from clipseed.data.toy.world import Scene, lay_out
 from clipseed.runtime.interrupt import Interrupted
 from clipseed.sam.architecture import SamConfig
 from clipseed.sam.generator import generate
 from clipseed.sam.load import load_sam
-from clipseed.toy.dataset import HELD_OUT_SEED
-from clipseed.toy.world import Scene, lay_out
 from clipseed.train.loop import METRICS
 from clipseed.train.metrics import read_metrics
 from tools.toy import sam_objective, sam_start, sam_targets, train_clip, train_sam

@@ -10,10 +10,10 @@ import torch
 
 import clipseed
 from clipseed.cli.main import main
+from clipseed.data.toy.world import lay_out
 from clipseed.errors import InputError
-from clipseed.store.masks import write_mask
-from clipseed.toy.dataset import save_devkit
-from clipseed.toy.world import lay_out
+from clipseed.store.label_masks import write_label_mask
+from clipseed.store.toy_devkit import save_devkit
 from clipseed.train.augment import Augmentation
 from clipseed.train.pseudo_labels import PseudoLabels
 
@@ -51,9 +51,9 @@ def test_confidence_of_scores(scenes: Path, tmp_path: Path) -> None:
     assert main([*words, "--limit", "2", "--device", "cpu", "--quiet", "--out", str(tmp_path / "cams.h5")]) == 0
     (tmp_path / "masks").mkdir()
     for index in range(2):
-        write_mask(tmp_path / "masks" / f"toy_{index:06d}.png", lay_out(SEED, index).mask())
+        write_label_mask(tmp_path / "masks" / f"toy_{index:06d}.png", lay_out(SEED, index).mask())
     data = PseudoLabels(scenes / "JPEGImages", tmp_path / "masks", CROP, tmp_path / "cams.h5")
-    with clipseed.open_seeds(tmp_path / "cams.h5") as seeds:
+    with clipseed.open_cams(tmp_path / "cams.h5") as seeds:
         strongest = seeds["toy_000001"].upsampled().max(axis=0)
     np.testing.assert_array_equal(data.confidence("toy_000001"), np.maximum(strongest, 1 - strongest))
     for seed in range(5):
@@ -66,11 +66,11 @@ def test_confidence_of_scores(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_named(scenes: Path, tmp_path: Path) -> None:
-    write_mask(tmp_path / "toy_000000.png", np.zeros((8, 8), np.uint8))
+    write_label_mask(tmp_path / "toy_000000.png", np.zeros((8, 8), np.uint8))
     data = PseudoLabels(scenes / "JPEGImages", tmp_path, CROP)
     with pytest.raises(InputError, match=r"toy_000000.png: size \(8, 8\), but its image has"):
         data.sample(0, 0)
-    write_mask(tmp_path / "nowhere.png", np.zeros((8, 8), np.uint8))
+    write_label_mask(tmp_path / "nowhere.png", np.zeros((8, 8), np.uint8))
     with pytest.raises(InputError, match="1 of 2 masks have no image: nowhere"):
         PseudoLabels(scenes / "JPEGImages", tmp_path, CROP)
 
@@ -84,5 +84,5 @@ def test_a_changed_mask_is_noticed(tmp_path: Path) -> None:
     assert PseudoLabels(*moved, CROP).digest() == before
     mask = lay_out(SEED, 1).mask()
     mask[0, 0] ^= 1
-    write_mask(moved[1] / "toy_000001.png", mask)
+    write_label_mask(moved[1] / "toy_000001.png", mask)
     assert PseudoLabels(*moved, CROP).digest() != before

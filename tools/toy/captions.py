@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from clipseed.data.toy.shapes import CLASS_NAMES
+from clipseed.data.toy.world import MATERIAL_NAMES, Scene
 from clipseed.data.vocabulary import load_vocabulary
-from clipseed.toy.shapes import CLASS_NAMES
-from clipseed.toy.world import MATERIAL_NAMES, Scene
 
 TEMPLATES: tuple[str, ...] = (
     "a clean origami {}.",

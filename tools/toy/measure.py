@@ -23,13 +23,13 @@ from clipseed.cam.methods import compute_cams
 from clipseed.clip.model import TOY_WEIGHTS, FrozenClip
 from clipseed.clip.text import TextBank
 from clipseed.data.images import patch_grid, resize_to_grid, to_rgb
+from clipseed.data.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
+from clipseed.data.toy.shapes import CLASS_NAMES
+from clipseed.data.toy.world import Scene, WorldOptions, lay_out
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.evaluate.confusion import score
 from clipseed.evaluate.sweep import ThresholdSweep
-from clipseed.store.records import SeedMap
-from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
-from clipseed.toy.shapes import CLASS_NAMES
-from clipseed.toy.world import Scene, WorldOptions, lay_out
+from clipseed.store.cam_records import Cam
 
 CAA_BLOCKS = 8
 """Blocks from the end whose attention CAA averages."""
@@ -78,7 +78,7 @@ def measure(clip: FrozenClip, count: int = HELD_OUT_COUNT, seed: int = HELD_OUT_
         scene = lay_out(seed, index)
         pixels, grid = _pixels(clip, scene)
         maps = compute_cams(clip, text, [pixels], [scene.labels], grid).maps[0]
-        found = SeedMap(str(index), np.array(scene.labels, np.int32), maps.numpy(), scene.size)
+        found = Cam(str(index), np.array(scene.labels, np.int32), maps.numpy(), scene.size)
         truth = scene.mask()
         sweep.update(found, truth)
         for label, heat in zip(scene.labels, found.upsampled(), strict=True):

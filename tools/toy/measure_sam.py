@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 import clipseed
+from clipseed.data.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
+from clipseed.data.toy.world import Scene, lay_out
 from clipseed.sam.backend import Embedding, SamBackend
 from clipseed.sam.candidates import stability_score
 from clipseed.sam.generator import generate
 from clipseed.sam.load import load_sam
 from clipseed.sam.options import STOCK, ProposalOptions
 from clipseed.segments import WHOLE
-from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
-from clipseed.toy.world import Scene, lay_out
 
 TOY_SAM = Path(clipseed.__file__).parent / "toy" / "weights" / "sam.npz"
 """The shipped weights."""

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from clipseed.clip.model import TOY_WEIGHTS, FrozenClip
 from clipseed.data.images import patch_grid, resize_to_grid
+from clipseed.data.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
+from clipseed.data.toy.shapes import CLASS_NAMES
+from clipseed.data.toy.textures import MATERIALS
+from clipseed.data.toy.world import MATERIAL_NAMES, lay_out
 from clipseed.data.vocabulary import load_vocabulary
-from clipseed.toy.dataset import HELD_OUT_COUNT, HELD_OUT_SEED
-from clipseed.toy.shapes import CLASS_NAMES
-from clipseed.toy.textures import MATERIALS
-from clipseed.toy.world import MATERIAL_NAMES, lay_out
 
 _TUNING_SEED, _EMPTY = 9, 100
 _CLASSES = len(CLASS_NAMES)

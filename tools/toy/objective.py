@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.toy.shapes import CLASS_NAMES
+from clipseed.data.toy.shapes import CLASS_NAMES
 
 _TOP_PATCHES = 3
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.data.toy.world import Scene
 from clipseed.segments import PART, SUB_PART, WHOLE
-from clipseed.toy.world import Scene
 
 Rng = np.random.Generator
 _ZOOMED = 0.35

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipseed.data.toy.world import WorldOptions, lay_out
 from clipseed.store.files import replacing
-from clipseed.toy.world import WorldOptions, lay_out
 from clipseed.train.loop import LoopOptions, say, train
 from tools.toy.captions import Captioner, Description, concept_targets
 from tools.toy.objective import attention_loss, look, losses

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipseed.data.toy.world import lay_out
 from clipseed.sam.architecture import SamConfig, save_sam
-from clipseed.toy.world import lay_out
 from clipseed.train import loop
 from clipseed.train.loop import LoopOptions
 from tools.toy.sam_objective import Lesson, some_cells, step_losses

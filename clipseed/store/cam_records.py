@@ -1,6 +1,6 @@
-"""Seeds: what one image's class activation maps are in memory, and their place in a file.
+"""CAMs: what one image's class activation maps are in memory, and their place in a file.
 
-With n images and C maps in all a seeds file holds, beside what :mod:`clipseed.store.layout` describes,
+With n images and C maps in all a CAM file holds, beside what :mod:`clipseed.store.layout` describes,
 
 ===============  ===========  ==========================================================
 ``size``         (n, 2) i4    height and width of the image in pixels
@@ -32,20 +32,20 @@ _MOST_CLASSES = 254
 
 
 @dataclass(frozen=True)
-class SeedMap:
+class Cam:
     """Class activation maps of one image.
 
     Attributes:
         id: Sample id.
         classes: ``(K,)`` class indices, in label order; mask value = index + 1.
-        cam: ``(K, h, w)`` float32 in [0, 1] on the patch grid.
+        maps: ``(K, h, w)`` float32 in [0, 1] on the patch grid.
         size: ``(H, W)`` of the image in pixels.
         stamp: The file of the image as it was.
     """
 
     id: str
     classes: npt.NDArray[np.int32]
-    cam: npt.NDArray[np.float32]
+    maps: npt.NDArray[np.float32]
     size: tuple[int, int]
     stamp: FileStamp = UNKNOWN
 
@@ -55,17 +55,17 @@ class SeedMap:
 
         height, width = self.size
         out = np.empty((len(self.classes), height, width), np.float32)
-        for index, cam in enumerate(self.cam):
+        for index, cam in enumerate(self.maps):
             out[index] = cv2.resize(cam, (width, height), interpolation=cv2.INTER_LINEAR)
         return out
 
 
-def seed_format(cam_dtype: str = "float16") -> RecordFormat[SeedMap]:
-    """The seeds file; ``cam_dtype`` (``float16`` or ``float32``) matters for writing only."""
+def cam_format(cam_dtype: str = "float16") -> RecordFormat[Cam]:
+    """The CAM file; ``cam_dtype`` (``float16`` or ``float32``) matters for writing only."""
     return RecordFormat(
-        name="clipseed-seeds",
+        name="clipseed-CAMs",
         version=1,
-        noun="seeds",
+        noun="CAM",
         ragged={"class_offset": ("class_id",), "cam_offset": ("cam",)},
         heavy=("cam",),
         pack=partial(_pack, cam_dtype=cam_dtype),
@@ -74,23 +74,23 @@ def seed_format(cam_dtype: str = "float16") -> RecordFormat[SeedMap]:
     )
 
 
-def _pack(records: Sequence[SeedMap], cam_dtype: str) -> Arrays:
+def _pack(records: Sequence[Cam], cam_dtype: str) -> Arrays:
     return {
-        **pack_index(records, [record.cam.shape[1:] for record in records]),
+        **pack_index(records, [record.maps.shape[1:] for record in records]),
         "class_offset": offsets([len(record.classes) for record in records]),
         "class_id": joined([record.classes for record in records], "i4"),
-        "cam_offset": offsets([record.cam.size for record in records]),
-        "cam": joined([record.cam.ravel() for record in records], cam_dtype),
+        "cam_offset": offsets([record.maps.size for record in records]),
+        "cam": joined([record.maps.ravel() for record in records], cam_dtype),
     }
 
 
-def _unpack(file: RecordFile[SeedMap], row: int) -> SeedMap:
+def _unpack(file: RecordFile[Cam], row: int) -> Cam:
     height, width = (int(side) for side in file.grids[row])
     maps = file.heavy("cam", "cam_offset", row).astype(np.float32).reshape(-1, height, width)
-    return SeedMap(file.ids[row], classes_of(file, row), maps, file.size(row), file.stamp(row))
+    return Cam(file.ids[row], classes_of(file, row), maps, file.size(row), file.stamp(row))
 
 
-def classes_of(file: RecordFile[SeedMap], row: int) -> npt.NDArray[np.int32]:
+def classes_of(file: RecordFile[Cam], row: int) -> npt.NDArray[np.int32]:
     """Classes ``(K,)`` of the image in a row, without reading its maps."""
     found: npt.NDArray[np.int32] = file.index["class_id"][file.span("class_offset", row)].copy()
     return found

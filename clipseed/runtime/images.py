@@ -1,12 +1,12 @@
-"""What all commands that stream images through the model have in common: views, sizes of units and batches."""
+"""Images on their way to the network: how they are decoded, at which size, how many together, how many ahead."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +17,16 @@ from clipseed.data.dataset import ImageFinder, image_finder
 from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.stamps import UNKNOWN, FileStamp, file_stamp
 from clipseed.data.types import ImageReader, Sample
-from clipseed.errors import ImageError, InputError
-from clipseed.runtime.stream import StreamStats
+from clipseed.errors import ImageError
 from clipseed.runtime.threads import OneByOne
-from clipseed.runtime.work import Deferred, Engine, Here, Recipe
+from clipseed.store.cam_records import Cam
+from clipseed.store.cams import CamSet
 from clipseed.store.empty import Earlier, earlier_in, empty_maps
 from clipseed.store.manifest import Manifest
-from clipseed.store.mask_folder import MaskWriter
-from clipseed.store.reader import Seeds
-from clipseed.store.records import SeedMap
-from clipseed.store.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from clipseed.runtime.cluster import ClusterOptions
 
 R = TypeVar("R")
 _UNIT_SIZE = {"cpu": 64}
@@ -99,45 +94,6 @@ def usable_cores() -> int:
 def one_by_one(device: torch.device, largest: int) -> OneByOne | None:
     """On a CPU, images of up to ``largest`` cost on one core each, over the cores that torch may use; else batches."""
     return OneByOne(min(torch.get_num_threads(), usable_cores()), largest) if device.type == "cpu" else None
-
-
-Loading = Callable[[str], None]
-"""Called with a model's name before it is loaded, which takes seconds."""
-
-
-def open_engine(
-    recipe: Recipe[R],
-    cluster: ClusterOptions | None,
-    about: dict[str, Any] | None = None,
-    loading: Callable[[], None] | None = None,
-) -> Deferred[R]:
-    """Load the work here, or in the workers of a Ray cluster: when there is something to do, if ``about`` is known."""
-
-    def start() -> Engine[R]:
-        if loading:
-            loading()
-        if cluster is None:
-            return Here(recipe)
-        from clipseed.runtime.cluster import OnRay
-
-        return OnRay(recipe, cluster)
-
-    return Deferred(start, about)
-
-
-def refuse_if_nothing(stats: StreamStats, done: Collection[str], shard: Shard = WHOLE) -> None:
-    """Raise :class:`~clipseed.errors.InputError` when a run of the whole had to skip everything."""
-    if stats.skipped and not done and shard.whole:
-        key, reason = stats.skipped[0]
-        raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
-
-
-def count_empty(stats: StreamStats, masks: MaskWriter) -> None:
-    """Count what became of images in which some label got no pixel: those without a mask were skipped."""
-    left_out = masks.left_out
-    stats.skipped.extend(left_out)
-    stats.computed -= len(left_out)
-    stats.counters["unsure"] += masks.ignored
 
 
 @dataclass(frozen=True)
@@ -247,36 +203,36 @@ class ImageLoader:
 
 
 def recorded_reader(manifest: Manifest) -> FoundReader:
-    """Opens the images that seeds were made from; see :func:`~clipseed.data.dataset.relocated`."""
+    """Opens the images that CAMs were made from; see :func:`~clipseed.data.dataset.relocated`."""
     dataset = manifest["dataset"]
     exif = bool(manifest["options"].get("exif"))
     return FoundReader(image_finder(dataset, exif=exif, max_pixels=manifest.get("max_pixels")))
 
 
-def earlier_in_seeds(seeds: Seeds) -> Earlier:
-    """Answers whether a label's map had no positive value in these seeds already, and since which stage."""
+def earlier_in_cams(cams: CamSet) -> Earlier:
+    """Answers whether a label's map had no positive value in these CAMs already, and since which stage."""
 
     def there(key: str) -> tuple[list[int], tuple[int, ...]]:
-        seed = seeds[key]
-        classes: list[int] = seed.classes.tolist()
-        return classes, empty_maps(classes, seed.cam)
+        cam = cams[key]
+        classes: list[int] = cam.classes.tolist()
+        return classes, empty_maps(classes, cam.maps)
 
-    return earlier_in(seeds.path, seeds.manifest, there)
-
-
-def seed_sample(seeds: Seeds, key: str) -> Sample:
-    """An image of stored seeds, as the stream takes it; readers find its file by id."""
-    return Sample(key, Path(key), tuple(int(k) for k in seeds.classes(key)))
+    return earlier_in(cams.path, cams.manifest, there)
 
 
-def misfit(seed: SeedMap, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
-    """Why an image of this size, from this file, cannot be used with its seeds, or ``None``."""
-    if seed.size != size:
+def cam_sample(cams: CamSet, key: str) -> Sample:
+    """An image of stored CAMs, as the stream takes it; readers find its file by id."""
+    return Sample(key, Path(key), tuple(int(k) for k in cams.classes(key)))
+
+
+def misfit(cam: Cam, size: tuple[int, int], stamp: FileStamp = UNKNOWN) -> ImageError | None:
+    """Why an image of this size, from this file, cannot be used with its CAMs, or ``None``."""
+    if cam.size != size:
         return ImageError(
-            f"the image is {size[1]}x{size[0]} pixels now, {seed.size[1]}x{seed.size[0]} when its seeds were made"
+            f"the image is {size[1]}x{size[0]} pixels now, {cam.size[1]}x{cam.size[0]} when its CAMs were made"
         )
-    if seed.stamp.differs(stamp):
+    if cam.stamp.differs(stamp):
         return ImageError("the image is another one than its maps were made from; run clipseed cam again")
-    if not np.isfinite(seed.cam).all():
-        return ImageError("its seeds hold NaN or infinity")
+    if not np.isfinite(cam.maps).all():
+        return ImageError("its CAMs hold NaN or infinity")
     return None

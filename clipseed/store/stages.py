@@ -9,8 +9,8 @@ from clipseed.errors import UsageError
 
 CAM_OUTPUT = "cams.h5"
 CRF_OUTPUT = "pseudo"
-MASKS_OUTPUT = "masks.h5"
-SEED_OUTPUT = "seeds"
+SEGMENTS_OUTPUT = "segments.h5"
+SEED_OUTPUT = "CAMs"
 _REFINED = "cams-*.h5"
 _READ_BY: dict[str, tuple[str, ...]] = {
     "evaluate": (SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),

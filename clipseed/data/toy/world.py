@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.toy.shapes import SHAPES, Shape
-from clipseed.toy.textures import MATERIALS, PATTERNS, hsv_to_rgb, smooth_noise
+from clipseed.data.toy.shapes import SHAPES, Shape
+from clipseed.data.toy.textures import MATERIALS, PATTERNS, hsv_to_rgb, smooth_noise
 
 Rng = np.random.Generator
 Floats = npt.NDArray[np.floating[Any]]

@@ -1,4 +1,4 @@
-"""Mask caches: the segments of one image as they are stored, and their place in a file.
+"""Segments files: the segments of one image as they are stored, and their place in a file.
 
 With n images and S masks in all a cache holds, beside what :mod:`clipseed.store.layout` describes,
 
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.errors import InputError, StoreError
 from clipseed.formats.rle import compress, expand
-from clipseed.segments import Proposals, room_for
+from clipseed.segments import Segments, room_for
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
 from clipseed.types import NO_CLASS
 
@@ -52,7 +52,7 @@ _PER_MASK = {
 
 
 @dataclass(frozen=True)
-class MaskRecord:
+class SegmentRecord:
     """Masks of one image, compressed; S may be 0. The arrays are those of the file.
 
     Attributes:
@@ -102,13 +102,13 @@ class MaskRecord:
             try:
                 found[number] = expand(code, self.grid, f"mask {number} of {self.id!r}")
             except InputError as error:
-                raise StoreError(f"damaged mask cache: {error}") from error
+                raise StoreError(f"damaged segments file: {error}") from error
         return found
 
 
-def pack_proposals(
-    identifier: str, size: tuple[int, int], proposals: Proposals, classes: Sequence[int] | None = None
-) -> MaskRecord:
+def pack_segments(
+    identifier: str, size: tuple[int, int], proposals: Segments, classes: Sequence[int] | None = None
+) -> SegmentRecord:
     """Masks of an image as they are stored.
 
     Args:
@@ -118,7 +118,7 @@ def pack_proposals(
         classes: Class index that each mask was asked for.
     """
     codes = [compress(mask) for mask in proposals.masks]
-    return MaskRecord(
+    return SegmentRecord(
         id=identifier,
         size=size,
         grid=proposals.size,
@@ -134,7 +134,7 @@ def pack_proposals(
     )
 
 
-def unpack_proposals(record: MaskRecord) -> Proposals:
+def unpack_segments(record: SegmentRecord) -> Segments:
     """Masks of a stored record.
 
     Raises:
@@ -142,7 +142,7 @@ def unpack_proposals(record: MaskRecord) -> Proposals:
         StoreError: a code is damaged.
     """
     room_for(len(record), record.grid, record.id)
-    return Proposals(
+    return Segments(
         masks=record.masks(),
         level=record.level,
         iou=record.iou,
@@ -153,12 +153,12 @@ def unpack_proposals(record: MaskRecord) -> Proposals:
     )
 
 
-def mask_format() -> RecordFormat[MaskRecord]:
-    """The mask cache."""
+def segment_format() -> RecordFormat[SegmentRecord]:
+    """The segments file."""
     return RecordFormat(
         name="clipseed-masks",
         version=1,
-        noun="mask cache",
+        noun="segments",
         ragged={"mask_offset": ("rle_length", *_PER_MASK), "rle_offset": ("rle",)},
         heavy=(*_PER_MASK, "rle"),
         pack=_pack,
@@ -167,7 +167,7 @@ def mask_format() -> RecordFormat[MaskRecord]:
     )
 
 
-def _pack(records: Sequence[MaskRecord]) -> Arrays:
+def _pack(records: Sequence[SegmentRecord]) -> Arrays:
     per_mask = {
         name: joined([getattr(record, name).reshape(-1) for record in records], kind).reshape(-1, *shape)
         for name, (kind, shape) in _PER_MASK.items()
@@ -182,7 +182,7 @@ def _pack(records: Sequence[MaskRecord]) -> Arrays:
     }
 
 
-def _unpack(file: RecordFile[MaskRecord], row: int) -> MaskRecord:
+def _unpack(file: RecordFile[SegmentRecord], row: int) -> SegmentRecord:
     known: dict[str, Any] = {}
     for name, (kind, shape) in _PER_MASK.items():
         values = file.heavy(name, "mask_offset", row)
@@ -192,7 +192,7 @@ def _unpack(file: RecordFile[MaskRecord], row: int) -> MaskRecord:
     level, class_id = known["level"], known["class_id"]
     if not ((level >= 0) & (level <= 2)).all() or not ((class_id >= NO_CLASS) & (class_id < _MOST_CLASSES)).all():
         raise StoreError(f"{file.path}: damaged, a mask of {file.ids[row]!r} has an impossible level or class")
-    return MaskRecord(
+    return SegmentRecord(
         id=file.ids[row],
         size=file.size(row),
         grid=(int(file.grids[row][0]), int(file.grids[row][1])),

@@ -1,4 +1,4 @@
-"""Writing seeds: records that know which classes they were made for, and which of these came to nothing."""
+"""Writing CAMs: records that know which classes they were made for, and which of these came to nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from clipseed.errors import StoreError
+from clipseed.store.cam_records import Cam, cam_format, classes_of
 from clipseed.store.empty import (
     Earlier,
     EmptyLabels,
@@ -17,13 +18,13 @@ from clipseed.store.empty import (
 )
 from clipseed.store.manifest import Manifest
 from clipseed.store.record_file import RecordFile
-from clipseed.store.records import SeedMap, classes_of, seed_format
 from clipseed.store.shards import WHOLE, Shard
+from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter, some
 
 
-class SeedWriter(RecordWriter[SeedMap]):
-    """A :class:`~clipseed.store.writer.RecordWriter` of seeds; ``cam_dtype`` is ``float16`` or ``float32``.
+class CamWriter(RecordWriter[Cam]):
+    """A :class:`~clipseed.store.writer.RecordWriter` of CAMs; ``cam_dtype`` is ``float16`` or ``float32``.
 
     Classes without a positive map are listed in ``NAME.empty.csv`` (:mod:`clipseed.store.empty`), with the ``stage``
     that the output comes from (default: as the manifest says), or what is known of ``earlier`` ones.
@@ -33,29 +34,29 @@ class SeedWriter(RecordWriter[SeedMap]):
         self, out: Path, manifest: Manifest, cam_dtype: str, unit_size: int, *, overwrite: bool = False,
         shard: Shard = WHOLE, stage: Stage | None = None, earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
-        super().__init__(out, manifest, seed_format(cam_dtype), unit_size, overwrite=overwrite, shard=shard)
+        super().__init__(out, manifest, cam_format(cam_dtype), unit_size, overwrite=overwrite, shard=shard)
         self._empty = EmptyList(out, manifest, stage, earlier)
 
-    def _note(self, file: RecordFile[SeedMap], path: Path) -> None:
+    def _note(self, file: RecordFile[Cam], path: Path) -> None:
         super()._note(file, path)
         self._look(file, path)
 
-    def _adopt(self, file: RecordFile[SeedMap], path: Path) -> None:
+    def _adopt(self, file: RecordFile[Cam], path: Path) -> None:
         super()._adopt(file, path)
         self._look(file, path)
 
-    def _look(self, file: RecordFile[SeedMap], path: Path) -> None:
+    def _look(self, file: RecordFile[Cam], path: Path) -> None:
         """Note classes, and the empty ones, of what counts as stored in this file."""
         empty = stored_empty_maps(file)
         for row, identifier in enumerate(file.ids):
             if self._done[identifier] == path:
                 self._empty.add(identifier, classes_of(file, row).tolist(), empty.get(identifier, ()))
 
-    def write(self, index: int, records: Sequence[SeedMap]) -> None:
+    def write(self, unit: Unit, records: Sequence[Cam]) -> None:
         """As :meth:`~clipseed.store.writer.RecordWriter.write`."""
-        super().write(index, records)
+        super().write(unit, records)
         for record in records:
-            self._empty.add(record.id, record.classes.tolist(), empty_maps(record.classes.tolist(), record.cam))
+            self._empty.add(record.id, record.classes.tolist(), empty_maps(record.classes.tolist(), record.maps))
 
     def forget_unlike(self, classes: Mapping[str, Sequence[int] | None]) -> None:
         """Take images that are stored with other classes than these for not done: their labels were corrected.

@@ -35,7 +35,7 @@ def voc_palette() -> npt.NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class MaskNote:
+class LabelMaskNote:
     """What a mask of ours says about itself, in text chunks of the PNG.
 
     Attributes:
@@ -49,11 +49,13 @@ class MaskNote:
     image: FileStamp = UNKNOWN
 
 
-NO_NOTE = MaskNote()
+NO_NOTE = LabelMaskNote()
 
 
-def write_mask(path: Path, labels: LabelMask, note: MaskNote = NO_NOTE) -> None:
-    """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically; :func:`mask_note` reads its note.
+def write_label_mask(path: Path, labels: LabelMask, note: LabelMaskNote = NO_NOTE) -> None:
+    """Write labels ``(H, W)`` as a palette PNG (mode ``P``, VOC colours), atomically.
+
+    :func:`label_mask_note` reads its note.
 
     Raises:
         StoreError: it cannot be written.
@@ -71,12 +73,12 @@ def write_mask(path: Path, labels: LabelMask, note: MaskNote = NO_NOTE) -> None:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 
-def mask_note(path: Path) -> MaskNote:
+def label_mask_note(path: Path) -> LabelMaskNote:
     """What a mask says about itself, read from its header; nothing where it is not ours."""
     try:
         with _opened(path) as image:
             classes, empty, digest = (image.info.get(name) for name in (_CLASSES, _EMPTY, _IMAGE))
-        return MaskNote(
+        return LabelMaskNote(
             None if classes is None else _numbers(classes),
             _numbers(empty or ""),
             UNKNOWN if digest is None else FileStamp(sha256=bytes.fromhex(str(digest))),
@@ -96,7 +98,7 @@ def _opened(path: Path) -> Image.Image:
     return Image.open(path, formats=_FORMATS)
 
 
-def read_mask(path: Path) -> LabelMask:
+def read_label_mask(path: Path) -> LabelMask:
     """Read labels ``(H, W)``: palette indices, grey values, or RGB in VOC colours.
 
     Pillow only: OpenCV would turn palette indices into colours.

@@ -1,4 +1,4 @@
-"""Reading seeds."""
+"""Reading CAMs."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.errors import StoreError
+from clipseed.store.cam_records import Cam
 from clipseed.store.manifest import Manifest
-from clipseed.store.record_file import SeedFile
+from clipseed.store.record_file import CamFile
 from clipseed.store.record_set import RecordSet
-from clipseed.store.records import SeedMap
 
 _PARTS = ("options", "vocabulary", "dataset")
 
 
-class Seeds(RecordSet[SeedMap, SeedFile]):
-    """Seeds of a data set: sample id to :class:`~clipseed.store.records.SeedMap`, in stored order.
+class CamSet(RecordSet[Cam, CamFile]):
+    """CAMs of a data set: sample id to :class:`~clipseed.store.cam_records.Cam`, in stored order.
 
     See :class:`~clipseed.store.record_set.RecordSet`.
     """
 
-    what, content, maker, missing = "a seeds file", "seeds", "command", "no such file"
+    what, content, maker, missing = "a CAM file", "CAMs", "command", "no such file"
 
-    def _file(self, path: Path, *, verify: bool) -> SeedFile:
-        return SeedFile(path, verify=verify)
+    def _file(self, path: Path, *, verify: bool) -> CamFile:
+        return CamFile(path, verify=verify)
 
     def _check(self) -> None:
         names = class_names(self.manifest, self.path)
@@ -40,12 +40,12 @@ class Seeds(RecordSet[SeedMap, SeedFile]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes that ``SeedMap.classes`` indexes."""
+        """Names of the classes that ``Cam.classes`` indexes."""
         return class_names(self.manifest, self.path)
 
 
 def class_names(manifest: Manifest, path: Path) -> tuple[str, ...]:
-    """Class names of a seeds file's manifest.
+    """Class names of a CAM file's manifest.
 
     Raises:
         StoreError: the manifest has another form than every manifest of ours.
@@ -60,15 +60,15 @@ def class_names(manifest: Manifest, path: Path) -> tuple[str, ...]:
     return tuple(item["name"] for item in classes)
 
 
-def open_seeds(path: str | Path, *, verify: bool | None = None) -> Seeds:
-    """Open seeds for reading.
+def open_cams(path: str | Path, *, verify: bool | None = None) -> CamSet:
+    """Open CAMs for reading.
 
     Args:
-        path: A seeds file, or a folder of units.
+        path: A CAM file, or a folder of units.
         verify: Read everything and check the checksum first; by default for outputs below 256 MB. Without it, damage is
             found when the damaged record is read.
 
     Raises:
         StoreError: missing, unfinished, not ours, or damaged.
     """
-    return Seeds(Path(path), verify=verify)
+    return CamSet(Path(path), verify=verify)

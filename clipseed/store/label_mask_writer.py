@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from filelock import FileLock
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
-from clipseed.data.types import check_id
+from clipseed.data.types import Sample, check_id
 from clipseed.defaults import EmptyPolicy
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.empty import (
@@ -22,17 +24,35 @@ from clipseed.store.empty import (
     without_pixel,
 )
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
+from clipseed.store.label_masks import LabelMaskNote, label_mask_note, write_label_mask
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
-from clipseed.store.masks import MaskNote, mask_note, write_mask
 from clipseed.store.places import located, noted
 from clipseed.store.shards import WHOLE, Empty, Shard, ShardReports, lock_output
+from clipseed.store.units import Unit, missing_units, own_items
 from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
 from clipseed.types import LabelMask
 
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 
 
-class MaskWriter:
+@dataclass(frozen=True)
+class Labelled:
+    """A finished image.
+
+    Attributes:
+        labels: Its label mask ``(H, W)``.
+        classes: Those that it was made for.
+        stamp: The image file that it was made from.
+    """
+
+    id: str
+    labels: LabelMask
+    classes: tuple[int, ...]
+    stamp: FileStamp = UNKNOWN
+
+
+class LabelMaskWriter:
     """Writes masks below a folder, the id being the path without suffix. Use as a context manager: it holds a lock.
 
     Masks appear under their name only when they are complete, so those that are there are done.
@@ -40,6 +60,7 @@ class MaskWriter:
     Args:
         folder: Made when missing.
         manifest: What decides the content, kept as ``manifest.json``.
+        unit_size: Samples per unit, the piece that shards are made of.
         overwrite: Delete the masks of an earlier run first.
         shard: Which images are this run's to do; the folder is shared with the others.
         empty: What becomes of the mask of an image in which some label got no pixel: ``background``: nothing;
@@ -53,10 +74,11 @@ class MaskWriter:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, overwrite: bool = False, shard: Shard = WHOLE,
+        self, folder: Path, manifest: Manifest, unit_size: int, *, overwrite: bool = False, shard: Shard = WHOLE,
         empty: EmptyPolicy = "background", earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
-        self.folder = folder
+        self.out = self.folder = folder
+        self._unit_size = unit_size
         self._policy, self._empty = empty, EmptyList(folder, manifest, earlier=earlier)
         self._without_mask: Empty = {}
         self.ignored = 0
@@ -67,7 +89,7 @@ class MaskWriter:
         self.done: set[str] = set()
         self.notes: list[str] = []
 
-    def __enter__(self) -> MaskWriter:
+    def __enter__(self) -> LabelMaskWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder}: is a file; masks go to a folder")
         if self._overwrite and not self._shard.whole:
@@ -88,7 +110,7 @@ class MaskWriter:
         remove_leftovers(self.folder, lambda _: self._shard.whole)
         self._reports.take_back()
         plan = self.folder / MANIFEST
-        there = read_mask_manifest(self.folder)
+        there = read_label_mask_manifest(self.folder)
         found = self._masks()
         if there is None and not plan.exists():
             if found:
@@ -97,7 +119,7 @@ class MaskWriter:
             raise UsageError(f"--out {self.folder}: holds another command's output; choose another folder")
         elif self._overwrite:
             for path in found.values():
-                if mask_note(path).classes is not None:  # ours
+                if label_mask_note(path).classes is not None:  # ours
                     path.unlink()
         else:
             stored = self._recorded(plan)
@@ -121,7 +143,7 @@ class MaskWriter:
             classes: Of each image of the input; ``None``: not known.
             stamp: From an id to the image file that the input was made from.
         """
-        notes = {key: mask_note(self._path(key)) for key in self.done}
+        notes = {key: label_mask_note(self._path(key)) for key in self.done}
         relabelled, repainted, gone = set(), set(), set()
         for key, note in notes.items():
             if key not in classes:
@@ -155,8 +177,20 @@ class MaskWriter:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
         return stored
 
-    def write(self, identifier: str, labels: LabelMask, classes: tuple[int, ...], image: FileStamp = UNKNOWN) -> None:
-        """Store one mask ``(H, W)``, and inside it the classes that it was made for and its image file's digest."""
+    def own(self, items: Sequence[T]) -> list[T]:
+        """Those of the data set's samples, or of their ids, that are this run's to do."""
+        return own_items(items, self._unit_size, self._shard)
+
+    def units(self, samples: Sequence[Sample]) -> list[Unit]:
+        """This run's units, without what is done (:func:`~clipseed.store.units.missing_units`)."""
+        return missing_units(samples, self._unit_size, self._shard, self.done)
+
+    def write(self, unit: Unit, results: Sequence[Labelled]) -> None:
+        """Store the masks of a unit, each with the classes that it was made for and its image file's digest in it."""
+        for result in results:
+            self._write(result.id, result.labels, result.classes, result.stamp)
+
+    def _write(self, identifier: str, labels: LabelMask, classes: tuple[int, ...], image: FileStamp) -> None:
         path = self._path(check_id(identifier, str(self.folder)))
         gone = without_pixel(classes, labels)
         self._empty.add(identifier, classes, gone)
@@ -169,7 +203,7 @@ class MaskWriter:
         if gone and self._policy == "ignore":
             self.ignored += int((labels == 0).sum())
             labels = background_to_ignore(labels)
-        write_mask(path, labels, MaskNote(classes, gone, image))
+        write_label_mask(path, labels, LabelMaskNote(classes, gone, image))
         self.done.add(identifier)
 
     @property
@@ -180,22 +214,22 @@ class MaskWriter:
             for key, (_, gone) in self._without_mask.items()
         ]
 
-    def finish(self, skipped: Sequence[tuple[str, str]], ids: Collection[str]) -> Finished:
+    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
         """End the run and list what was skipped; of several runs the last one lists it for all.
 
         Args:
+            ids: All of the data set.
             skipped: Images without a mask, with reasons.
-            ids: Those that were this run's to do, for what it says about empty labels while others are at work.
         """
         listed: Sequence[tuple[str, str]] = skipped
         if not self._shard.whole:
             report = self._reports.report(skipped, self._without_mask)
             reported = self._reports.reported()
             if not reported:  # two were last at once, and the other one is through with it
-                return Finished(None, empty=self._empty_of(ids))
+                return Finished(None, empty=self._empty_of(self.own(ids)))
             missing = self._shard.count - reported
             if missing:
-                return Finished(report if skipped else None, missing, self._empty_of(ids))
+                return Finished(report if skipped else None, missing, self._empty_of(self.own(ids)))
             listed = self._reports.skipped()
             for key, (classes, gone) in self._reports.empty().items():
                 self._empty.add(key, classes, gone)
@@ -213,7 +247,7 @@ class MaskWriter:
         """Read off masks that are there which classes they were made for, and which got no pixel."""
         for key in ids:
             if key not in self._empty.classes:
-                note = mask_note(self._path(key))
+                note = label_mask_note(self._path(key))
                 if note.classes is not None:
                     self._empty.add(key, note.classes, note.empty)
 
@@ -228,7 +262,7 @@ class MaskWriter:
         self._release()
 
 
-def read_mask_manifest(folder: Path) -> Manifest | None:
+def read_label_mask_manifest(folder: Path) -> Manifest | None:
     """What is recorded beside masks; ``None`` where nothing can be read. Without ``vocabulary`` it is not ours."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

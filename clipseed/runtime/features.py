@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
 from clipseed.data.types import ImageReader, Sample
-from clipseed.jobs.engine import (
+from clipseed.runtime.decode import DecodePool
+from clipseed.runtime.images import (
     LoadedViews,
     ViewLoader,
     batches_in_flight,
@@ -21,8 +22,8 @@ from clipseed.jobs.engine import (
     token_budget,
     unit_size_for,
 )
-from clipseed.runtime.decode import DecodePool
-from clipseed.runtime.stream import BatchSize, StreamStats, Task, run_stream
+from clipseed.runtime.stream import BatchSize, StreamStats, run_stream
+from clipseed.store.units import Unit
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def stream_features(
     workers = options.workers if options.workers is not None else default_workers(device)
     batch = BatchSize(options.batch_size, token_budget(device))
     ahead = decode_ahead(device, workers) + 2 * (options.batch_size or 0)
-    tasks = [Task(index, tuple(samples)) for index, samples in enumerate(units) if samples]
+    todo = [Unit(index, tuple(samples)) for index, samples in enumerate(units) if samples]
 
     def compute(items: Sequence[LoadedViews]) -> list[Feature]:
         found = image_features(clip, stacked([item.views[0] for item in items], device))
@@ -64,7 +65,7 @@ def stream_features(
 
     with DecodePool(loader, workers, ahead) as pool:
         queue = batches_in_flight(device)
-        return run_stream(tasks, pool, compute, lambda _, results: write(results), batch, advance, queue=queue)
+        return run_stream(todo, pool, compute, lambda _, results: write(results), batch, advance, queue=queue)
 
 
 def cut_units(samples: Sequence[Sample], device: torch.device) -> list[Sequence[Sample]]:

@@ -1,4 +1,4 @@
-"""Reading mask caches."""
+"""Reading segments files."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from pathlib import Path
 
 from clipseed.data.paths import is_folder
 from clipseed.errors import ImageError, StoreError
-from clipseed.segments import Proposals
-from clipseed.store.mask_records import MaskRecord, mask_format, unpack_proposals
+from clipseed.segments import Segments
 from clipseed.store.record_file import RecordFile
 from clipseed.store.record_set import UNIT_PATTERN, RecordSet
+from clipseed.store.segment_records import SegmentRecord, segment_format, unpack_segments
 
 _PARTS = ("options", "model", "dataset", "vocabulary", "source")
 
 
-class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
-    """Masks of a data set: sample id to :class:`~clipseed.store.mask_records.MaskRecord`, in stored order.
+class SegmentSet(RecordSet[SegmentRecord, RecordFile[SegmentRecord]]):
+    """Masks of a data set: sample id to :class:`~clipseed.store.segment_records.SegmentRecord`, in stored order.
 
-    See :class:`~clipseed.store.record_set.RecordSet`. Also a :class:`~clipseed.formats.open.MaskImport`, whose masks
+    See :class:`~clipseed.store.record_set.RecordSet`. Also a :class:`~clipseed.formats.open.SegmentSource`, whose masks
     may be smaller than their image.
     """
 
-    what, content, maker = "a mask cache", "masks", "clipseed sam-masks"
-    missing = "no such mask cache; clipseed sam-masks makes one"
+    what, content, maker = "a segments file", "masks", "clipseed sam-masks"
+    missing = "no such segments file; clipseed sam-masks makes one"
 
-    def _file(self, path: Path, *, verify: bool) -> RecordFile[MaskRecord]:
-        return RecordFile(path, mask_format(), verify=verify)
+    def _file(self, path: Path, *, verify: bool) -> RecordFile[SegmentRecord]:
+        return RecordFile(path, segment_format(), verify=verify)
 
     def ids(self) -> frozenset[str]:
         """Ids of all images that were looked at, with or without masks."""
         return frozenset(self)
 
-    def record(self, identifier: str, size: tuple[int, int]) -> MaskRecord:
+    def record(self, identifier: str, size: tuple[int, int]) -> SegmentRecord:
         """What is stored of an image of this height and width.
 
         Raises:
@@ -47,14 +47,14 @@ class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
             )
         return found
 
-    def read(self, identifier: str, size: tuple[int, int]) -> Proposals:
+    def read(self, identifier: str, size: tuple[int, int]) -> Segments:
         """Masks of an image of this height and width, as they are stored.
 
         Raises:
             ImageError: none, or for another size, or too many for the memory.
             StoreError: damaged.
         """
-        return unpack_proposals(self.record(identifier, size))
+        return unpack_segments(self.record(identifier, size))
 
     def _check(self) -> None:
         odd = [part for part in _PARTS if not isinstance(self.manifest.get(part), dict)]
@@ -62,8 +62,8 @@ class MaskCache(RecordSet[MaskRecord, RecordFile[MaskRecord]]):
             raise StoreError(f"{self.path}: damaged, its manifest has no {odd[0]!r}")
 
 
-def holds_cache(path: Path) -> bool:
-    """Whether a path is, or is going to be, a mask cache rather than masks in a foreign format."""
+def holds_segments(path: Path) -> bool:
+    """Whether a path is, or is going to be, a segments file rather than masks in a foreign format."""
     if is_folder(path):
         return any(path.glob(UNIT_PATTERN))
     return path.suffix.lower() in {".h5", ".hdf5"}

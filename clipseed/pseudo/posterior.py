@@ -1,0 +1,39 @@
+"""Maps to the unary of a CRF, and a posterior to a label mask (CLIP-ES, section 9 of its supplement)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from clipseed.refine.crf import clip_es_unary
+from clipseed.types import IGNORE, LabelMask
+
+Floats = npt.NDArray[np.float32]
+
+
+def maps_unary(maps: Floats, alpha: float = 1.0, *, released: bool = False) -> Floats:
+    """Negative log probabilities ``(1 + K, H, W)`` of background and classes.
+
+    Args:
+        maps: Class scores ``(K, H, W)`` in [0, 1].
+        alpha: Exponent of the background's score ``(1 - max) ** alpha``.
+        released: In half precision, as the released code.
+    """
+    scores = maps.astype(np.float16) if released else maps
+    background = (1 - scores.max(axis=0, keepdims=True)) ** scores.dtype.type(alpha)
+    return clip_es_unary(np.concatenate([background, scores]), released=released)
+
+
+def posterior_labels(posterior: Floats, classes: npt.NDArray[np.integer], confidence: float | None = None) -> LabelMask:
+    """The most probable label of each pixel: ``(H, W)`` uint8, 0 background, class index + 1.
+
+    Args:
+        posterior: Probabilities ``(1 + K, H, W)``, background first.
+        classes: The K class indices.
+        confidence: Pixels whose largest probability is below become 255; ``None``: none.
+    """
+    values = np.concatenate([[0], np.asarray(classes) + 1]).astype(np.uint8)
+    labels: LabelMask = values[posterior.argmax(axis=0)]
+    if confidence is not None:
+        labels[posterior.max(axis=0) < confidence] = IGNORE
+    return labels
