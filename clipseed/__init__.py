@@ -9,20 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Cam", "CamSet", "ClipseedError", "FrozenClip", "Vocabulary", "load_vocabulary", "open_cams"]
+__all__ = [
+    "Cam",
+    "CamSet",
+    "ClipseedError",
+    "FrozenClip",
+    "Segmenter",
+    "Vocabulary",
+    "load_segmenter",
+    "load_vocabulary",
+    "open_cams",
+]
 
 if TYPE_CHECKING:
     from clipseed.clip import FrozenClip
     from clipseed.data import Vocabulary, load_vocabulary
     from clipseed.errors import ClipseedError
     from clipseed.store import Cam, CamSet, open_cams
+    from clipseed.train.segmenter import Segmenter, load_segmenter
 
 _HOMES = {
     "ClipseedError": "clipseed.errors",
     "FrozenClip": "clipseed.clip",
     "Cam": "clipseed.store",
     "CamSet": "clipseed.store",
+    "Segmenter": "clipseed.train.segmenter",
     "Vocabulary": "clipseed.data",
+    "load_segmenter": "clipseed.train.segmenter",
     "load_vocabulary": "clipseed.data",
     "open_cams": "clipseed.store",
 }

@@ -74,6 +74,7 @@ WECLIP_COCO_RFM_LAYERS = 10
 WECLIP_RADIUS = 8
 """Patches to each side within which the affinity is supervised."""
 WECLIP_AFFINITY_WEIGHT = 0.1
+PREDICT_MAX_SIDE = 512
 CONFIDENCE = 0.95
 """Least confidence of a pixel that counts, CLIP-ES's mu, the same for VOC and COCO."""
 

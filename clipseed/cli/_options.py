@@ -41,7 +41,9 @@ output_option = partial(typer.Option, rich_help_panel="Output")
 
 MovedImages = Annotated[Optional[Path], data_option(help="Where the images are now, if they have moved.")]
 MovedRoot = Annotated[Optional[Path], data_option(help="Where the data set is now, if it has moved (voc, coco).")]
-Split = Annotated[Optional[str], data_option(help="train, trainaug, val, or a file with one id per line.")]
+Split = Annotated[
+    Optional[str], data_option(help="train, trainaug, val, or a file with one id per line; toy: held-out, train.")
+]
 Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
 Device = Annotated[str, run_option(help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionOption = Annotated[Precision, run_option("--precision", help="Numbers that the model computes with.")]

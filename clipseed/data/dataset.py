@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 _FILES = ("voc", "coco", "folder")
-_BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "split": _FILES, "labels": _FILES}
+_BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "labels": _FILES}
 """Options that only some data sets have; ignored silently they would give other results than were asked for."""
 
 
@@ -151,9 +151,12 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
 
 
 def _open_toy(options: DatasetOptions) -> ImageSet:
-    from clipseed.data.toy.dataset import toy_set
+    from clipseed.data.toy.dataset import HELD_OUT_COUNT, SPLITS, toy_set
 
-    return toy_set(load_vocabulary(options.classes or "toy"), seed=options.toy_seed)
+    if options.split is not None and options.split not in SPLITS:
+        raise UsageError(f"--split {options.split}: the toy set has {' and '.join(SPLITS)}")
+    seed, count = SPLITS[options.split] if options.split else (options.toy_seed, HELD_OUT_COUNT)
+    return toy_set(load_vocabulary(options.classes or "toy"), seed, count)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor
 
+from clipseed.clip.checkpoint import clip_state
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import VisionTower, tower_from
 from clipseed.train.weclip.decoder import Decoder
-from clipseed.train.weclip.released import decoder_of, decoder_state, encoder_state
+from clipseed.train.weclip.released import decoder_of, decoder_state
 
 from helpers.golden import WECLIP_DATA, arrays
 
@@ -37,7 +38,7 @@ def weights() -> dict[str, Tensor]:
 @lru_cache
 def tower() -> VisionTower:
     """The frozen tower, with ImageNet's statistics as its own."""
-    state = {key.removeprefix("visual."): value for key, value in encoder_state(weights()).items() if "visual" in key}
+    state = {key.removeprefix("visual."): value for key, value in clip_state(weights()).items() if "visual" in key}
     width, _, patch, _ = state["conv1.weight"].shape
     side = math.isqrt(len(state["positional_embedding"]) - 1)
     layers = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from clipseed.cam.gradcam import minmax
 from clipseed.clip.vision import attention_map
 from clipseed.data.vocabulary import load_vocabulary
+from clipseed.evaluate.confusion import confusion, score
 from clipseed.refine.affinity import balance, spread
 from clipseed.refine.boxes import box_masks
 from clipseed.refine.caa import CaaOptions
 from clipseed.refine.par import refine_par
+from clipseed.train.inference import ViewOptions, averaged_logits, released_size
+from clipseed.train.segmenter import enlarged
 from clipseed.train.weclip import schedule
 from clipseed.train.weclip import trainer as weclip_trainer
 from clipseed.train.weclip.affinity import near, pair_labels, token_affinity
@@ -24,6 +28,7 @@ from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.frozen import initial_cams, look
 from clipseed.train.weclip.labels import score_maps, spread_cams, strongest
 from clipseed.train.weclip.losses import affinity_loss, balanced_loss
+from clipseed.train.weclip.network import WeclipNetwork
 from clipseed.train.weclip.options import WeclipOptions, preset
 from clipseed.train.weclip.refining import agreeing, confirmed_map, static_map
 from clipseed.train.weclip.released import decoder_state
@@ -238,3 +243,56 @@ def test_schedule() -> None:
     theirs = stored("train_steps")["schedule_mult_w50_m300"]
     ours = [learning_rate_factor(step, 300, 50) for step in range(len(theirs))]
     np.testing.assert_allclose(ours, theirs, atol=1e-12, rtol=0)
+
+
+def bytes_of(image: torch.Tensor) -> torch.Tensor:
+    """A normalised image as the network's user gives it: 0 to 255."""
+    return (image * tower().std + tower().mean) * 255
+
+
+@pytest.mark.parametrize("name", ["single", "msflip"])
+def test_inference(name: str) -> None:
+    """Logits of one scale, and averaged over scales and mirror images; predictions; their score."""
+    arrays, images = stored("inference"), bytes_of(tensor("inference", "image"))
+    network = WeclipNetwork(SimpleNamespace(tower=tower()), decoder(), WeclipOptions(statistics="imagenet"))
+    scales = tuple(arrays["scales"].tolist()) if name == "msflip" else (1.0,)
+    view = ViewOptions(scales, name == "msflip", int(arrays["resize_long"]), released=True)
+    predicted = []
+    for k in range(len(images)):
+        small = released_size(images[k : k + 1], tower().patch, view.max_side)
+        logits = averaged_logits(network, small, view)
+        close(logits, arrays[f"logits_{name}_{k}"], 1e-3)
+        predicted.append(enlarged(logits, images.shape[2:])[0].argmax(dim=0).numpy().astype(np.uint8))
+    assert (np.stack(predicted) == arrays[f"pred_{name}"]).mean() >= 0.999
+    counts = sum(confusion(*pair, len(arrays["hist_single"])) for pair in zip(arrays["gt"], predicted, strict=True))
+    assert abs(counts - arrays[f"hist_{name}"]).sum() <= 2e-3 * counts.sum()
+
+
+def test_pseudo_labels_of_whole_images() -> None:
+    """The released code's val mode: labels at the image's own size, from a smaller view of it."""
+    arrays, images, network = stored("inference"), tensor("inference", "image"), decoder()
+    options = WeclipOptions(**preset("voc", released=True))
+    labels = labels_of(arrays["label_onehot"])
+    for k in range(len(images)):
+        small = released_size(images[k : k + 1], tower().patch, int(arrays["resize_long"]))
+        sight = look(tower(), small, options.rfm_layers)
+        affinity = token_affinity(network.fuse(sight.levels))
+        scores, _ = pseudo_scores(tower(), text(), sight, affinity, small, labels[k : k + 1], options, images.shape[2:])
+        ours = strongest(scores, labels[k : k + 1])[0].numpy()
+        assert (ours == arrays["cam_label"][k]).mean() >= 0.999
+
+
+def test_metric() -> None:
+    arrays = stored("inference")
+    classes = len(arrays["metric_hist"])
+    pairs = zip(arrays["metric_gt"], arrays["metric_pred"], strict=True)
+    counts = sum(confusion(truth, predicted, classes) for truth, predicted in pairs)
+    np.testing.assert_array_equal(counts, arrays["metric_hist"])
+    found = score(counts)
+    np.testing.assert_allclose(found.miou, arrays["metric_miou"], rtol=1e-12)
+    np.testing.assert_allclose(found.pixel_accuracy, arrays["metric_pacc"], rtol=1e-12)
+    np.testing.assert_allclose(found.mean_accuracy, arrays["metric_macc"], rtol=1e-12)
+    np.testing.assert_allclose(found.class_iou, arrays["metric_iou"], rtol=1e-12)
+    for name in ("single", "msflip", "cam"):
+        hist = arrays[f"hist_{name}"].astype(np.int64)
+        np.testing.assert_allclose(score(hist).miou, arrays[f"miou_{name}"], rtol=1e-12)

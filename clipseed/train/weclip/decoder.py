@@ -75,6 +75,7 @@ class Decoder(nn.Module):
         self, levels: int, token_width: int, classes: int, width: int = 256, blocks: int = 3, heads: int = 8
     ) -> None:
         super().__init__()
+        self.token_width, self.heads = token_width, heads
         self.projections = nn.ModuleList(Projection(token_width, width) for _ in range(levels))
         self.fusion = nn.Linear(levels * width, width)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(blocks))

@@ -27,7 +27,7 @@ def balanced_loss(logits: Tensor, labels: Tensor, team: Team = ALONE) -> Tensor:
     each = F.cross_entropy(wide, labels.long(), ignore_index=IGNORE, reduction="none")
     background = labels == 0
     foreground = ~background & (labels != IGNORE)
-    return 0.5 * sum(_mean(each, side, team) for side in (background, foreground))
+    return 0.5 * _mean(each, background, team) + 0.5 * _mean(each, foreground, team)
 
 
 def _mean(values: Tensor, chosen: Tensor, team: Team) -> Tensor:

@@ -1,4 +1,7 @@
-"""The authors' checkpoints: their names for the decoder's tensors, in ours. What CLIP they hold is told apart, too."""
+"""The authors' checkpoints: their names for the decoder's tensors, in ours.
+
+The CLIP that lies beside the decoder is read by :func:`clipseed.clip.checkpoint.clip_state`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ HEADS = 8
 """What the authors' code fixes, and tensors do not tell."""
 
 _FUSION, _DECODER = ("decoder_fts_fuse.", "fuse."), ("decoder.", "dec.")
-_ENCODER = ("encoder.", "clip.")
 _NAMES = (
     (r"linears_modulelist\.(\d+)\.proj\.", r"projections.\1.first."),
     (r"linears_modulelist\.(\d+)\.proj_2\.", r"projections.\1.second."),
@@ -73,13 +75,3 @@ def decoder_of(state: Mapping[str, Tensor], path: Path, heads: int = HEADS) -> D
     check_fit(state, decoder.state_dict(), path, "it is damaged, or no decoder of WeCLIP")
     decoder.load_state_dict(dict(state))
     return decoder
-
-
-def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The frozen CLIP's tensors that lie beside the decoder, under OpenAI's names; may be empty."""
-    return {
-        key.removeprefix(prefix): value
-        for prefix in _ENCODER
-        for key, value in state.items()
-        if key.startswith(prefix)
-    }

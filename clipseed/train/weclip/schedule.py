@@ -6,7 +6,7 @@ WARM_UP_START = 1e-6
 
 
 def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
-    """Factor on the learning rate in a step counted from 0: ``1 - (1 - s / warm_up) (1 - 1e-6)``, then ``1 - s / steps``.
+    """Factor on the learning rate in a step s from 0: ``1 - (1 - s / warm_up) (1 - 1e-6)``, then ``1 - s / steps``.
 
     The two do not meet: the second is as if there had been no warm-up. Behind the end it stays what it was in the last
     step.

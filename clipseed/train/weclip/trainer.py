@@ -91,8 +91,7 @@ class Weclip:
                     kept = affinity if confirmed else None
                     labels, probability = self._labels(sight, kept, pixels, batch)
                 found["probability"] = probability.sum() / max(1, len(probability))
-            found = self._losses(logits.float(), affinity, labels, batch.confidence) | found
-        return found
+            return self._losses(logits.float(), affinity, labels, batch.confidence) | found
 
     def _labels(self, sight: Sight, affinity: Tensor | None, pixels: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
         """Pseudo-labels ``(B, H, W)`` of the crops, and the classes' probabilities."""
@@ -106,9 +105,7 @@ class Weclip:
             labels = labels.masked_fill(batch.known == IGNORE, IGNORE)
         return labels, probability
 
-    def _losses(
-        self, logits: Tensor, affinity: Tensor, labels: Tensor, confidence: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _losses(self, logits: Tensor, affinity: Tensor, labels: Tensor, confidence: Tensor | None) -> dict[str, Tensor]:
         options, team = self.options, current_team()
         if self.text is None:
             if confidence is not None:
