@@ -150,7 +150,7 @@ def load_segmenter(
     """
     path = Path(path)
     place = Placement(model, None if weights is None else str(weights), device, precision)
-    if path.suffix != ".safetensors" or not _is_ours(path):
+    if path.suffix != ".safetensors" or not is_ours(path):
         return _load_released(path, place, classes)
     tensors, about = read_weights(path)
     if about.get("kind") not in KINDS or "tower" not in about:
@@ -178,7 +178,7 @@ def refuse_other_classes(vocabulary: Vocabulary, classes: str | None, path: Path
         )
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether a safetensors file has our metadata; damaged and missing ones count as ours, whose reader says so."""
     from safetensors import SafetensorError, safe_open
 

@@ -186,7 +186,7 @@ def fingerprint(image_set: ImageSet, samples: Sequence[Sample], masks: GivenMask
     else:
         about["labels"] = _digest(f"{s.id} {sorted(s.labels or ()) if masks is None else ''}" for s in samples)
     if masks is not None:
-        about["masks"] = _digest(masks.source.read(sample.id).tobytes() for sample in samples)
+        about["masks"] = _digest(masks.source.content(sample.id) for sample in samples)
         about["soft"] = None if masks.soft is None else _digest([masks.soft.read_bytes()])
     return about
 

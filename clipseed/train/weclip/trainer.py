@@ -40,6 +40,9 @@ class Weclip:
         decoder: What learns.
         options: All constants.
         steps: Length of the run.
+
+    Attributes:
+        skipped: Ids of images that could not be read, with reasons, as far as batches have told.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Weclip:
         self.module: nn.Module = decoder
         self.tower, self.text, self.options, self.steps = tower, text, options, steps
         self._decoder = decoder
+        self.skipped: dict[str, str] = {}
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW on the decoder alone."""
@@ -61,6 +65,7 @@ class Weclip:
 
     def losses(self, batch: Crops, step: int) -> Mapping[str, Tensor]:
         """Losses of augmented crops, and what tells whether training is healthy."""
+        self.skipped.update(batch.skipped)
         pixels = pixels_of(self.tower, batch.pixels, self.options.statistics)
         return self.step(pixels, batch, step)
 
