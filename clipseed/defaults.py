@@ -59,6 +59,7 @@ CRF_ALPHA = 1.0
 
 WECLIP_STEPS = 30_000
 WECLIP_COCO_STEPS = 80_000
+WECLIP_TOY_STEPS = 1000
 WECLIP_BATCH = 4
 WECLIP_LR = 2e-3
 """Of the decoder; the released configuration says a tenth of it, and its code multiplies by ten."""

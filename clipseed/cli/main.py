@@ -22,6 +22,7 @@ from clipseed.cli.refine import caa, js, par
 from clipseed.cli.report import report
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
+from clipseed.cli.train import weclip
 from clipseed.runtime.threads import let_waiting_threads_sleep
 
 EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
@@ -44,6 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
+_train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
 
 app.command("cam")(cam)
 app.add_typer(_refine, name="refine")
@@ -53,6 +55,8 @@ _refine.command("par")(par)
 app.command("crf")(crf)
 app.command("sam-masks")(sam_masks)
 app.command("sam-seed")(sam_seed)
+app.add_typer(_train, name="train")
+_train.command("weclip")(weclip)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)
 app.command("report")(report)

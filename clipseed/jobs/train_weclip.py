@@ -28,7 +28,7 @@ from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter
 from clipseed.train.weclip.data import GivenMasks, LabelledCrops, fingerprint, trainable
 from clipseed.train.weclip.decoder import Decoder
 from clipseed.train.weclip.network import WeclipNetwork, fresh_decoder, sizes
-from clipseed.train.weclip.options import WeclipOptions, default_steps
+from clipseed.train.weclip.options import WeclipOptions, default_steps, preset
 from clipseed.train.weclip.released import decoder_of, decoder_state
 from clipseed.train.weclip.trainer import Weclip
 from clipseed.weights import read_weights as read_foreign_weights
@@ -104,12 +104,14 @@ class TrainWeclipOptions(TrainOptions):
     """Everything ``clipseed train weclip`` can be told.
 
     Attributes:
-        weclip: The method's constants.
+        constants: Of :class:`~clipseed.train.weclip.options.WeclipOptions`, those that are not to be the vocabulary's.
+        paper: As the authors' code.
         masks: Folder of label masks to learn from instead of image-level labels, or ``toy``.
         soft: CAM file with the scores behind them.
     """
 
-    weclip: WeclipOptions
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    paper: bool = False
     masks: str | None = None
     soft: Path | None = None
 
@@ -153,9 +155,10 @@ def run_train_weclip(
         ClipseedError: see the modules it uses.
     """
     options.check()
-    options.weclip.check()
     image_set = open_dataset(options.data)
     vocabulary = image_set.vocabulary
+    weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants})
+    weclip.check()
     masks = _masks(options, image_set)
     samples, unlabelled = trainable(image_set, masks)
     if unlabelled:
@@ -165,7 +168,6 @@ def run_train_weclip(
     steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
     note(f"loading {model_name(options.model, options.chosen_weights)}")
     clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
-    weclip = options.weclip
     decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
     loop_init, init = _start(options.init, decoder)
     text = None if masks is not None else clip.encode_text(vocabulary)

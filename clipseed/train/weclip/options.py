@@ -24,6 +24,7 @@ from clipseed.defaults import (
     WECLIP_RADIUS,
     WECLIP_RFM_LAYERS,
     WECLIP_STEPS,
+    WECLIP_TOY_STEPS,
     WECLIP_WARM_UP,
     WECLIP_WEIGHT_DECAY,
     WECLIP_WIDTH,
@@ -36,6 +37,10 @@ from clipseed.refine.caa import CaaOptions
 RELEASED_RFM_FROM = {"voc": 9_144, "coco": 40_000}
 """Steps before the released code switches: a counter of forward passes above 15 000, which on VOC counts validation,
 too, and above 40 000."""
+
+
+TOY: dict[str, Any] = {"crop": 192, "scales": (0.75, 1.25), "width": 128, "warm_up": 20}
+"""For the toy world: its images are small, and a CPU is to learn them within minutes."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class WeclipOptions:
             raise UsageError(f"--dropout {self.dropout}: from 0 to below 1")
         if not 0 < self.lr < 1e3 or not 0 <= self.weight_decay < 1e3 or not 0 <= self.affinity_weight < 1e3:
             raise UsageError("--lr, --weight-decay, --affinity-weight: give ordinary positive numbers")
-        if not 0 < self.scales[0] <= self.scales[1] <= 16:
+        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1] <= 16:
             raise UsageError("--scales: give two factors above 0, the smaller first, such as 0.5,2")
         for name in ("mirror", "box_threshold", "confidence"):
             if not 0 <= getattr(self, name) <= 1:
@@ -131,6 +136,8 @@ def preset(vocabulary: str, *, released: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if coco:
         found |= {"rfm_layers": WECLIP_COCO_RFM_LAYERS, "box_threshold": COCO_BOX_THRESHOLD}
+    if vocabulary == "toy":
+        found |= TOY
     if released:
         found |= {
             "statistics": "imagenet", "supervise_padding": True, "released": True,
@@ -140,5 +147,7 @@ def preset(vocabulary: str, *, released: bool = False) -> dict[str, Any]:
 
 
 def default_steps(vocabulary: str) -> int:
-    """Steps of the published settings."""
+    """Steps of the published settings; for the toy world fewer."""
+    if vocabulary == "toy":
+        return WECLIP_TOY_STEPS
     return WECLIP_COCO_STEPS if vocabulary.startswith("coco") else WECLIP_STEPS
