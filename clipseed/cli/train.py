@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -165,10 +166,11 @@ def weclip(
         paper=paper, device=pick_device(training.device), **vars(tower), **general,
     )  # fmt: skip
     allowed = shared.allowed_skips(training.allow_skipped)
-    console = Console(output.quiet)
+    first = os.environ.get("RANK", "0") == "0"  # one process of torchrun's talks
+    console = Console(output.quiet or not first)
     with console:
         done = run_train_weclip(options, lambda status: console.note(str(status)), console.note)
-    return _finish(console, done, allowed, output)
+    return _finish(console, done, allowed, output) if first else 0
 
 
 def _finish(console: Console, done: TrainReport, allowed: float, output: shared.OutputArguments) -> int:
