@@ -162,12 +162,14 @@ def run_train_weclip(
     masks = _masks(options, image_set)
     samples, unlabelled = trainable(image_set, masks)
     if unlabelled:
-        what = "labels" if masks is None else "a mask"
+        what = "labels" if masks is None else "mask"
         note(f"{len(unlabelled)} of {len(image_set.samples)} images have no {what} ({unlabelled[0]} …); left out")
     validation_set = None if options.val is None else _validation_set(options)
     steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
     note(f"loading {model_name(options.model, options.chosen_weights)}")
     clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
+    if weclip.crop % clip.tower.patch:
+        raise UsageError(f"--crop {weclip.crop}: give a multiple of a patch's {clip.tower.patch} pixels")
     decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
     loop_init, init = _start(options.init, decoder)
     text = None if masks is not None else clip.encode_text(vocabulary)
