@@ -60,6 +60,8 @@ from clipseed.jobs.demo import GRID  # noqa: E402
 from clipseed.jobs.refine import RefineOptions, run_refine  # noqa: E402
 from clipseed.jobs.sam_masks import SamMasksOptions, run_sam_masks  # noqa: E402
 from clipseed.jobs.sam_seed import SamSeedOptions, run_sam_seed  # noqa: E402
+from clipseed.pseudo.background import Background  # noqa: E402
+from clipseed.pseudo.pixels import label_scores  # noqa: E402
 from clipseed.refine.caa import CaaOptions, caa  # noqa: E402
 from clipseed.refine.crf import dense_crf  # noqa: E402
 from clipseed.refine.par import refine_par  # noqa: E402
@@ -222,9 +224,9 @@ def check(bench: Bench) -> dict[str, Any]:
         def seeds(source: Path, masks: Path) -> Callable[[Path], object]:
             return lambda out: run_sam_seed(SamSeedOptions(source, masks, out, run=RunOptions(workers=0)))
 
-        seeded = labels(cpu, "CAMs", seeds(spread, reference))
+        seeded = labels(cpu, "pseudo-sam", seeds(spread, reference))
         ours = seeds(there / "caa-fp32.h5", there / "masks-fp32.h5")
-        yield "sam-seed", lambda: label_differences(seeded, labels(there, "CAMs", ours))
+        yield "sam-seed", lambda: label_differences(seeded, labels(there, "pseudo-sam", ours))
 
     for name, step in steps():
         note(name, step())
@@ -242,9 +244,9 @@ def map_differences(one: Path, other: Path) -> dict[str, float]:
             if not len(a):
                 continue
             largest = max(largest, float(np.abs(a - b).max()))
-            strongest = [np.concatenate([np.full_like(m[:1], BACKGROUND), m]).argmax(axis=0) for m in (a, b)]
-            changed += int((strongest[0] != strongest[1]).sum())
-            places += strongest[0].size
+            ours, theirs = (label_scores(m, range(len(m)), Background("threshold", BACKGROUND)).labels for m in (a, b))
+            changed += int((ours != theirs).sum())
+            places += ours.size
     return {"largest": largest, "changed": changed / max(1, places)}
 
 

@@ -272,9 +272,7 @@ def show(truth: Path, columns: list[Path], out: Path, count: int) -> None:
         tiles = [np.asarray(find(key)), palette[read_label_mask(truth / f"{key}.png")]]
         for path in columns:
             if path in opened:
-                seed = opened[path][key]
-                heat = np.concatenate([np.full((1, *seed.size), best[path], np.float32), seed.upsampled()])
-                labels = np.concatenate([[0], seed.classes + 1])[heat.argmax(axis=0)]
+                labels = opened[path][key].label_mask(threshold=best[path])
             else:
                 labels = read_label_mask(path / f"{key}.png")
             tiles.append(palette[labels])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clipseed.clip.text import TextBank, present_mask
 from clipseed.clip.vision import QUICK_GELU_SLOPE, Block, Norm, VisionTower, attention_map, merge_heads, scaled
+from clipseed.minmax import RELEASED_FLOOR, minmax
 
 Target = Literal["softmax", "log-softmax", "logit"]
 _GROUP_TOKENS = {"cpu": 1 << 11}
@@ -233,14 +234,7 @@ def normalize(raw: Tensor, *, released: bool = False) -> Tensor:
             0.9999999, and maps whose raw peak is below about 1e-13 (classes the softmax is sure are absent) fade away.
     """
     maps = raw.relu()
-    return minmax(minmax(maps, 1e-7), 1e-7) if released else minmax(maps)
-
-
-def minmax(maps: Tensor, floor: float = 0.0) -> Tensor:
-    """``(x - min) / (floor + max(x - min))`` over the last two axes; constant maps become zero."""
-    shifted = maps - maps.amin(dim=(-2, -1), keepdim=True)
-    peak = shifted.amax(dim=(-2, -1), keepdim=True) + floor
-    return shifted / torch.where(peak > 0, peak, torch.ones_like(peak))
+    return minmax(minmax(maps, RELEASED_FLOOR), RELEASED_FLOOR) if released else minmax(maps)
 
 
 def pair_index(labels: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.cam.dense import DENSE_METHODS, DenseMethod, dense_cams
-from clipseed.cam.gradcam import Target, gradcam, minmax, normalize, run_last_block
+from clipseed.cam.gradcam import Target, gradcam, normalize, run_last_block
 from clipseed.clip.attention import attention_blocks, patch_attention, with_last
 from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
 from clipseed.defaults import CamMethod
+from clipseed.minmax import minmax
 
 Method = CamMethod
 METHODS: tuple[Method, ...] = ("softmax-gradcam", "gradcam", *DENSE_METHODS)

@@ -98,7 +98,7 @@ def _next_commands(out: Path) -> list[str]:
 
     program, folder = _program(), shlex.quote(str(out))
     return [
-        f"{program} report {folder}/cams.h5 {folder}/cams-caa.h5 {folder}/pseudo {folder}/CAMs "
+        f"{program} report {folder}/cams.h5 {folder}/cams-caa.h5 {folder}/pseudo {folder}/pseudo-sam "
         f"--out {folder}/report.html",
         f"{program} inspect {folder}/cams-caa.h5 --preview {folder}/more.png --count 12",
         f"{program} demo --save-dataset {folder}/devkit  # a VOC devkit to try the other commands on",

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from clipseed.evaluate.confusion import Counts, confusion
+from clipseed.pseudo.pixels import label_values, strongest
+from clipseed.pseudo.rules import label_mask, thresholding
 from clipseed.store.cam_records import Cam
 from clipseed.types import IGNORE, LabelMask
 
@@ -45,10 +46,11 @@ class ThresholdSweep:
         if len(cam.classes) == 0:
             self._histogram[:, 0, 0] += np.bincount(true_class, minlength=self.classes)
             return
-        strongest, score = strongest_class(cam, cam.upsampled().astype(self._type))
+        row, score = strongest(cam.upsampled().astype(self._type, copy=False))
+        label = label_values(cam.classes)[1:][row]
         passed = np.searchsorted(self._edges, score[scored].astype(np.float64), side="left")
         bins = len(self.settings) + 1
-        index = (true_class * self.classes + strongest[scored]) * bins + passed
+        index = (true_class * self.classes + label[scored]) * bins + passed
         self._histogram += np.bincount(index, minlength=self._histogram.size).reshape(self._histogram.shape)
 
     def matrices(self) -> list[Counts]:
@@ -65,7 +67,7 @@ class ThresholdSweep:
 
 
 class PowerSweep:
-    """Confusion matrices for CLIP-ES's background score ``(1 - max) ** alpha``, computed in half precision as there."""
+    """Confusion matrices for CLIP-ES's background score ``(1 - max) ** alpha``, in half precision as there."""
 
     def __init__(self, classes: int, exponents: Sequence[float]) -> None:
         self.classes = classes
@@ -75,26 +77,8 @@ class PowerSweep:
     def update(self, cam: Cam, truth: LabelMask) -> None:
         """Add one image; ``truth`` has the CAM's size, 255 is left out."""
         for matrix, exponent in zip(self._matrices, self.settings, strict=True):
-            matrix += confusion(truth, power_labels(cam, exponent), self.classes)
+            matrix += confusion(truth, label_mask(cam, thresholding(alpha=exponent)), self.classes)
 
     def matrices(self) -> list[Counts]:
         """One confusion matrix per exponent."""
         return self._matrices
-
-
-def strongest_class(cam: Cam, maps: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
-    """Mask value (class index + 1) of the largest map per pixel, and that map's score."""
-    best = maps.argmax(axis=0)
-    return cam.classes.astype(np.int64)[best] + 1, np.take_along_axis(maps, best[None], axis=0)[0]
-
-
-def power_labels(cam: Cam, exponent: float) -> LabelMask:
-    """Mask ``(H, W)`` of one image for the background score ``(1 - max) ** exponent`` (CLIP-ES, section 8).
-
-    Maps and background are half precision, as the released code stores them; on a tie the background wins.
-    """
-    if len(cam.classes) == 0:
-        return np.zeros(cam.size, np.uint8)
-    strongest, score = strongest_class(cam, cam.upsampled().astype(np.float16))
-    background = np.power(1 - score, exponent).astype(np.float16)
-    return np.where(score > background, strongest, 0).astype(np.uint8)

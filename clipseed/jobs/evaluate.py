@@ -20,7 +20,8 @@ from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
 from clipseed.evaluate.sources import LabelMaskFolder, MaskSource, find_ground_truth, find_split
-from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep, power_labels, strongest_class
+from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
+from clipseed.pseudo.rules import label_mask, thresholding
 from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet
 from clipseed.store.label_mask_writer import read_label_mask_manifest
@@ -139,12 +140,15 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
 
 
 def _check(options: EvaluateOptions) -> None:
-    if options.threshold is not None and not 0 <= options.threshold < 1:
-        raise UsageError(f"--threshold {options.threshold}: give a background score from 0 to below 1")
-    if any(not (alpha > 0 and math.isfinite(alpha)) for alpha in options.alphas):
-        raise UsageError("--alpha: give positive exponents")
     if options.threshold is not None and options.alphas:
         raise UsageError("--threshold and --alpha are two kinds of background score; give one")
+    try:
+        if options.threshold is not None:
+            thresholding(threshold=options.threshold)
+        for alpha in options.alphas:
+            thresholding(alpha=alpha)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
     if options.pred_ignore not in ("error", "background", "exclude"):
         raise UsageError(f"--pred-ignore {options.pred_ignore}: choose error, background or exclude")
 
@@ -246,23 +250,12 @@ def _evaluate_cams(
     else:
         report.threshold = sweep.settings[best]
     if each:
+        rules = thresholding(threshold=report.threshold, alpha=report.alpha, released=half)
         for cam, mask in _ahead(load, match.ids):
-            labels = _labels(cam, sweep.settings[best], power=bool(options.alphas), half=half)
+            labels = label_mask(cam, rules)
             each(cam.id, confusion(mask, labels, len(names)), mask, labels)
             advance(1)
     return report
-
-
-def _labels(cam: Cam, setting: float, *, power: bool, half: bool) -> LabelMask:
-    """Mask ``(H, W)`` of one image at one setting of a sweep, pixel for pixel as the sweep counts it."""
-    if power:
-        return power_labels(cam, setting)
-    if len(cam.classes) == 0:
-        return np.zeros(cam.size, np.uint8)
-    kind = np.float16 if half else np.float32
-    strongest, strength = strongest_class(cam, cam.upsampled().astype(kind))
-    edge = float(np.float16(setting)) if half else setting
-    return np.where(strength.astype(np.float64) > edge, strongest, 0).astype(np.uint8)
 
 
 def _evaluate_masks(options: EvaluateOptions, start: StartScoring | None, each: Each | None) -> EvaluateReport:

@@ -19,7 +19,7 @@ from clipseed.defaults import EmptyPolicy, SegmentFormat
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.sources import LabelMaskFolder
 from clipseed.formats.open import SegmentSource, imported_masks, open_segments
-from clipseed.pseudo.rules import RuleOptions, Rules, decide, seed_labels, voted_labels
+from clipseed.pseudo.rules import RuleOptions, Rules, decide, label_mask, voted_labels
 from clipseed.runtime.images import earlier_in_cams, misfit, one_by_one, usable_cores
 from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
@@ -297,7 +297,7 @@ class Seeder:
         if problem is not None:
             raise problem
         proposals, asked = self._proposals(sample.id, cam.size, cam.stamp)
-        labels = seed_labels(self.rules, cam, proposals, asked)
+        labels = label_mask(cam, self.rules, proposals, asked)
         return Seeded(sample.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(proposals))
 
     def _proposals(self, identifier: str, size: tuple[int, int], stamp: FileStamp) -> tuple[Segments, Any]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.pseudo.pixels import Scores, finite, resize_maps
+from clipseed.pseudo.background import Scores
+from clipseed.pseudo.pixels import finite, resize_maps
 from clipseed.refine.boxes import boxes_of
 
 PEAK_SHARE = 0.5

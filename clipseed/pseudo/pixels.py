@@ -1,4 +1,4 @@
-"""Label masks pixel by pixel, without segments: the baseline of FMA-WSSS, and what fills places that no mask covers.
+"""Label masks pixel by pixel: the one arg-max, the maps' size and range, and labels of pixels out of scores.
 
 Shapes: K classes of an image; maps ``(K, h, w)`` on the patch grid or at the image's size ``(H, W)``.
 """
@@ -7,40 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.pseudo.background import Background, Scores
 from clipseed.types import IGNORE, LabelMask
 
-Scores = npt.NDArray[np.floating]
-
-RELEASED_FLOOR = 1e-7
-"""What the released code adds to the range it divides by; it decides where maps are tiny."""
-
-
-@dataclass(frozen=True)
-class Background:
-    """What the background scores, next to class scores in [0, 1].
-
-    Attributes:
-        kind: ``power``: ``(1 - strongest class) ^ value``; ``threshold``: ``value`` everywhere; ``given``: the maps'
-            first row, raised to ``value``, for maps that come with a background of their own.
-        value: See there. Of a power, the larger, the more foreground.
-    """
-
-    kind: Literal["power", "threshold", "given"] = "power"
-    value: float = 1.0
-
-    def add_to(self, scores: Scores) -> Scores:
-        """Class scores ``(K, …)`` (``given``: with background ``(1 + K, …)``) to ``(1 + K, …)``, background first."""
-        if self.kind == "given":
-            return np.concatenate([scores[:1] ** self.value, scores[1:]])
-        if self.kind == "threshold":
-            return np.concatenate([np.full_like(scores, self.value, shape=(1, *scores.shape[1:])), scores])
-        strongest = np.clip(scores.max(axis=0, keepdims=True, initial=0), 0, 1)
-        return np.concatenate([(1 - strongest) ** self.value, scores])
+Classes = Sequence[int] | npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -49,11 +23,44 @@ class PixelLabels:
 
     Attributes:
         labels: ``(H, W)`` uint8: 0 background, class index + 1.
-        confidence: ``(H, W)`` float32 in [0, 1], the score of the label.
+        confidence: ``(H, W)``, the score of the label; float32 in [0, 1] where scores are.
     """
 
     labels: LabelMask
-    confidence: npt.NDArray[np.float32]
+    confidence: Scores
+
+    def sure(self, least: float | None) -> LabelMask:
+        """The labels with 255 where they are less sure than ``least``; ``None``: as they are."""
+        if least is None:
+            return self.labels
+        return np.where(self.confidence < least, np.uint8(IGNORE), self.labels)
+
+
+def strongest(scores: Scores) -> tuple[npt.NDArray[np.int64], Scores]:
+    """Row of the largest of scores ``(K, …)``, K at least 1, and that score, ``(…)`` each; of equal ones the first."""
+    row = scores.argmax(axis=0)
+    return row, np.take_along_axis(scores, row[None], axis=0)[0]
+
+
+def label_scores(scores: Scores, classes: Classes, background: Background, *, exact: bool = False) -> PixelLabels:
+    """Each pixel's strongest class where it scores more than the background, else background.
+
+    Args:
+        scores: ``(K, H, W)``, K may be 0; with a ``given`` background ``(1 + K, H, W)``, as a CRF's posterior.
+        classes: Class index of each of the K.
+        background: What it scores.
+        exact: Compare in double precision, so that a threshold is not rounded to the type of the scores.
+    """
+    values = label_values(classes)
+    ground, scores = background.apart(scores)
+    if not len(scores):
+        ground = background.score(np.zeros(scores.shape[1:], scores.dtype)) if ground is None else ground
+        return PixelLabels(np.zeros(scores.shape[1:], np.uint8), ground)
+    row, score = strongest(scores)
+    if ground is None:
+        ground = background.score(score.astype(np.float64) if exact else score)
+    shown = score > ground
+    return PixelLabels(np.where(shown, values[row + 1], np.uint8(0)), np.where(shown, score, ground))
 
 
 def resize_maps(maps: Scores, size: tuple[int, int]) -> npt.NDArray[np.float32]:
@@ -79,15 +86,16 @@ def unit_range(maps: Scores, *, paper: bool = False) -> npt.NDArray[np.float32]:
 
     ``paper`` adds 1e-7 to the divisor, as the released code does: maps of the size of 1e-7 then stay small.
     """
+    import torch
+
+    from clipseed.minmax import RELEASED_FLOOR, minmax
+
     kept = np.maximum(np.asarray(maps, np.float32), 0)
-    low = kept.min(axis=(1, 2), keepdims=True)
-    span = kept.max(axis=(1, 2), keepdims=True) - low
-    divisor = span + np.float32(RELEASED_FLOOR) if paper else np.where(span > 0, span, 1)
-    found: npt.NDArray[np.float32] = (kept - low) / divisor
+    found: npt.NDArray[np.float32] = minmax(torch.from_numpy(kept), RELEASED_FLOOR if paper else 0.0).numpy()
     return found
 
 
-def label_values(classes: Sequence[int] | npt.NDArray[np.integer]) -> LabelMask:
+def label_values(classes: Classes) -> LabelMask:
     """Label of background and of each class: ``(1 + K,)``, 0 and then class index + 1.
 
     Raises:
@@ -101,7 +109,7 @@ def label_values(classes: Sequence[int] | npt.NDArray[np.integer]) -> LabelMask:
 
 def label_pixels(
     cams: Scores,
-    classes: Sequence[int] | npt.NDArray[np.integer],
+    classes: Classes,
     size: tuple[int, int],
     background: Background | None = None,
     *,
@@ -119,7 +127,6 @@ def label_pixels(
         paper: As the released code, see :func:`unit_range`.
     """
     background = background or Background("power", 2.0)
-    values = label_values(classes)
     maps = finite(cams)
     if background.kind == "given":
         scores = resize_maps(maps, size)
@@ -127,7 +134,4 @@ def label_pixels(
         scores = unit_range(resize_maps(maps, size), paper=paper)
     else:
         scores = resize_maps(unit_range(maps, paper=paper), size)
-    full = background.add_to(scores)
-    best = full.argmax(axis=0)
-    confidence = np.take_along_axis(full, best[None], axis=0)[0].astype(np.float32)
-    return PixelLabels(values[best], confidence)
+    return label_scores(scores, classes, background)

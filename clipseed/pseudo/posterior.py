@@ -1,12 +1,14 @@
-"""Maps to the unary of a CRF, and a posterior to a label mask (CLIP-ES, section 9 of its supplement)."""
+"""Maps to the unary of a CRF, and its posterior to a label mask (CLIP-ES, section 9 of its supplement)."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from clipseed.pseudo.background import Background
+from clipseed.pseudo.pixels import Classes, label_scores
 from clipseed.refine.crf import clip_es_unary
-from clipseed.types import IGNORE, LabelMask
+from clipseed.types import LabelMask
 
 Floats = npt.NDArray[np.float32]
 
@@ -20,11 +22,10 @@ def maps_unary(maps: Floats, alpha: float = 1.0, *, released: bool = False) -> F
         released: In half precision, as the released code.
     """
     scores = maps.astype(np.float16) if released else maps
-    background = (1 - scores.max(axis=0, keepdims=True)) ** scores.dtype.type(alpha)
-    return clip_es_unary(np.concatenate([background, scores]), released=released)
+    return clip_es_unary(Background("power", alpha).add_to(scores), released=released)
 
 
-def posterior_labels(posterior: Floats, classes: npt.NDArray[np.integer], confidence: float | None = None) -> LabelMask:
+def posterior_labels(posterior: Floats, classes: Classes, confidence: float | None = None) -> LabelMask:
     """The most probable label of each pixel: ``(H, W)`` uint8, 0 background, class index + 1.
 
     Args:
@@ -32,8 +33,4 @@ def posterior_labels(posterior: Floats, classes: npt.NDArray[np.integer], confid
         classes: The K class indices.
         confidence: Pixels whose largest probability is below become 255; ``None``: none.
     """
-    values = np.concatenate([[0], np.asarray(classes) + 1]).astype(np.uint8)
-    labels: LabelMask = values[posterior.argmax(axis=0)]
-    if confidence is not None:
-        labels[posterior.max(axis=0) < confidence] = IGNORE
-    return labels
+    return label_scores(posterior, classes, Background("given")).sure(confidence)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from clipseed.pseudo.pixels import Scores, finite, label_values, resize_maps
+from clipseed.pseudo.background import Scores
+from clipseed.pseudo.pixels import Classes, finite, label_values, resize_maps
 from clipseed.types import LabelMask
 
 
@@ -15,7 +14,7 @@ def label_from_prompted_masks(
     logits: Scores,
     row: npt.NDArray[np.integer],
     cams: Scores,
-    classes: Sequence[int] | npt.NDArray[np.integer],
+    classes: Classes,
     *,
     paper: bool = False,
 ) -> LabelMask:

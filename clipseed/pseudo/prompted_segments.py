@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from clipseed.defaults import SamPrompt
+from clipseed.pseudo.background import Scores
 from clipseed.pseudo.cam_prompts import box_prompts, point_prompts
-from clipseed.pseudo.pixels import Scores
 from clipseed.sam.backend import Embedding, SamBackend
 from clipseed.sam.candidates import stability_score
 from clipseed.sam.cleanup import remove_small_regions

@@ -1,23 +1,26 @@
-"""How ``clipseed sam-seed`` labels an image: which rule, with which constants, and the rules themselves."""
+"""From the CAMs of an image, and its segments, to its label mask: which rule, with which constants, and the rules."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from clipseed.defaults import PIXEL_ALPHA, SeedMethod, SeedPreset, UncoveredPolicy
 from clipseed.errors import UsageError
-from clipseed.pseudo.pixels import Background, label_pixels
+from clipseed.pseudo.background import Background
+from clipseed.pseudo.pixels import label_pixels, label_scores
 from clipseed.pseudo.prompted import label_from_prompted_masks
 from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks
 from clipseed.pseudo.voting import VotingOptions, vote
 from clipseed.segments import Segments, enlarged, room_for
-from clipseed.store.cam_records import Cam
 from clipseed.types import IGNORE, NO_CLASS, LabelMask
+
+if TYPE_CHECKING:
+    from clipseed.store.cam_records import Cam
 
 Masks = npt.NDArray[np.bool_]
 Classes = npt.NDArray[np.int32]
@@ -51,9 +54,15 @@ class RuleOptions:
 
 @dataclass(frozen=True)
 class Rules:
-    """The rule with all its constants."""
+    """The rule with all its constants.
 
-    method: SeedMethod
+    Attributes:
+        method: As of :class:`RuleOptions`; ``threshold``: see :func:`thresholding`.
+        seeding: Constants of ``fma``, and of pixels that decide for themselves.
+        voting: Constants of ``vote``.
+    """
+
+    method: SeedMethod | Literal["threshold"]
     seeding: SeedingOptions
     voting: VotingOptions
 
@@ -77,6 +86,30 @@ class Rules:
             **common, "uncovered": seeding.uncovered, "alpha": seeding.background.value,
             "normalise": seeding.normalise, "pool": seeding.pool, "order": list(seeding.order),
         }  # fmt: skip
+
+
+def thresholding(*, threshold: float | None = None, alpha: float | None = None, released: bool = False) -> Rules:
+    """Each pixel by itself, from the maps as they are: its strongest class where that exceeds the background.
+
+    This is what ``clipseed evaluate`` scores and ``clipseed threshold`` writes.
+
+    Args:
+        threshold: The background scores this everywhere, 0 to below 1.
+        alpha: It scores ``(1 - strongest) ** alpha``, as in CLIP-ES (section 8); always in half precision, as there.
+        released: Half precision with a threshold, too, as in CLIP-ES's released code.
+
+    Raises:
+        ValueError: none or both of the two, or outside its range.
+    """
+    if (threshold is None) == (alpha is None):
+        raise ValueError("threshold and alpha are two kinds of background score; give one of them")
+    if threshold is not None and not 0 <= threshold < 1:
+        raise ValueError(f"threshold {threshold}: give a background score from 0 to below 1")
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha {alpha}: give a positive exponent")
+    background = Background("power", alpha) if alpha is not None else Background("threshold", threshold or 0.0)
+    half = released or alpha is not None
+    return Rules("threshold", SeedingOptions(pixel_background=background, paper=half), VotingOptions())
 
 
 def decide(options: RuleOptions, vocabulary: str, *, label_map: bool, asked: bool) -> Rules:
@@ -133,32 +166,42 @@ def _check(options: RuleOptions, method: SeedMethod, *, label_map: bool, asked: 
         raise UsageError(f"--min-confidence: --method {method} gives no confidence")
 
 
-def seed_labels(rules: Rules, cam: Cam, proposals: Segments, asked: Classes) -> LabelMask:
-    """Labels ``(H, W)`` of an image.
+def label_mask(
+    cam: Cam, rules: Rules, segments: Segments | None = None, prompted_classes: Classes | None = None
+) -> LabelMask:
+    """The label mask ``(H, W)`` of an image, from its CAMs and, where the rule asks for them, its segments.
 
-    Everything happens at the size of the masks, and the labels are enlarged to the image's size at the end.
+    With segments everything happens at their size, and the labels are enlarged to the image's size at the end.
 
     Args:
-        rules: What to do.
-        cam: The image's maps.
-        proposals: Its masks ``(S, h, w)``; S may be 0.
-        asked: ``(S,)`` class that each mask was asked for, -1 for none.
+        cam: The image's CAMs.
+        rules: What to do: :func:`thresholding`, or what :func:`decide` gives.
+        segments: The image's segments ``(S, h, w)``; S may be 0, which ``None`` means as well.
+        prompted_classes: ``(S,)`` class that each was prompted for, -1 for none; ``None``: none was.
 
     Raises:
-        ImageError: the masks need too much memory.
+        ImageError: the segments need too much memory.
     """
     options = rules.seeding
-    masks = proposals.masks
-    if rules.method == "pixel" or (not len(masks) and options.without_masks == "cam"):
-        labels = _by_pixels(rules, cam, cam.size)
-    elif not len(masks):
+    if rules.method == "threshold":
+        maps = cam.upsampled()
+        scores = maps.astype(np.float16) if options.paper else maps
+        # A threshold is a number and not a score: only where all is half precision it is rounded as scores are.
+        return label_scores(scores, cam.classes, options.pixel_background, exact=not options.paper).labels
+    if rules.method == "pixel":
+        return _by_pixels(rules, cam, cam.size)
+    if segments is None or not len(segments):
+        if options.without_masks == "cam":
+            return _by_pixels(rules, cam, cam.size)
         return np.full(cam.size, IGNORE if options.without_masks == "ignore" else 0, np.uint8)
-    elif rules.method == "vote":
-        labels = vote(_by_pixels(rules, cam, proposals.size), masks, rules.voting)
+    if rules.method == "vote":
+        labels = vote(_by_pixels(rules, cam, segments.size), segments.masks, rules.voting)
     elif rules.method == "prompted":
-        labels = _by_prompts(rules, cam, masks, asked)
+        if prompted_classes is None:
+            prompted_classes = np.full(len(segments), NO_CLASS, np.int32)
+        labels = _by_prompts(rules, cam, segments.masks, prompted_classes)
     else:
-        labels = seed_from_masks(cam.maps, proposals, cam.classes, options).labels
+        labels = seed_from_masks(cam.maps, segments, cam.classes, options).labels
     return enlarged(labels, cam.size)
 
 
@@ -179,7 +222,7 @@ def voted_labels(rules: Rules, labels: LabelMask, masks: Masks) -> LabelMask:
 def _by_pixels(rules: Rules, cam: Cam, size: tuple[int, int]) -> LabelMask:
     options = rules.seeding
     found = label_pixels(cam.maps, cam.classes, size, options.pixel_background, paper=options.paper)
-    return np.where(found.confidence < options.min_confidence, np.uint8(IGNORE), found.labels)
+    return found.sure(options.min_confidence)
 
 
 def _by_prompts(rules: Rules, cam: Cam, masks: Masks, asked: Classes) -> LabelMask:

@@ -16,7 +16,6 @@ label. Without it these are different:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,16 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.defaults import SeedPreset, UncoveredPolicy
-from clipseed.pseudo.pixels import (
-    RELEASED_FLOOR,
-    Background,
-    Scores,
-    finite,
-    label_pixels,
-    label_values,
-    resize_maps,
-    unit_range,
-)
+from clipseed.pseudo.background import Background, Scores
+from clipseed.pseudo.pixels import Classes, finite, label_pixels, label_values, resize_maps, strongest, unit_range
 from clipseed.pseudo.pooling import Masks, mask_sums
 from clipseed.segments import WHOLE, Segments
 from clipseed.types import IGNORE, LabelMask
@@ -112,7 +103,7 @@ class SegmentLabels:
 def seed_from_masks(
     cams: Scores,
     proposals: Segments | Masks,
-    classes: Sequence[int] | npt.NDArray[np.integer],
+    classes: Classes,
     options: SeedingOptions | None = None,
 ) -> SegmentLabels:
     """Label every mask by the maps, and paint the masks.
@@ -183,21 +174,19 @@ def _judge(
         pooled = sums.astype(np.float32)
     if options.normalise == "none":
         full = options.background.add_to(pooled)
-        return full, full.argmax(axis=0)
+        return full, strongest(full)[0]
     if options.normalise == "signed":
         pooled = np.maximum(pooled, 0)
     if options.paper:
-        low = pooled.min(axis=1, keepdims=True)
-        unit = (pooled - low) / (pooled.max(axis=1, keepdims=True) - low + np.float32(RELEASED_FLOOR))
-        full = options.background.add_to(unit)
-        return full, full.argmax(axis=0)
+        full = options.background.add_to(unit_range(pooled[:, None], paper=True)[:, 0])
+        return full, strongest(full)[0]
     low, high = _range(pooled, maps, masks, options)
     unit = np.clip((pooled - low) / np.where(high > low, high - low, 1), 0, 1)
     full = options.background.add_to(unit)
-    best = full.argmax(axis=0)
+    best, _ = strongest(full)
     peak = np.maximum(maps.max(axis=(1, 2), initial=0), np.finfo(np.float32).tiny)[:, None]
     own = np.where(unit == unit.max(axis=0, initial=0), pooled / peak, -1)
-    return full, np.where(best > 0, own.argmax(axis=0) + 1, 0)
+    return full, np.where(best > 0, strongest(own)[0] + 1, 0)
 
 
 def _range(
@@ -242,7 +231,7 @@ def _paint(
     mask_labels: LabelMask,
     mask_confidence: npt.NDArray[np.float32],
     wide: Scores,
-    classes: Sequence[int] | npt.NDArray[np.integer],
+    classes: Classes,
     options: SeedingOptions,
 ) -> tuple[LabelMask, npt.NDArray[np.float32]]:
     """Labels and confidence of every pixel from the mask that owns it, or from what ``uncovered`` says."""

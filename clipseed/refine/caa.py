@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipseed.cam.gradcam import minmax
 from clipseed.defaults import BOX_THRESHOLD, CAA_LAYERS, SINKHORN_ROUNDS, SPREAD_POWER
+from clipseed.minmax import RELEASED_FLOOR, minmax
 from clipseed.refine.affinity import balance, spread
 from clipseed.refine.boxes import box_masks
 
@@ -66,7 +66,7 @@ def caa(cams: Sequence[Tensor], attention: Tensor, options: CaaOptions | None = 
 def spread_within_boxes(cams: Sequence[Tensor], affinity: Tensor, options: CaaOptions) -> list[Tensor]:
     """Box mask, spreading and normalisation for any affinity ``(B, n, n)``; see :func:`caa`."""
     refined = _reach(cams, cams, affinity, options)
-    return [minmax(maps, 1e-7 if options.released else 0.0) for maps in refined]
+    return [minmax(maps, RELEASED_FLOOR if options.released else 0.0) for maps in refined]
 
 
 def caa_of_raw(
@@ -86,7 +86,7 @@ def caa_of_raw(
     Returns:
         One ``(K, h, w)`` float32 CPU tensor per image, not normalised; signed where the source is.
     """
-    scores = [minmax(cam.float().cpu().clamp_min(0), 1e-7 if options.released else 0.0) for cam in cams]
+    scores = [minmax(cam.float().cpu().clamp_min(0), RELEASED_FLOOR if options.released else 0.0) for cam in cams]
     sources = scores if source == "score" else [cam.float().cpu() for cam in cams]
     if options.power == 0:
         return list(sources)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from clipseed.defaults import PATCH_TEMPERATURE
+from clipseed.minmax import minmax
 
 CLASS_TEMPERATURE = 0.1
 
@@ -49,11 +50,7 @@ def class_distributions(scores: Tensor, temperature: float = CLASS_TEMPERATURE) 
         scores: Cosines, or anything increasing; a constant image gives uniform distributions.
         temperature: Of the softmax over texts, after scaling to [0, 1].
     """
-    scores = scores.float()
-    low = scores.amin(dim=(-2, -1), keepdim=True)
-    span = scores.amax(dim=(-2, -1), keepdim=True) - low
-    unit = (scores - low) / torch.where(span > 0, span, torch.ones_like(span))
-    return (unit / temperature).softmax(dim=-1)
+    return (minmax(scores.float()) / temperature).softmax(dim=-1)
 
 
 def jensen_shannon(p: Tensor, q: Tensor | None = None) -> Tensor:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from clipseed.pseudo.pixels import label_values, strongest
+
 Pixels = npt.NDArray[np.uint8]
 _CAPTION = 18
 _GAP = 6
@@ -48,9 +50,9 @@ def maps_overlay(
 
     if not len(maps):
         return image
-    strongest = maps.argmax(axis=0)
-    colour = voc_palette()[np.asarray(classes)[strongest] + 1]
-    weight = strength * maps.max(axis=0).clip(0, 1)[..., None]
+    row, score = strongest(maps)
+    colour = voc_palette()[label_values(classes)[1:][row]]
+    weight = strength * score.clip(0, 1)[..., None]
     blended: Pixels = (image * (1 - weight) + colour * weight + 0.5).astype(np.uint8)
     return blended
 

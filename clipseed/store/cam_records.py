@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
+from clipseed.types import LabelMask
 
 if TYPE_CHECKING:
     from clipseed.store.record_file import RecordFile
@@ -59,11 +60,26 @@ class Cam:
             out[index] = cv2.resize(cam, (width, height), interpolation=cv2.INTER_LINEAR)
         return out
 
+    def label_mask(
+        self, *, threshold: float | None = None, alpha: float | None = None, released: bool = False
+    ) -> LabelMask:
+        """The label mask ``(H, W)``: each pixel's strongest class where it exceeds the background, else 0.
+
+        Give one of ``threshold`` and ``alpha``; see :func:`clipseed.pseudo.thresholding`. With segments, and for other
+        rules, see :func:`clipseed.pseudo.label_mask`.
+
+        Raises:
+            ValueError: none or both of the two, or outside its range.
+        """
+        from clipseed.pseudo.rules import label_mask, thresholding
+
+        return label_mask(self, thresholding(threshold=threshold, alpha=alpha, released=released))
+
 
 def cam_format(cam_dtype: str = "float16") -> RecordFormat[Cam]:
     """The CAM file; ``cam_dtype`` (``float16`` or ``float32``) matters for writing only."""
     return RecordFormat(
-        name="clipseed-CAMs",
+        name="clipseed-cams",
         version=1,
         noun="CAM",
         ragged={"class_offset": ("class_id",), "cam_offset": ("cam",)},

@@ -156,7 +156,7 @@ def unpack_segments(record: SegmentRecord) -> Segments:
 def segment_format() -> RecordFormat[SegmentRecord]:
     """The segments file."""
     return RecordFormat(
-        name="clipseed-masks",
+        name="clipseed-segments",
         version=1,
         noun="segments",
         ragged={"mask_offset": ("rle_length", *_PER_MASK), "rle_offset": ("rle",)},

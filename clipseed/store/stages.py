@@ -10,7 +10,7 @@ from clipseed.errors import UsageError
 CAM_OUTPUT = "cams.h5"
 CRF_OUTPUT = "pseudo"
 SEGMENTS_OUTPUT = "segments.h5"
-SEED_OUTPUT = "CAMs"
+SEED_OUTPUT = "pseudo-sam"
 _REFINED = "cams-*.h5"
 _READ_BY: dict[str, tuple[str, ...]] = {
     "evaluate": (SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
@@ -22,7 +22,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "js": (CAM_OUTPUT,),
 }
 """What each command reads when it is not told, the most refined first."""
-_DOES = {"evaluate": "score", "crf": "label", "sam-seed": "label", "sam-masks": "make masks for"}
+_DOES = {"evaluate": "score", "crf": "label", "sam-seed": "label", "sam-masks": "segment"}
 
 
 def newest_output(folder: Path, command: str = "evaluate") -> Path:

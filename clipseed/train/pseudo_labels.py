@@ -14,6 +14,8 @@ from torchvision.tv_tensors import Image, Mask
 from clipseed.data.images import read_image
 from clipseed.data.listing import list_images
 from clipseed.errors import InputError
+from clipseed.pseudo.background import Background
+from clipseed.pseudo.pixels import label_scores
 from clipseed.store.cams import CamSet, open_cams
 from clipseed.store.label_masks import read_label_mask
 from clipseed.train.augment import Augmentation, Scores
@@ -75,8 +77,10 @@ class PseudoLabels(Stacked):
         assert self._soft is not None
         if self._cams is None:
             self._cams = open_cams(self._soft)
-        strongest: npt.NDArray[np.float32] = self._cams[identifier].upsampled().max(axis=0, initial=0)
-        return np.maximum(strongest, 1 - strongest).astype(np.float32, copy=False)
+        cam = self._cams[identifier]
+        return label_scores(cam.upsampled(), cam.classes, Background("power", 1.0)).confidence.astype(
+            np.float32, copy=False
+        )
 
     def digest(self) -> str:
         """Digest of all masks and scores and of the images' names and sizes: what a resumed run must find again."""

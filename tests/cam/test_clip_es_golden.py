@@ -25,7 +25,7 @@ from clipseed.clip.text import prototypes
 from clipseed.data import load_vocabulary
 from clipseed.data.voc import object_names
 from clipseed.evaluate.confusion import confusion, score
-from clipseed.evaluate.sweep import PowerSweep, ThresholdSweep, power_labels
+from clipseed.evaluate.sweep import PowerSweep, ThresholdSweep
 from clipseed.store import Cam
 
 from helpers.clip_es import load_set, pixels_of
@@ -126,7 +126,7 @@ def test_evaluation(folder: str) -> None:
         arrays = case(folder, name)
         seed = refined_seed(arrays)
         for exponent in (1, 2):
-            flips += int((power_labels(seed, exponent) != arrays[f"pred_thr{exponent}"]).sum())
+            flips += int((seed.label_mask(alpha=exponent) != arrays[f"pred_thr{exponent}"]).sum())
         powers.update(seed, arrays["gt"])
         constant.update(seed, arrays["gt"])
     assert flips == 0

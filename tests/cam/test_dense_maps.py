@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.cam.dense import DENSE_METHODS, competitors, dense_cams, pair_scores, subtract_redundant
-from clipseed.cam.gradcam import minmax
 from clipseed.cam.methods import METHODS, compute_cams
 from clipseed.clip.surgery import dual_path, neighbour_patches, self_correlation, value_patches, vicinity
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import VisionTower, tower_from
+from clipseed.minmax import minmax
 
 from helpers.models import tiny_config, tiny_model
 

@@ -76,7 +76,7 @@ def check(folder: Path) -> int:
     for path in files:
         if path.suffix == ".h5":
             with h5py.File(path) as file:
-                seeds = file.attrs["format"] == "clipseed-CAMs"
+                seeds = file.attrs["format"] == "clipseed-cams"
             (open_cams if seeds else SegmentSet)(path, verify=True).close()
         else:
             read_label_mask(path)

@@ -47,7 +47,7 @@ def seeds_file(path: Path, content: dict[str, np.ndarray], manifest: Any = MANIF
                 else values.tobytes()
             )
             parts.append(hashlib.sha256(raw).hexdigest())
-        attributes = {"format": "clipseed-CAMs", "version": 1, "manifest": text,
+        attributes = {"format": "clipseed-cams", "version": 1, "manifest": text,
                       "checksum": hashlib.sha256("\n".join(parts).encode()).hexdigest()}  # fmt: skip
         file.attrs.update(attributes)
     return path

@@ -202,7 +202,7 @@ def test_what_cannot_be_segmented_is_skipped(photos: Path, tmp_path: Path, capsy
     words = ("--dataset", "folder", "--images", photos, "--out", out, "--device", "cpu", *FEW, "--report", report)
     assert masks_of(*words, "--sam-factory", "helpers.sam:moody") == 3
     assert "2 images skipped" in capsys.readouterr().err
-    listed = (tmp_path / "masks.skipped.csv").read_text()
+    listed = (tmp_path / "segments.skipped.csv").read_text()
     assert "night,SAM failed on it (ValueError: too dark to see)" in listed
     assert "broken," in listed
     assert set(SegmentSet(out)) == {"a", "b", "c", "d", "e"}
@@ -250,7 +250,7 @@ def test_out_of_memory_halves_the_points(photos: Path, tmp_path: Path, capsys: p
         (["--dataset", "voc", "--images", "photos"], 2, "--images does not belong to --dataset voc"),
         (["--dataset", "imagenet"], 2, "Invalid value for '--dataset'"),
         (["--dataset", "folder", "--images", "nowhere"], 1, "no such image folder"),
-        ([], 2, "nothing to make masks for"),
+        ([], 2, "nothing to segment"),
         (["--seeds", "cams.h5"], 1, "cams.h5: no such file"),
         (["--seeds", "cams.h5", "--split", "val"], 2, "--split belongs to --dataset"),
         (["--dataset", "toy", "--preset", "heavy"], 2, "Invalid value for '--preset'"),
@@ -336,7 +336,7 @@ def test_import(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (folder / "d.png").unlink()
     words = ("--dataset", "folder", "--images", photos, "--import", folder, "--out", tmp_path / "segments.h5")
     assert masks_of(*words, "--import-kind", "instance-maps") == 3
-    listed = (tmp_path / "masks.skipped.csv").read_text()
+    listed = (tmp_path / "segments.skipped.csv").read_text()
     assert "masks of 5x5 pixels for an image of 50x70" in listed
     assert "c.png: not a PNG" in listed
     assert "d.png: no such mask file" in listed
@@ -417,7 +417,7 @@ def test_images_that_have_changed(prompted: Path, photos: Path, tmp_path: Path) 
     photo(9, 10, 10).save(photos / "a.png")
     (photos / "c.png").unlink()
     assert masks_of("--seeds", prompted, "--prompt", "boxes", *FACTORY, "--out", tmp_path / "segments.h5") == 3
-    listed = (tmp_path / "masks.skipped.csv").read_text()
+    listed = (tmp_path / "segments.skipped.csv").read_text()
     assert "the image is 10x10 pixels now, 64x48 when its CAMs were made" in listed
     assert "the image is not there any more" in listed
 
@@ -502,7 +502,7 @@ def test_what_is_no_cache(cache_file: Path, prompted: Path, tmp_path: Path) -> N
     (tmp_path / "later.h5.parts").mkdir()
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("half.h5", "not a readable HDF5 file"), ("cams.h5", "a clipseed-CAM file, but not"),
+        ("half.h5", "not a readable HDF5 file"), ("cams.h5", "a clipseed-cams file, but not"),
         ("later.h5", "not finished yet"), ("nowhere.h5", "clipseed sam-masks makes one"), ("empty", "no masks in this"),
     ):  # fmt: skip
         with pytest.raises(StoreError, match=message):

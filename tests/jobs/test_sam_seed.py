@@ -14,7 +14,8 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.errors import UsageError
 from clipseed.jobs import sam_seed
-from clipseed.pseudo.pixels import Background, label_pixels
+from clipseed.pseudo.background import Background
+from clipseed.pseudo.pixels import label_pixels
 from clipseed.pseudo.prompted import label_from_prompted_masks
 from clipseed.pseudo.rules import RuleOptions, decide
 from clipseed.pseudo.seeding import PRESETS, seed_from_masks
@@ -66,15 +67,15 @@ def test_fma(words: list[str], options: object, folder: Path, capsys: pytest.Cap
     assert seeded(*words) == 0
     said = capsys.readouterr().err
     assert "reading cams.h5" in said
-    assert "CAMs: 4 of 4 masks, 4 made now" in said
+    assert "pseudo-sam: 4 of 4 masks, 4 made now" in said
     found = labels()
     for k, seed in enumerate(SEEDS):
-        small = seed_from_masks(seed.cam, rectangles(GRID, k), seed.classes, options).labels
+        small = seed_from_masks(seed.maps, rectangles(GRID, k), seed.classes, options).labels
         wanted = np.asarray(Image.fromarray(small).resize((SIZE[1], SIZE[0]), Image.Resampling.NEAREST))
         np.testing.assert_array_equal(found[seed.id], wanted)
         assert label_mask_note(folder / "pseudo-sam" / f"{seed.id}.png").classes == tuple(seed.classes.tolist())
     assert len(np.unique(np.concatenate([mask.ravel() for mask in found.values()]))) > 3
-    with Image.open("CAMs/a.png") as image:
+    with Image.open("pseudo-sam/a.png") as image:
         assert (image.mode, image.size) == ("P", (64, 48))
 
 
@@ -89,7 +90,7 @@ def test_pixels_alone(folder: Path) -> None:
     (folder / "segments.h5").unlink()
     assert seeded("--method", "pixel", "--alpha", "3") == 0
     for seed in SEEDS:
-        wanted = label_pixels(seed.cam, seed.classes, SIZE, Background("power", 3.0)).labels
+        wanted = label_pixels(seed.maps, seed.classes, SIZE, Background("power", 3.0)).labels
         np.testing.assert_array_equal(labels()[seed.id], wanted)
 
 
@@ -97,7 +98,7 @@ def test_pixels_alone(folder: Path) -> None:
 def test_voting_from_maps(paper: bool, folder: Path) -> None:
     assert seeded("--method", "vote", *(["--paper"] if paper else [])) == 0
     for k, seed in enumerate(SEEDS):
-        before = label_pixels(seed.cam, seed.classes, GRID, Background("power", 2.0), paper=paper).labels
+        before = label_pixels(seed.maps, seed.classes, GRID, Background("power", 2.0), paper=paper).labels
         wanted = vote(before, rectangles(GRID, k).masks, VotingOptions(paper=paper))
         np.testing.assert_array_equal(labels()[seed.id], enlarged(wanted, SIZE))
 
@@ -129,15 +130,15 @@ def test_masks_that_were_asked_for(folder: Path) -> None:
     assert seeded("--masks", "asked.h5") == 0
     rows, kept = np.array([2, 0, 1]), [0, 1, 3]
     answers = np.where(proposals.masks[kept], 1.0, -1.0)
-    wanted = label_from_prompted_masks(answers, rows, seed.cam, seed.classes)
+    wanted = label_from_prompted_masks(answers, rows, seed.maps, seed.classes)
     np.testing.assert_array_equal(labels()["d"], wanted)
     assert len(np.unique(wanted)) > 2
-    assert json.loads(Path("CAMs/manifest.json").read_text())["method"] == "prompted"
+    assert json.loads(Path("pseudo-sam/manifest.json").read_text())["method"] == "prompted"
     assert seeded("--masks", "asked.h5", "--out", "ignored", "--uncovered", "ignore") == 0
     expected = np.where(proposals.masks[kept].any(axis=0), wanted, 255)
     np.testing.assert_array_equal(labels("ignored")["d"], expected)
     assert seeded("--masks", "asked.h5", "--out", "plain", "--method", "fma") == 0
-    plain = seed_from_masks(seed.cam, proposals, seed.classes).labels
+    plain = seed_from_masks(seed.maps, proposals, seed.classes).labels
     np.testing.assert_array_equal(labels("plain")["d"], plain)
 
 
@@ -178,7 +179,7 @@ def test_images_without_masks(policy: str, folder: Path, capsys: pytest.CaptureF
     assert "2 of them from no segment" in said
     found = labels()
     for seed in (SEEDS[0], SEEDS[2]):
-        pixels = label_pixels(seed.cam, seed.classes, SIZE, Background("power", 2.0)).labels
+        pixels = label_pixels(seed.maps, seed.classes, SIZE, Background("power", 2.0)).labels
         wanted = {"background": np.zeros_like(pixels), "ignore": np.full_like(pixels, 255), "cam": pixels}[policy]
         np.testing.assert_array_equal(found[seed.id], wanted)
     assert seeded("--masks", "few.h5", "--without-masks", policy) == 0  # told again, nothing is done again
@@ -256,7 +257,7 @@ def test_a_damaged_cache(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_damaged_maps_are_skipped(folder: Path) -> None:
-    broken = replace(SEEDS[0], cam=np.full((2, 6, 8), np.nan, np.float32))
+    broken = replace(SEEDS[0], maps=np.full((2, 6, 8), np.nan, np.float32))
     write_seeds(folder / "broken.h5", [broken, *SEEDS[1:]], small_manifest(folder))
     assert seeded("broken.h5") == 3
     assert "a,its CAMs hold NaN or infinity" in (folder / "pseudo-sam" / "skipped.csv").read_text()
@@ -282,8 +283,8 @@ def test_damaged_maps_are_skipped(folder: Path) -> None:
         (["--min-confidence", "0.5", "--method", "vote"], 2, "--method vote gives no confidence"),
         (["--masks", "nowhere.h5"], 1, "nowhere.h5: no such segments file; clipseed sam-masks makes one"),
         (["--masks", "nowhere"], 1, "nowhere: no such file or folder of masks"),
-        (["--masks", "cams.h5"], 1, "cams.h5: a clipseed-CAM file, but not a clipseed segments file file"),
-        (["segments.h5"], 1, "segments.h5: a clipseed-masks file, but not a clipseed CAM file"),
+        (["--masks", "cams.h5"], 1, "cams.h5: a clipseed-cams file, but not a clipseed segments file"),
+        (["segments.h5"], 1, "segments.h5: a clipseed-segments file, but not a clipseed CAM file"),
         (["--masks-kind", "sa-1b"], 2, "segments.h5 is a segments file"),
         (["nowhere.h5"], 1, "nowhere.h5: no such file"),
         (["labels", "--method", "fma"], 2, "only vote takes those"),
@@ -316,7 +317,7 @@ def test_nothing_to_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_scored_without_naming_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The most refined output in the folder is CAMs/."""
+    """The most refined output in the folder is pseudo-sam/."""
     (folder / "truth" / "sub").mkdir(parents=True)
     assert seeded("--report", "run.json") == 0
     for key, mask in labels().items():
@@ -324,7 +325,7 @@ def test_scored_without_naming_it(folder: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["evaluate", "--gt", "truth", "--json"]) == 0
     said = capsys.readouterr()
-    assert "scoring CAMs" in said.err
+    assert "scoring pseudo-sam" in said.err
     assert json.loads(said.out)["miou"] == pytest.approx(1.0)
     told = json.loads((folder / "run.json").read_text())
     assert (told["method"], told["computed"], told["missing"]) == ("fma", 4, 0)

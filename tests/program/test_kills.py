@@ -21,7 +21,7 @@ COMMANDS = {
     "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
-    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/CAMs", "--workers", "0"],
+    "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
 }
 
 

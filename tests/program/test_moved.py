@@ -182,7 +182,7 @@ def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], projec
     skipped = run(SEED, 3)["skipped"]  # its segments are still those of the old image
     assert [item["id"] for item in skipped] == ["a"]
     assert "run clipseed sam-masks again" in skipped[0]["reason"] or size != (48, 64)
-    assert not Path("CAMs/a.png").exists()
+    assert not Path("pseudo-sam/a.png").exists()
     assert run(SEGMENTS)["computed"] == 1
     assert run(SEED)["computed"] == 1
     assert set(computed(run).values()) == {0}
@@ -190,7 +190,7 @@ def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], projec
     assert new.size == size
     assert not np.array_equal(old.maps, new.maps)
     after = digests()
-    assert {key for key in before if before[key] != after[key]} <= {"pseudo/a.png", "CAMs/a.png"}
+    assert {key for key in before if before[key] != after[key]} <= {"pseudo/a.png", "pseudo-sam/a.png"}
     # The same as if everything had been made of the new image in the first place.
     for words, out in ((CAM, "cams.h5"), (REFINE, "cams-caa.h5"), (SEGMENTS, "segments.h5")):
         there = Path(out).read_bytes()

@@ -91,8 +91,8 @@ def test_segments(devkit: Path, weights: Path) -> None:
     assert [line.split()[1] for line in script.strip().splitlines()] == ["sam-masks", "sam-seed", "evaluate"]
     shown = run(f"clipseed cam --dataset voc --split val --out cams.h5\n{script}", devkit, weights)
     assert "segments.h5: 2 of 2 images" in shown
-    assert "CAMs: 2 of 2 masks" in shown
-    assert re.search(r"CAMs.*mean IoU|mean IoU.*CAMs", shown, re.DOTALL)
+    assert "pseudo-sam: 2 of 2 masks" in shown
+    assert re.search(r"pseudo-sam.*mean IoU", shown, re.DOTALL)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipseed.pseudo.background import Background
 from clipseed.pseudo.cam_prompts import PADDING, box_prompts, peaks, point_prompts
-from clipseed.pseudo.pixels import Background, label_pixels, unit_range
+from clipseed.pseudo.pixels import label_pixels, unit_range
 from clipseed.pseudo.pooling import mask_sums
 from clipseed.pseudo.prompted import label_from_prompted_masks
 from clipseed.pseudo.seeding import PRESETS, SeedingOptions, seed_from_masks

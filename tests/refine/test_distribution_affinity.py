@@ -123,13 +123,14 @@ def test_a_map_spreads_to_like_patches() -> None:
 def test_refinement_helps_on_the_toy_set() -> None:
     """Softmax-GradCAM inside its boxes on 40 scenes: 60.5 alone, 77.8 spread with SVC's distributions."""
     from clipseed.cam.dense import dense_features, similarities
-    from clipseed.cam.gradcam import minmax, run_last_block
+    from clipseed.cam.gradcam import run_last_block
     from clipseed.cam.methods import compute_cams
     from clipseed.clip.model import FrozenClip
     from clipseed.data.toy.world import lay_out
     from clipseed.data.vocabulary import load_vocabulary
     from clipseed.evaluate.confusion import score
     from clipseed.evaluate.sweep import ThresholdSweep
+    from clipseed.minmax import minmax
     from clipseed.refine.boxes import box_masks
     from clipseed.store.cam_records import Cam
     from tools.toy.measure import _pixels

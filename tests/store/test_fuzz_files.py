@@ -363,8 +363,8 @@ start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 original = path.read_bytes()
 
 def use(verify):
-    with open_cams(target, verify=verify) as CAMs:
-        return str([CAMs[key].cam.shape for key in CAMs])[:0] + "read"
+    with open_cams(target, verify=verify) as cams:
+        return str([cams[key].maps.shape for key in cams])[:0] + "read"
 
 for attempt in range(600):
     content = bytearray(original)

@@ -267,7 +267,7 @@ def test_not_a_seeds_file(tmp_path: Path) -> None:
         open_cams(tmp_path / "other.h5")
     with pytest.raises(StoreError, match="no such file"):
         open_cams(tmp_path / "missing.h5")
-    with pytest.raises(StoreError, match=r"no seeds in this folder"):
+    with pytest.raises(StoreError, match=r"no CAMs in this folder"):
         open_cams(tmp_path)
     store(tmp_path / "cams.h5", RECORDS)
     with h5py.File(tmp_path / "cams.h5", "r+") as file:

@@ -25,7 +25,7 @@ from clipseed.sam.load import load_sam
 from clipseed.sam.options import STOCK, ProposalOptions
 from clipseed.segments import WHOLE
 
-TOY_SAM = Path(clipseed.__file__).parent / "toy" / "weights" / "sam.npz"
+TOY_SAM = Path(clipseed.__file__).parent / "data" / "toy" / "weights" / "sam.npz"
 """The shipped weights."""
 GRID = replace(STOCK, points_per_side=16)
 """The stock mask generator with a coarser grid: the smallest object still gets a dozen points."""
