@@ -17,6 +17,7 @@ from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
 from clipseed.cli.inspect import inspect
 from clipseed.cli.merge import merge
+from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
 from clipseed.cli.refine import caa, js, par
 from clipseed.cli.report import report
@@ -57,6 +58,7 @@ app.command("sam-masks")(sam_masks)
 app.command("sam-seed")(sam_seed)
 app.add_typer(_train, name="train")
 _train.command("weclip")(weclip)
+app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)
 app.command("report")(report)

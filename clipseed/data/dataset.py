@@ -34,7 +34,7 @@ class DatasetOptions:
 
     ``templates`` and ``background`` replace the vocabulary's own when given
     (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` images may lack
-    labels: the command finds them itself.
+    labels: the command finds them itself. A ``vocabulary`` that is known stands in for ``classes``.
     """
 
     dataset: str
@@ -44,6 +44,7 @@ class DatasetOptions:
     labels: Path | None = None
     auto_labels: bool = False
     classes: str | None = None
+    vocabulary: Vocabulary | None = None
     templates: tuple[str, ...] = ()
     background: str | None = None
     exif: bool = False
@@ -82,6 +83,10 @@ def _reader(options: DatasetOptions) -> FileReader:
     return FileReader(exif=options.exif, max_pixels=options.max_pixels)
 
 
+def _vocabulary(options: DatasetOptions, default: str) -> Vocabulary:
+    return options.vocabulary or load_vocabulary(options.classes or default)
+
+
 def _labels(options: DatasetOptions, vocabulary: Vocabulary) -> Labels | None:
     return read_labels(options.labels, vocabulary) if options.labels else None
 
@@ -94,7 +99,7 @@ def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
 
 
 def _open_voc(options: DatasetOptions) -> ImageSet:
-    vocabulary = load_vocabulary(options.classes or "voc")
+    vocabulary = _vocabulary(options, "voc")
     root = voc.find_devkit(options.root).resolve()
     split, samples = voc.read_devkit(root, options.split, vocabulary, _labels(options, vocabulary))
     truth = root / "SegmentationClass"
@@ -109,7 +114,7 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
     root = start.resolve()
     split, annotations = coco.find_annotations(root, options.split)
     images = (options.images or coco.find_images(root, split)).resolve()
-    vocabulary = load_vocabulary(options.classes or "coco")
+    vocabulary = _vocabulary(options, "coco")
     labels = _labels(options, vocabulary)
     vocabulary, samples = coco.read_instances(annotations, images, vocabulary, labels)
     if options.auto_labels and not any(sample.labels for sample in samples):
@@ -125,14 +130,14 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
 def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.images is None:
         raise UsageError("--dataset folder needs --images DIR, the folder with the images")
-    if options.classes is None:
+    if options.classes is None and options.vocabulary is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
     if options.labels is None and not options.auto_labels:
         raise UsageError(
             "--dataset folder needs --labels FILE (which classes each image shows; CSV, JSON or text), or --labels "
             "auto to have CLIP tag them"
         )
-    vocabulary = load_vocabulary(options.classes)
+    vocabulary = _vocabulary(options, "")
     labels = _labels(options, vocabulary) or {}
     found = list_images(options.images)
     if options.split:
@@ -156,7 +161,7 @@ def _open_toy(options: DatasetOptions) -> ImageSet:
     if options.split is not None and options.split not in SPLITS:
         raise UsageError(f"--split {options.split}: the toy set has {' and '.join(SPLITS)}")
     seed, count = SPLITS[options.split] if options.split else (options.toy_seed, HELD_OUT_COUNT)
-    return toy_set(load_vocabulary(options.classes or "toy"), seed, count)
+    return toy_set(_vocabulary(options, "toy"), seed, count)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Shapes: B images of one size, K classes with the background.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Network(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """``model`` and ``weights`` as manifests say them: what computes beside what was trained."""
         ...
 
     def logits(self, images: Tensor) -> Tensor:

@@ -129,6 +129,58 @@ KINDS = ("weclip",)
 """What :func:`load_segmenter` can make a network of."""
 
 
+@dataclass(frozen=True)
+class SegmenterFile:
+    """A segmenter that was read, and no CLIP yet.
+
+    Attributes:
+        weights: What was trained.
+        vocabulary: Its classes.
+        about: What the file says of itself; ``digest`` and ``kind`` among it.
+        released: It is a checkpoint of WeCLIP's authors, with a CLIP inside.
+    """
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    vocabulary: Vocabulary
+    about: Mapping[str, Any]
+    released: bool = False
+
+    def on(self, place: Placement) -> Segmenter:
+        """The segmenter on its CLIP.
+
+        Raises:
+            WeightsError: the CLIP is not where it was, another one was named, or the weights do not fit it.
+        """
+        from clipseed.train.weclip.network import WeclipNetwork, refuse_other_tower, restored
+        from clipseed.train.weclip.options import WeclipOptions, preset
+        from clipseed.train.weclip.released import decoder_of
+
+        if not self.released:
+            clip = _tower(self.about, place, self.path)
+            return Segmenter(
+                restored(clip, self.weights, self.about, self.path), self.vocabulary, self.about, self.path
+            )
+        decoder = decoder_of(self.weights, self.path)
+        clip = FrozenClip.load(place.model, place.weights or str(self.path), place.device, place.precision)
+        refuse_other_tower(decoder, clip, self.path)
+        options = WeclipOptions(**preset(self.vocabulary.name, released=True))
+        return Segmenter(WeclipNetwork(clip, decoder, options), self.vocabulary, self.about, self.path)
+
+
+def read_segmenter(path: Path, classes: str | None = None) -> SegmenterFile:
+    """Read a segmenter's file; see :func:`load_segmenter`."""
+    if path.suffix != ".safetensors" or not is_ours(path):
+        return _read_released(path, classes)
+    tensors, about = read_weights(path)
+    if about.get("kind") not in KINDS or "tower" not in about:
+        what = "a checkpoint of training, not a segmenter" if about.get("kind") == "checkpoint" else "no segmenter"
+        raise WeightsError(f"{path}: {what}; give the file that clipseed train wrote with --out")
+    vocabulary = parse_vocabulary(about["vocabulary"], str(path), "segmenter")
+    refuse_other_classes(vocabulary, classes, path)
+    return SegmenterFile(path, tensors, vocabulary, about)
+
+
 def load_segmenter(
     path: str | Path, *, model: str | None = None, weights: str | Path | None = None,
     device: str | torch.device = "auto", precision: Precision = "auto", classes: str | None = None,
@@ -148,20 +200,8 @@ def load_segmenter(
         WeightsError: missing, damaged, no segmenter, or for another CLIP.
         UsageError: ``classes`` are not the file's.
     """
-    path = Path(path)
     place = Placement(model, None if weights is None else str(weights), device, precision)
-    if path.suffix != ".safetensors" or not is_ours(path):
-        return _load_released(path, place, classes)
-    tensors, about = read_weights(path)
-    if about.get("kind") not in KINDS or "tower" not in about:
-        what = "a checkpoint of training, not a segmenter" if about.get("kind") == "checkpoint" else "no segmenter"
-        raise WeightsError(f"{path}: {what}; give the file that clipseed train wrote with --out")
-    from clipseed.train.weclip.network import restored
-
-    vocabulary = parse_vocabulary(about["vocabulary"], str(path), "segmenter")
-    refuse_other_classes(vocabulary, classes, path)
-    clip = _tower(about, place, path)
-    return Segmenter(restored(clip, tensors, about, path), vocabulary, about, path)
+    return read_segmenter(Path(path), classes).on(place)
 
 
 def refuse_other_classes(vocabulary: Vocabulary, classes: str | None, path: Path) -> None:
@@ -213,27 +253,16 @@ def _tower(about: Mapping[str, Any], place: Placement, path: Path) -> FrozenClip
     return clip
 
 
-def _load_released(path: Path, place: Placement, classes: str | None) -> Segmenter:
+def _read_released(path: Path, classes: str | None) -> SegmenterFile:
     """A checkpoint of WeCLIP's authors: the decoder and, as a rule, the whole CLIP beside it."""
-    from clipseed.train.weclip.network import WeclipNetwork, refuse_other_tower
-    from clipseed.train.weclip.options import WeclipOptions, preset
     from clipseed.train.weclip.released import decoder_of, decoder_state, is_released
 
     file = read_foreign_weights(path)
     if not is_released(file.state):
         raise WeightsError(f"{path}: no segmenter of clipseed, and no checkpoint of WeCLIP's authors")
-    decoder = decoder_of(decoder_state(file.state, path), path)
-    vocabulary = released_vocabulary(decoder.classes - 1, classes, path)
-    clip = FrozenClip.load(place.model, place.weights or str(path), place.device, place.precision)
-    refuse_other_tower(decoder, clip, path)
-    options = WeclipOptions(**preset(vocabulary.name, released=True))
-    about = {
-        "kind": "weclip",
-        "tower": clip.manifest(),
-        "weights": clip.location,
-        "sha256": file.sha256,
-    }
-    return Segmenter(WeclipNetwork(clip, decoder, options), vocabulary, about, path)
+    weights = decoder_state(file.state, path)
+    vocabulary = released_vocabulary(decoder_of(weights, path).classes - 1, classes, path)
+    return SegmenterFile(path, weights, vocabulary, {"kind": "weclip", "digest": file.sha256}, released=True)
 
 
 def released_vocabulary(count: int, classes: str | None, path: Path) -> Vocabulary:

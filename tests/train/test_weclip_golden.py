@@ -33,7 +33,8 @@ from clipseed.train.weclip.options import WeclipOptions, preset
 from clipseed.train.weclip.refining import agreeing, confirmed_map, static_map
 from clipseed.train.weclip.released import decoder_state
 from clipseed.train.weclip.schedule import learning_rate_factor
-from clipseed.train.weclip.trainer import Weclip, pseudo_scores
+from clipseed.train.weclip.pseudo_scores import pseudo_scores
+from clipseed.train.weclip.trainer import Weclip
 
 from helpers.weclip import decoder, labels_of, stored, tensor, text, tower
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
-from clipseed.defaults import PixelStatistics
+from clipseed.clip.text import TextBank
+from clipseed.defaults import PAR_POSITION_WEIGHT, PixelStatistics
 from clipseed.errors import WeightsError
+from clipseed.train.weclip.affinity import token_affinity
 from clipseed.train.weclip.decoder import Decoder
 from clipseed.train.weclip.frozen import look, pixels_of
 from clipseed.train.weclip.options import WeclipOptions
+from clipseed.train.weclip.pseudo_scores import pseudo_scores
 from clipseed.weights import check_fit
 
 
@@ -46,6 +49,10 @@ class WeclipNetwork:
         """What images are normalised with."""
         return self.options.statistics
 
+    def describe(self) -> dict[str, Any]:
+        """The frozen model, and where its weights are."""
+        return {"model": self.clip.manifest(), "weights": self.clip.location}
+
     def logits(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` from 0 to 255 to ``(B, K, h, w)``, float32; without dropout."""
         tower = self.clip.tower
@@ -57,6 +64,28 @@ class WeclipNetwork:
             found: Tensor = self.decoder(sight.levels, sight.grid)
         self.decoder.train(training)
         return found.float()
+
+    def pseudo_scores(
+        self, images: Tensor, labels: Sequence[Sequence[int]], size: tuple[int, int], text: TextBank
+    ) -> list[Tensor]:
+        """Refined scores of images whose labels are known: the paper's pseudo-labels, made after training.
+
+        Args:
+            images: ``(B, 3, H, W)`` of one size, 0 to 255.
+            labels: Class indices of each.
+            size: Of the scores.
+            text: Prototypes of the vocabulary.
+
+        Returns:
+            ``(1 + K_b, H, W)`` of background and classes for each image, in [0, 1].
+        """
+        tower, options = self.clip.tower, self.options
+        pixels = pixels_of(tower, images, self.statistics)
+        sight = look(tower, pixels, options.rfm_layers)
+        affinity = token_affinity(self.decoder.fuse(sight.levels))
+        scores, _ = pseudo_scores(tower, text, sight, affinity, pixels, labels, options, size)
+        growth = (1 + PAR_POSITION_WEIGHT) ** options.par_iterations
+        return [rows / growth if len(rows) > 1 else rows for rows in scores]
 
 
 def sizes(decoder: Decoder) -> dict[str, int]:

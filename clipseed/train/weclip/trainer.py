@@ -7,7 +7,7 @@ helps, without gradient, to refine the CAMs; refined CAMs become pseudo-labels; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from clipseed.train.losses import confidence_guided_loss
 from clipseed.train.weclip.affinity import pair_labels, token_affinity
 from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.decoder import Decoder, kept_channels
-from clipseed.train.weclip.frozen import Sight, initial_cams, look, pixels_of
-from clipseed.train.weclip.labels import refined_scores, score_maps, spread_cams, strongest
+from clipseed.train.weclip.frozen import Sight, look, pixels_of
+from clipseed.train.weclip.labels import strongest
 from clipseed.train.weclip.losses import affinity_loss, balanced_loss
 from clipseed.train.weclip.options import WeclipOptions
-from clipseed.train.weclip.refining import confirmed_map, static_map
+from clipseed.train.weclip.pseudo_scores import pseudo_scores
 from clipseed.train.weclip.schedule import learning_rate_factor
 from clipseed.types import IGNORE
 
@@ -128,37 +128,3 @@ class Weclip:
             "affinity": together,
             "saturated": (affinity.detach() > SATURATED).float().mean(),
         }
-
-
-def pseudo_scores(
-    tower: VisionTower,
-    text: TextBank,
-    sight: Sight,
-    affinity: Tensor | None,
-    pixels: Tensor,
-    labels: Sequence[Sequence[int]],
-    options: WeclipOptions,
-    size: tuple[int, int],
-) -> tuple[list[Tensor], Tensor]:
-    """Refined scores of background and classes of a batch whose labels are known.
-
-    Args:
-        tower: The frozen tower.
-        text: Prototypes of the vocabulary.
-        sight: What the tower saw, with its last block and the attention of as many blocks as the map needs.
-        affinity: ``(B, n, n)`` of the decoder for the refinement module; ``None``: the mean attention.
-        pixels: The images ``(B, 3, h, w)``, in any affine scale of their colours.
-        labels: Class indices of each image.
-        options: Constants.
-        size: Of the scores.
-
-    Returns:
-        ``(1 + K_b, H, W)`` for each image, and the probability ``(P,)`` of each (image, class) pair.
-    """
-    cams, probability = initial_cams(tower, text, sight, labels, released=options.released)
-    if affinity is None:
-        spreading = static_map(sight.attention)
-    else:
-        spreading = confirmed_map(affinity, sight.attention, options.rfm_filter)
-    scores = [score_maps(maps, size) for maps in spread_cams(cams, spreading, options.caa)]
-    return refined_scores(scores, pixels, options.par_iterations), probability
