@@ -54,16 +54,16 @@ class Running:
             self.console.note(f"{note} {source}")
         return source
 
-    def start(self, todo: int, done: int, title: str = "", of: int | None = None) -> Advance:
-        """Say what there is to do, and give the progress callback."""
+    def start(self, todo: int, done: int, title: str = "", of: int | None = None, what: str = "") -> Advance:
+        """Say what there is to do, and give the progress callback; ``what`` is not the command but a part of it."""
         shard = f"shard {self.launch.shard} ({self.launch.source}): " if not self.launch.shard.whole else ""
         many = f"{of} images, " if of is not None else ""
         unit = "to do" if of is not None else "images to do"
         self.console.note(
-            f"{title or self.command}: {shard}{many}{todo} {unit}" + (f", {done} done already" if done else "")
+            f"{title or what or self.command}: {shard}{many}{todo} {unit}" + (f", {done} done already" if done else "")
         )
         current: list[StreamStats] = []
-        track = self.console.track(self.command, todo, lambda: _detail(current[0]) if current else "")
+        track = self.console.track(what or self.command, todo, lambda: _detail(current[0]) if current else "")
 
         def advance(count: int, stats: StreamStats) -> None:
             current[:] = [stats]
@@ -200,6 +200,12 @@ def rate(report: RunReport) -> str:
     return f" in {report.seconds:.1f} s, {speed(computed / max(1e-9, report.seconds))}"
 
 
+def timings(report: RunReport) -> dict[str, Any]:
+    """Seconds of computing, and images/s in them."""
+    speed = round(report.stats.computed / report.seconds, 3) if report.seconds else None
+    return {"seconds": round(report.seconds, 3), "images_per_second": speed}
+
+
 def _detail(stats: StreamStats) -> str:
     skipped = f", {len(stats.skipped)} skipped" if stats.skipped else ""
     return f"(limited by {stats.bottleneck}{skipped})"
@@ -209,7 +215,7 @@ def _common(report: RunReport, run: Running) -> dict[str, Any]:
     stats = report.stats
     return {
         "command": run.command,
-        "out": str(report.out),
+        "out": None if report.out is None else str(report.out),
         "shard": None if run.launch.shard.whole else str(run.launch.shard),
         "open_shards": report.open_shards,
         "images": report.total,
@@ -218,9 +224,8 @@ def _common(report: RunReport, run: Running) -> dict[str, Any]:
         "skipped": [{"id": key, "reason": why} for key, why in stats.skipped],
         "recomputed_in_fp32": stats.counters["recomputed"],
         "out_of_memory": list(stats.out_of_memory) if stats.out_of_memory else None,
-        "seconds": round(report.seconds, 3),
+        **timings(report),
         "loading_seconds": round(report.loading, 3),
-        "images_per_second": round(stats.computed / report.seconds, 3) if report.seconds else None,
         "waits": {stage: round(seconds, 3) for stage, seconds in stats.waits.items()},
         "bottleneck": stats.bottleneck if stats.computed else None,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, prepare, rate, warn_of_toy_weights
+from clipseed.cli._run import Running, prepare, rate, timings, warn_of_toy_weights
 from clipseed.data.background import GENERAL
 from clipseed.defaults import TAG_THRESHOLD, CamMethod
 from clipseed.errors import UsageError
@@ -98,14 +98,12 @@ def cam(
         box_threshold=box_threshold, scales=shared.numbers(scales, "--scales"), flip=flip, paper=paper,
         **tagging, **vars(model), run=run.options(**compute.parsed()),
     )  # fmt: skip
-    if auto and not run.launch.shard.whole:
-        raise UsageError("--labels auto tags all images at once: run it first without --shard, then use its labels")
     console = run.console
     with console:
         done = run_cam(
             options,
-            lambda image_set: partial(_start, run, model.weights, image_set),
-            lambda todo, _: _start_tags(console, todo),
+            lambda image_set: partial(_start, run, model.weights, image_set, not auto),
+            lambda image_set: partial(_start_tags, run, model.weights, image_set),
             run.loading,
         )
     if done.tags is not None:
@@ -122,36 +120,45 @@ def cam(
     return code or 3
 
 
-def _start(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
-    warn_of_toy_weights(run.console, weights, image_set)
-    words = image_set.vocabulary
-    if words.background_from == GENERAL:
-        run.console.note(
-            f"{words.name}: no background words of its own; {len(words.background)} general ones compete with its "
-            "classes (--background)"
-        )
+def _start(run: Running, weights: str | None, image_set: ImageSet, first: bool, todo: int, found: int) -> Advance:
+    if first:
+        _warn(run.console, weights, image_set)
     return run.start(todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples))
 
 
-def _start_tags(console: Console, todo: int) -> Any:
-    track = console.track("tags", todo)
-    return lambda count, _: track(count)
+def _start_tags(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
+    """Tagging comes first, so it is what warnings come before."""
+    _warn(run.console, weights, image_set)
+    return run.start(todo, found, what="tags")
+
+
+def _warn(console: Console, weights: str | None, image_set: ImageSet) -> None:
+    warn_of_toy_weights(console, weights, image_set)
+    words = image_set.vocabulary
+    if words.background_from == GENERAL:
+        console.note(
+            f"{words.name}: no background words of its own; {len(words.background)} general ones compete with its "
+            "classes (--background)"
+        )
 
 
 def _tell_tags(console: Console, tags: TagReport) -> None:
     if not tags.tagged:
         console.note("--labels auto: every image that can be read has labels of its own")
         return
+    then = "correct it and give it with --labels"
+    if tags.open_shards:
+        then = f"{tags.open_shards} shards have images to be tagged yet, and the last of them writes the file"
     console.note(
-        f"{tags.path}: {tags.tagged} images tagged by CLIP ({tags.computed} now), {tags.empty} of them without any "
-        "class (all background); correct it and give it with --labels"
+        f"{tags.out}: {tags.tagged} images tagged by CLIP ({tags.stats.computed} now), {tags.without_class} of them "
+        f"without any class (all background); {then}"
     )
 
 
 def _facts(report: CamReport) -> dict[str, Any]:
     tags = report.tags
-    return {
-        **({"tags": {"file": str(tags.path), "tagged": tags.tagged, "empty": tags.empty}} if tags else {}),
-        "model": report.model,
-        "device": report.device,
-    }
+    facts = {"model": report.model, "device": report.device}
+    if tags is None:
+        return facts
+    found = {"tagged": tags.tagged, "empty": tags.without_class, "computed": tags.stats.computed}
+    return {"tags": {"file": str(tags.out), **found, **timings(tags)}, **facts}

@@ -33,7 +33,9 @@ class Look:
 @grouped
 def inspect(
     *,
-    cams: Annotated[Optional[Path], typer.Argument(help="CAMs or segments file (default: the newest stage).")] = None,
+    cams: Annotated[
+        Optional[Path], typer.Argument(help="CAMs, segments or features file (default: the newest stage).")
+    ] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
     id: Annotated[Optional[list[str]], typer.Option("--id", help="Show this image; repeatable.")] = None,
@@ -43,7 +45,7 @@ def inspect(
     output: shared.OutputArguments,
 ) -> int:
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
-    from clipseed.jobs.inspect import holds_segment_records, inspect_cams, write_preview
+    from clipseed.jobs.inspect import holds_features, holds_segment_records, inspect_cams, write_preview
     from clipseed.store.files import refuse_unwritable
     from clipseed.store.stages import newest_output
 
@@ -53,6 +55,10 @@ def inspect(
     refuse_unwritable(preview, "--preview")
     look = Look(preview, count, tuple(id or ()), images, root) if preview is not None else None
     chosen = cams or newest_output(Path())
+    if holds_features(chosen):
+        if look is not None:
+            raise UsageError("--preview: features are nothing to look at")
+        return show_features(chosen, verify=verify, output=output)
     if holds_segment_records(chosen):
         return show(chosen, look, verify=verify, output=output)
     found = inspect_cams(chosen, verify=verify)
@@ -130,6 +136,28 @@ def _print_segments(found: SegmentInspection) -> None:
     if found.per_class:
         typer.echo("")
         print_table(("class", "masks"), [(name, str(number)) for name, number in found.per_class.items()])
+
+
+def show_features(path: Path, *, verify: bool, output: shared.OutputArguments) -> int:
+    """Print what a features file holds; returns the exit code."""
+    from clipseed.jobs.inspect import inspect_features
+
+    found = inspect_features(path, verify=verify)
+    if output.json:
+        print_json(found.as_dict())
+        return 0
+    model, data = found.manifest["model"], found.manifest["dataset"]
+    _print_facts([
+        ("file", f"{found.path} ({found.files} file(s), {found.bytes:,} bytes)"),
+        ("options", _pairs(found.manifest["options"])),
+        ("model", f"{model.get('model')} {model.get('weights')} ({model.get('precision')})"),
+        ("weights SHA-256", str(model.get("sha256"))),
+        ("data set", f"{data.get('name')} {data.get('split')} {data.get('root') or ''}".rstrip()),
+        ("images", str(found.images)),
+        ("features", f"{found.length} values each"),
+        ("versions", _pairs(found.manifest.get("versions"))),
+    ])  # fmt: skip
+    return 0
 
 
 def _print_facts(rows: Sequence[tuple[str, str]]) -> None:

@@ -23,6 +23,7 @@ from clipseed.cli.refine import caa, js, par
 from clipseed.cli.report import report
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
+from clipseed.cli.threshold import threshold
 from clipseed.cli.train import weclip
 from clipseed.runtime.threads import let_waiting_threads_sleep
 
@@ -53,6 +54,7 @@ app.add_typer(_refine, name="refine")
 _refine.command("caa")(caa)
 _refine.command("js")(js)
 _refine.command("par")(par)
+app.command("threshold")(threshold)
 app.command("crf")(crf)
 app.command("sam-masks")(sam_masks)
 app.command("sam-seed")(sam_seed)

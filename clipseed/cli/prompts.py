@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, percent, print_json, print_table, some
+from clipseed.cli._console import Console, percent, print_table
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code, warn_of_toy_weights
+from clipseed.cli._run import Running, prepare, rate, warn_of_toy_weights
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
     from clipseed.jobs.prompts import Candidate, PromptReport
+    from clipseed.runtime.stream import Advance
 
 
 @grouped
@@ -41,9 +43,15 @@ def prompts(
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
     compute: shared.ComputeArguments,
-    workers: shared.Workers = "auto",
     csv: Annotated[Optional[Path], shared.output_option(help="Write all numbers to this CSV file.")] = None,
-    allow_skipped: shared.AllowSkipped = None,
+    features: Annotated[
+        Optional[Path],
+        shared.output_option(
+            help="Keep image features there, NAME.h5 or a folder, for going on, for shards, and to rank other texts "
+            "without the images; --shard needs it."
+        ),
+    ] = None,
+    running: shared.RunArguments,
     output: shared.OutputArguments,
 ) -> int:
     """Rank prompt templates by sharpness (CLIP-ES, Eq. 9; lower is better) on images with two labels or more.
@@ -54,44 +62,47 @@ def prompts(
       clipseed prompts --dataset voc --limit 500
 
       clipseed prompts --dataset folder --images photos --labels labels.csv --classes classes.txt --synonyms
+
+      clipseed prompts --dataset voc --features features.h5 --shard 1/4
     """
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.prompts import PromptOptions, run_prompts
     from clipseed.store.files import refuse_unwritable
 
-    allowed = shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")
     data = DatasetOptions(
         **vars(where), **vars(reading), labels=labels, classes=classes, templates=tuple(template or ())
     )
+    run = prepare("prompts", running, output)
     options = PromptOptions(
-        data=data, templates=templates, synonyms=synonyms, csv=csv, workers=shared.workers_of(workers), **vars(model),
-        **compute.parsed(),
+        data=data, templates=templates, synonyms=synonyms, csv=csv, features=features, **vars(model),
+        run=run.options(**compute.parsed()),
     )  # fmt: skip
-    console = Console(output.quiet)
-    with console:
-        report = run_prompts(options, lambda image_set: lambda todo, _: _start(console, model.weights, image_set, todo))
-    if output.json:
-        print_json(report.as_dict())
-    else:
+    with run.console:
+        report = run_prompts(options, lambda image_set: partial(_start, run, model.weights, image_set), run.loading)
+    ranked = report.templates is not None
+    if ranked and not output.json:
         _print(report)
-    _tell(console, report, csv, synonyms)
-    return exit_code(console, len(report.skipped), allowed)
+    _tell(run.console, report, csv, synonyms)
+    computed = report.stats.computed
+    kept = "" if features is None else f" in {features}"
+    summary = f"features of {report.done_before + computed} of {report.total} images{kept}, {computed} computed now"
+    return run.finish(report, f"{summary}{rate(report)}{'' if ranked else '; nothing is ranked yet'}", report.as_dict())
 
 
-def _start(console: Console, weights: str | None, image_set: ImageSet, todo: int) -> Any:
-    console.note(
-        f"{image_set.name} {image_set.split}: {todo} of {len(image_set.samples)} images show two classes or more"
+def _start(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
+    several = sum(len(sample.labels or ()) > 1 for sample in image_set.samples)
+    run.console.note(
+        f"{image_set.name} {image_set.split}: {several} of {len(image_set.samples)} images show two classes or more"
     )
-    warn_of_toy_weights(console, weights, image_set)
-    track = console.track("prompts", todo)
-    return lambda count, _: track(count)
+    warn_of_toy_weights(run.console, weights, image_set)
+    return run.start(todo, found)
 
 
 def _print(report: PromptReport) -> None:
     print_table(
         ("template", "rank", "sharpness", "present", "images"),
-        [(item.words, *_numbers(item)) for item in report.templates],
+        [(item.words, *_numbers(item)) for item in report.templates or ()],
     )
     if report.classes:
         typer.echo("")
@@ -108,9 +119,8 @@ def _numbers(item: Candidate) -> tuple[str, str, str, str]:
 
 
 def _tell(console: Console, report: PromptReport, csv: Path | None, synonyms: bool) -> None:
-    if report.skipped:
-        reasons = some([f"{key} ({why})" for key, why in report.skipped], 3)
-        console.warn(f"{len(report.skipped)} images skipped: {reasons}")
+    if report.templates is None:
+        return
     if synonyms and not report.classes:
         console.note("no class of this vocabulary has synonyms; give some with --classes FILE (docs/formats.md)")
     if csv is not None:

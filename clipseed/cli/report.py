@@ -26,7 +26,7 @@ def report(
     inputs: Annotated[
         Optional[list[Path]],
         typer.Argument(
-            metavar="SEEDS_OR_MASKS...",
+            metavar="CAMS_OR_MASKS...",
             help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
             "(default: the newest stage).",
         ),

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
-import io
-import json
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,42 +13,25 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import Method, compute_cams
-from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name, same_model, weights_location
+from clipseed.clip.model import TOY_WEIGHTS, model_name
 from clipseed.clip.tagging import tag
-from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
-from clipseed.data.labels import Labels
-from clipseed.data.listing import clean_id
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.defaults import CAM_MAX_SIDE, TAG_THRESHOLD, WEIGHTS
-from clipseed.device import pick_device
-from clipseed.errors import InputError, StoreError, UsageError
+from clipseed.errors import UsageError
 from clipseed.jobs.refine import caa_manifest, caa_options, refine_manifest
 from clipseed.refine.caa import CaaOptions, caa
-from clipseed.runtime.features import Feature, FeatureOptions, cut_units, stream_features
-from clipseed.runtime.images import (
-    LoadedViews,
-    ViewLoader,
-    batches_in_flight,
-    dealt_unit,
-    decode_ahead,
-    default_workers,
-    stacked,
-    token_budget,
-    unit_size_for,
-)
-from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.clip_work import ClipChoice, ClipWork
+from clipseed.runtime.features import features_of
+from clipseed.runtime.images import LoadedViews, ViewLoader, dealt_unit, stacked
 from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
-from clipseed.runtime.stream import BatchSize, StreamStats
-from clipseed.runtime.work import Deferred, LocalEngine, Work
+from clipseed.runtime.work import Deferred
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.differences import differences
 from clipseed.store.empty import stage_of
-from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.writer import recorded_manifest
+from clipseed.store.tags import Tagged, TagStore, label_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +83,7 @@ StartOn = Callable[[ImageSet], Start]
 
 
 def run_cam(
-    options: CamOptions, start: StartOn | None = None, start_tags: Start | None = None, loading: Loading | None = None
+    options: CamOptions, start: StartOn | None = None, start_tags: StartOn | None = None, loading: Loading | None = None
 ) -> CamReport:
     """Compute and store the class activation maps of a data set; resumes what an earlier run began.
 
@@ -127,8 +105,8 @@ def run_cam(
 
 
 def _run(
-    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[Cam], start: StartOn | None,
-    start_tags: Start | None,
+    options: CamOptions, image_set: ImageSet, recipe: CamRecipe, engine: Deferred[Any], start: StartOn | None,
+    start_tags: StartOn | None,
 ) -> CamReport:  # fmt: skip
     about, shard = engine.about, options.run.shard
     manifest = cam_manifest(options, image_set, about["model"], about["weights"])
@@ -145,19 +123,20 @@ def _run(
         replaced = writer.forget_replaced(files)
         tags = None
         if options.data.auto_labels:
-
-            def tagger() -> tuple[FrozenClip, TextBank]:
-                work = engine.engine.work if isinstance(engine.engine, LocalEngine) else recipe()
-                assert isinstance(work, CamWork)
-                return work.clip, work.text
-
-            image_set, tags = tag_unlabelled(options, image_set, tagger, writer, replaced, start_tags)
+            begin = start_tags(image_set) if start_tags else None
+            image_set, tags = tag_unlabelled(options, image_set, engine, writer, replaced, begin)
         samples = image_set.samples
-        writer.forget_unlike({sample.id: sample.labels for sample in samples})
-        untagged = {} if tags is None else tags.skipped
+        known = samples
+        if tags is not None:  # what other shards have not tagged yet is theirs to judge
+            own = set(writer.own([sample.id for sample in samples]))
+            known = [sample for sample in samples if sample.labels is not None or sample.id in own]
+        writer.forget_unlike({sample.id: sample.labels for sample in known})
+        untagged = {} if tags is None else dict(tags.stats.skipped)
         unlabelled = [sample.id for sample in samples if sample.labels is None]
         unusable = {key: untagged.get(key, "no labels are given for it") for key in unlabelled}
         done = run(engine, writer, samples, start(image_set) if start else None, shard=shard, unusable=unusable)
+    if tags is not None:  # the batch size that was lowered there is that of both
+        done.stats.out_of_memory = done.stats.out_of_memory or tags.stats.out_of_memory
     return CamReport(**vars(done), tags=tags)
 
 
@@ -216,6 +195,12 @@ class CamRecipe:
     reader: ImageReader
 
     @property
+    def choice(self) -> ClipChoice:
+        """Which CLIP."""
+        options = self.options
+        return ClipChoice(options.model, options.chosen_weights, options.run, released_rounding=options.paper)
+
+    @property
     def refinement(self) -> CaaOptions | None:
         """Constants of refining in the same pass."""
         if not self.options.refine:
@@ -224,66 +209,61 @@ class CamRecipe:
 
     def known(self) -> dict[str, Any] | None:
         """What :meth:`CamWork.about` would say, if the output that is there was made with the same model."""
-        options = self.options
-        there = None if options.run.overwrite else recorded_manifest(options.out)
-        if there is None or not isinstance(there.get("model"), dict):
-            return None
-        model, device = there["model"], pick_device(options.run.device)
-        if not same_model(
-            model, options.model, options.chosen_weights, device, options.run.precision, released_rounding=options.paper
-        ):
-            return None
-        return {
-            "model": model,
-            "weights": weights_location(options.chosen_weights),
-            "device": str(device),
-            "unit": unit_size_for(device),
-        }
+        return self.choice.known(self.options.out)
 
     def __call__(self) -> CamWork:
         """Load it."""
         return CamWork(self)
 
 
-class CamWork(Work[LoadedViews, Cam]):
-    """Images to maps."""
+@dataclass(frozen=True)
+class CamLoader:
+    """Decodes images at the scales of the run, and those without labels, which are to be tagged, at one."""
+
+    views: ViewLoader
+
+    def __call__(self, sample: Sample) -> LoadedViews:
+        """Decode one sample.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        return (self.views if sample.labels is not None else replace(self.views, scales=(1.0,)))(sample)
+
+
+class CamWork(ClipWork[Cam | Tagged]):
+    """Images with labels to maps, images without to tags; with the same model, loaded once."""
 
     def __init__(self, recipe: CamRecipe) -> None:
-        super().__init__()
-        options = self._options = recipe.options
-        self.clip = FrozenClip.load(
-            options.model,
-            options.chosen_weights,
-            options.run.device,
-            options.run.precision,
-            released_rounding=options.paper,
-        )
+        super().__init__(recipe.choice)
+        self._options, self._vocabulary = recipe.options, recipe.vocabulary
         self.text = self.clip.encode_text(recipe.vocabulary)
         self._refinement, self._reader = recipe.refinement, recipe.reader
-        device = self.clip.tower.device
-        self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
-        self.batch = BatchSize(options.run.batch_size, token_budget(device))
-        self.ahead = decode_ahead(device, self.workers) + 2 * (options.run.batch_size or 0)
-        self.queue, self.lanes = batches_in_flight(device), 2
-
-    def about(self) -> dict[str, Any]:
-        """Model, where its weights are, device, and images per unit."""
-        device = self.clip.tower.device
-        return {
-            "model": self.clip.manifest(),
-            "weights": self.clip.location,
-            "device": str(device),
-            "unit": unit_size_for(device),
-        }
 
     @property
-    def loader(self) -> ViewLoader:
+    def loader(self) -> CamLoader:
         """Decodes images at the scales of the run."""
         options = self._options
-        return ViewLoader(self._reader, self.clip.tower.patch, options.scales, options.max_side, options.min_side)
+        return CamLoader(
+            ViewLoader(self._reader, self.clip.tower.patch, options.scales, options.max_side, options.min_side)
+        )
 
-    def compute(self, items: Sequence[LoadedViews]) -> list[Cam]:
-        """Maps of a batch."""
+    def compute(self, items: Sequence[LoadedViews]) -> Sequence[Cam | Tagged]:
+        """Maps, or tags, of a batch."""
+        return self._tags(items) if items[0].sample.labels is None else self._maps(items)
+
+    def _tags(self, items: Sequence[LoadedViews]) -> list[Tagged]:
+        features, recomputed = features_of(self.clip, items)
+        self.counters["recomputed"] += recomputed
+        probability = self.text.probabilities(features)
+        options = self._options
+        tags = tag(probability, len(self._vocabulary.classes), options.tag_threshold, options.tag_top_k)
+        return [
+            Tagged(item.sample.id, {k: float(row[k]) for k in found})
+            for item, row, found in zip(items, probability, tags, strict=True)
+        ]
+
+    def _maps(self, items: Sequence[LoadedViews]) -> list[Cam]:
         labels = [item.sample.labels or () for item in items]
         if not labels[0]:  # images that show no class need no model
             maps = [torch.zeros(0, *items[0].grid) for _ in items]
@@ -308,218 +288,53 @@ class CamWork(Work[LoadedViews, Cam]):
         ]
 
 
-_SAVE_EVERY = 20.0
-"""Seconds of work that a kill may cost."""
 _SETTINGS = ("max_side", "min_side", "paper", "exif")
 """Options of ``clipseed cam`` that change tags."""
 
-Scores = dict[str, dict[int, float]]
-"""Sample id to its tags' probabilities by class index, the most probable first."""
 
-
-@dataclass
-class TagReport:
-    """What tagging did.
+@dataclass(kw_only=True)
+class TagReport(RunReport):
+    """What tagging did; ``out`` is the label file, and ``open_shards`` counts those with images to be tagged yet.
 
     Attributes:
-        path: The label file.
-        tagged: Images of this run that CLIP tagged, now or earlier; ``computed`` of them now.
-        empty: Those of them in which it found no class: all background.
-        skipped: Images that could not be read, with reasons.
+        tagged: Images of this run that CLIP tagged, now or earlier.
+        without_class: Those of them in which it found no class: all background.
     """
 
-    path: Path
     tagged: int
-    computed: int
-    empty: int
-    skipped: dict[str, str] = field(default_factory=dict)
-
-
-def label_file(out: Path, portable: bool) -> Path:
-    """Where the tags of an output go: ``NAME.labels.csv`` beside ``NAME.h5``, or ``DIR/labels.csv``."""
-    return out.with_name(f"{out.stem}.labels.csv") if portable else out / "labels.csv"
+    without_class: int
 
 
 def tag_unlabelled(
-    options: CamOptions,
-    image_set: ImageSet,
-    tagger: Callable[[], tuple[FrozenClip, TextBank]],
-    output: CamWriter,
-    replaced: Collection[str] = (),
+    options: CamOptions, image_set: ImageSet, engine: Deferred[Any], writer: CamWriter, replaced: Collection[str] = (),
     start: Start | None = None,
-) -> tuple[ImageSet, TagReport]:
-    """Give tags to every sample without labels; those that cannot be read stay without.
+) -> tuple[ImageSet, TagReport]:  # fmt: skip
+    """Give tags to this run's samples without labels; those that cannot be read stay without.
 
     Args:
-        options: The rule (``tag_threshold``, ``tag_top_k``), and how to run.
+        options: How to run.
         image_set: The data set.
-        tagger: Gives the model, and the prototypes of the vocabulary; not called where nothing is to be tagged.
-        output: Where the maps go, locked; :func:`label_file` stands beside it and holds the data set's own labels too.
+        engine: Of a :class:`CamRecipe`.
+        writer: Where the maps go, entered; the label file stands beside that and holds the data set's own labels too.
         replaced: Images whose earlier tags are those of another image.
         start: Begins to show progress.
 
     Raises:
         StoreError: the label file was edited, is not ours, or cannot be written.
     """
-    path = label_file(output.out, output.portable)
-    store = _TagStore(path, _deciding(output.manifest), image_set)
-    if not options.run.overwrite:
-        store.load()
-    store.refuse_foreign()
-    store.scores = {key: found for key, found in store.scores.items() if key not in replaced}
-    unlabelled = [sample for sample in image_set.samples if sample.labels is None]
-    todo = sum(sample.id not in store.scores for sample in unlabelled)
-    stats = StreamStats()
-    if todo:
-        stats = _tag(options, image_set.reader, unlabelled, *tagger(), store, start)
-    else:
-        store.save()
-    samples = [_with_tags(sample, store.scores) for sample in image_set.samples]
-    tagged = [sample.id for sample in unlabelled if sample.id in store.scores]
-    empty = sum(not store.scores[key] for key in tagged)
-    report = TagReport(path, len(tagged), stats.computed, empty, dict(stats.skipped))
-    return replace(image_set, samples=samples), report
-
-
-def _tag(
-    options: CamOptions, reader: ImageReader, unlabelled: Sequence[Sample], clip: FrozenClip, text: TextBank,
-    store: _TagStore, start: Start | None,
-) -> StreamStats:  # fmt: skip
-    """Tag what is not in the store yet, and save."""
-    units = cut_units(unlabelled, clip.tower.device)
-    missing = [[sample for sample in unit if sample.id not in store.scores] for unit in units]
-    todo = sum(map(len, missing))
-
-    def write(features: Sequence[Feature]) -> None:
-        if not features:
-            return
-        probability = text.probabilities(torch.stack([row for _, row in features]))
-        tags = tag(probability, store.classes, options.tag_threshold, options.tag_top_k)
-        for (key, _), row, found in zip(features, probability, tags, strict=True):
-            store.scores[key] = {k: float(row[k]) for k in found}
-        store.save_now_and_then()
-
-    run = FeatureOptions(options.max_side, options.min_side, options.run.batch_size, options.run.workers)
-    advance = start(todo, len(unlabelled) - todo) if start else (lambda count, stats: None)
-    with interruptible(lambda: f"interrupted; {len(store.scores)} images are tagged. Run the same command again."):
-        try:
-            return stream_features(clip, reader, missing, run, write, advance)
-        finally:
-            store.save()
-
-
-def _with_tags(sample: Sample, scores: Scores) -> Sample:
-    if sample.labels is not None or sample.id not in scores:
-        return sample
-    return replace(sample, labels=tuple(scores[sample.id]))
+    shard = options.run.shard
+    with TagStore(
+        label_file(writer.out, writer.portable), _deciding(writer.manifest), image_set, writer.unit_size, shard=shard,
+        overwrite=options.run.overwrite, replaced=replaced,
+    ) as store:  # fmt: skip
+        done = run(engine, store, image_set.samples, start, shard=shard, may_be_empty=True)
+        tagged = [key for key in store.own([sample.id for sample in image_set.samples]) if key in store.scores]
+        without = sum(not store.scores[key] for key in tagged)
+        samples = [store.labelled(sample) for sample in image_set.samples]
+    return replace(image_set, samples=samples), TagReport(**vars(done), tagged=len(tagged), without_class=without)
 
 
 def _deciding(manifest: Manifest) -> Manifest:
     """What of an output's settings decides its tags."""
     parts: Manifest = {part: manifest.get(part) for part in ("model", "vocabulary", "dataset")}
     return {**parts, "options": {key: manifest["options"].get(key) for key in _SETTINGS}}
-
-
-class _TagStore:
-    """The label file and what is known about it (``NAME.tags.json`` beside it)."""
-
-    def __init__(self, path: Path, settings: Manifest, image_set: ImageSet) -> None:
-        self._path, self._settings, self._set = path, settings, image_set
-        self._memory = path.with_name(path.name.removesuffix("labels.csv") + "tags.json")
-        self._saved = time.monotonic()
-        self.classes = len(image_set.vocabulary.classes)
-        self.scores: Scores = {}
-
-    def load(self) -> None:
-        """Take over earlier tags, if they were made with the same settings and the label file is still there."""
-        memory = self._remembered()
-        if memory is None or not self._path.is_file() or differences(memory["settings"], self._settings):
-            return
-        vocabulary = self._set.vocabulary
-        self.scores = {
-            key: {vocabulary.index(name, str(self._memory)): value for name, value in found.items()}
-            for key, found in memory["tags"].items()
-        }
-
-    def refuse_foreign(self) -> None:
-        """Do not touch a label file that somebody wrote or edited.
-
-        Raises:
-            StoreError: it is one.
-        """
-        ours = (self._remembered() or {}).get("sha256", [])
-        if self._path.is_file() and _digest(self._path.read_bytes()) not in ours:
-            raise StoreError(
-                f"{self._path}: --labels auto would overwrite this file, which is not as CLIP's tags left it; use it "
-                f"with --labels {self._path} and another --out, or move it away to have the images tagged again"
-            )
-
-    def _remembered(self) -> dict[str, Any] | None:
-        try:
-            memory = json.loads(self._memory.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
-        known = {"settings": dict, "sha256": list, "tags": dict}
-        if not isinstance(memory, dict) or not all(isinstance(memory.get(key), kind) for key, kind in known.items()):
-            return None
-        if not all(isinstance(found, dict) for found in memory["tags"].values()):
-            return None
-        return memory
-
-    def save_now_and_then(self) -> None:
-        """Save when much work has gathered."""
-        if time.monotonic() - self._saved > _SAVE_EVERY:
-            self.save()
-
-    def save(self) -> None:
-        """Write both files where they changed.
-
-        The memory comes first and knows the old label file as well as the new one, so that a crash between the two
-        does not make either look like somebody's edit.
-        """
-        content = labels_csv(self._labels(), self._set.vocabulary)
-        old = _digest(self._path.read_bytes()) if self._path.is_file() else None
-        new = _digest(content.encode())
-        names = self._set.vocabulary.class_names
-        memory = {
-            "settings": self._settings,
-            "sha256": sorted({new, old} - {None}, key=str),
-            "tags": {key: {names[k]: value for k, value in found.items()} for key, found in self.scores.items()},
-        }
-        write_text(self._memory, json.dumps(memory, indent=1))
-        if old != new:
-            write_text(self._path, content)
-        self._saved = time.monotonic()
-
-    def _labels(self) -> Labels:
-        """All labels known: the data set's own and the tags in its order, then tags of images not in this run."""
-        own = {
-            sample.id: sample.labels if sample.labels is not None else tuple(self.scores[sample.id])
-            for sample in self._set.samples
-            if sample.labels is not None or sample.id in self.scores
-        }
-        return {**own, **{key: tuple(found) for key, found in self.scores.items() if key not in own}}
-
-
-def labels_csv(labels: Labels, vocabulary: Vocabulary) -> str:
-    """Rows ``id,label`` for :func:`~clipseed.data.labels.read_labels`; an id without labels has an empty one."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["id", "label"])
-    for key, found in labels.items():
-        # The reader takes one image suffix off an id, and splits cells at these characters.
-        name = key if _reads_back(key) else f"{key}.png"
-        words = [str(k) if set(";|") & set(vocabulary.class_names[k]) else vocabulary.class_names[k] for k in found]
-        table.writerows([name, word] for word in words or [""])
-    return buffer.getvalue()
-
-
-def _reads_back(identifier: str) -> bool:
-    try:
-        return clean_id(identifier, "") == identifier
-    except InputError:
-        return False
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -40,7 +40,7 @@ from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
 from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet, open_cams
-from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.manifest import Manifest, label_manifest
 from clipseed.store.scored_masks import ScoredMask, ScoredMaskWriter
 from clipseed.types import IGNORE
 
@@ -193,23 +193,11 @@ def _paper(options: CrfOptions, source: Manifest) -> bool:
 
 def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
     paper = _paper(options, source)
-    kept = {key: source["options"].get(key) for key in ("exif", "max_side", "min_side")}
     made = {
         "alpha": options.alpha, "confidence": options.confidence, "paper": paper, "solver": options.solver,
         "empty": options.empty,
     }  # fmt: skip
-    return {
-        "kind": "crf",
-        "method": "dense-crf",
-        "options": {**kept, **asdict(options.parameters), **made},
-        "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
-        "model": source["model"],
-        "weights": source.get("weights"),
-        "vocabulary": source["vocabulary"],
-        "dataset": source["dataset"],
-        "input": str(options.source.resolve()),
-        "versions": package_versions(),
-    }
+    return label_manifest(source, options.source, "crf", "dense-crf", {**asdict(options.parameters), **made})
 
 
 class _CrfWork(Work[Any, ScoredMask]):

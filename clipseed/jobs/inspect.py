@@ -1,4 +1,4 @@
-"""``clipseed inspect``: what a CAMs output holds."""
+"""``clipseed inspect``: what an output holds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_o
 from clipseed.segments import enlarged
 from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
+from clipseed.store.feature_records import feature_format
+from clipseed.store.features import FeatureSet
 from clipseed.store.files import replacing
 from clipseed.store.formats import format_of
+from clipseed.store.layout import RecordFormat
 from clipseed.store.manifest import Manifest
 from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.segment_records import segment_format, unpack_segments
@@ -190,13 +193,55 @@ class SegmentInspection:
 
 def holds_segment_records(path: Path) -> bool:
     """Whether a file or folder of units holds masks rather than CAMs; false where nothing can be read."""
+    return _holds(path, segment_format())
+
+
+def holds_features(path: Path) -> bool:
+    """Whether a file or folder of units holds features; false where nothing can be read."""
+    return _holds(path, feature_format())
+
+
+def _holds(path: Path, form: RecordFormat[Any]) -> bool:
     files = sorted(path.glob(UNIT_PATTERN)) if is_folder(path) else [path]
     if never_ends(files[0] if files else path):
         return False
     try:
-        return bool(files) and format_of(files[0]).name == segment_format().name
+        return bool(files) and format_of(files[0]).name == form.name
     except StoreError:
         return False
+
+
+@dataclass(frozen=True)
+class FeatureInspection:
+    """A summary of a features file; ``length``: values of each feature, 0 where there is none."""
+
+    path: Path
+    manifest: Manifest
+    files: int
+    bytes: int
+    images: int
+    length: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def inspect_features(path: Path, *, verify: bool = False) -> FeatureInspection:
+    """Summarise a features file.
+
+    Args:
+        path: A file, or a folder of units.
+        verify: Check all checksums, whatever the size.
+
+    Raises:
+        StoreError: missing, not ours, or damaged.
+    """
+    with FeatureSet(path, verify=True if verify else None) as features:
+        size = sum(file.path.stat().st_size for file in features.files)
+        first = next(iter(features.values()), None)
+        length = 0 if first is None else len(first.values)
+        return FeatureInspection(path, features.manifest, len(features.files), size, len(features), length)
 
 
 def inspect_segments(path: Path, *, verify: bool = False) -> SegmentInspection:

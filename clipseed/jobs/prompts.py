@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clipseed.clip.model import TOY_WEIGHTS, FrozenClip
+from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name
 from clipseed.clip.sharpness import Sharpness, sharpness
 from clipseed.clip.text import TextBank, present_mask
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.templates import load_templates
 from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
-from clipseed.defaults import CAM_MAX_SIDE, WEIGHTS, Precision
+from clipseed.defaults import CAM_MAX_SIDE, WEIGHTS
 from clipseed.errors import InputError, UsageError
 from clipseed.jobs.cam import StartOn
-from clipseed.runtime.features import Feature, FeatureOptions, cut_units, stream_features
-from clipseed.runtime.interrupt import interruptible
+from clipseed.runtime.clip_work import ClipChoice, ClipWork
+from clipseed.runtime.features import FeatureRecipe, FeaturesInMemory
+from clipseed.runtime.images import dealt_unit
+from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
+from clipseed.runtime.work import Deferred, LocalEngine
+from clipseed.store.feature_records import Feature, feature_format
+from clipseed.store.features import FeatureSet
 from clipseed.store.files import write_text
+from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.writer import RecordWriter
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Everything ``clipseed prompts`` can be told; ``templates`` is the file with the candidates."""
+    """Everything ``clipseed prompts`` can be told.
+
+    Attributes:
+        data: The data set.
+        templates: The file with the candidates.
+        synonyms: Rank the words of classes, too.
+        csv: Write all numbers to this file.
+        features: Keep the images' features there; ``None``: in memory.
+        model, weights, max_side, min_side: As of ``clipseed cam``.
+        run: Where and how; ``shard`` and ``overwrite`` are about ``features``.
+    """
 
     data: DatasetOptions
     templates: Path | None = None
     synonyms: bool = False
     csv: Path | None = None
+    features: Path | None = None
     model: str | None = None
     weights: str | None = None
-    device: str = "auto"
-    precision: Precision = "auto"
     max_side: int = CAM_MAX_SIDE
     min_side: int = 0
-    batch_size: int | None = None
-    workers: int | None = None
+    run: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def choice(self) -> ClipChoice:
+        """Which CLIP."""
+        weights = self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else WEIGHTS)
+        return ClipChoice(self.model, weights, self.run)
 
 
 @dataclass(frozen=True)
@@ -68,41 +93,44 @@ class Candidate:
     images: int
 
 
-@dataclass
-class PromptReport:
-    """What a run found; ``images`` of ``total`` images show two classes or more."""
+@dataclass(kw_only=True)
+class PromptReport(RunReport):
+    """What a run did, and what it found.
+
+    Attributes:
+        dataset: Name and split.
+        images: Images of the data set; those with two classes or more are the run's.
+        templates: Ranked; ``None`` where other shards have to come first.
+        classes: The words of classes, ranked.
+    """
 
     dataset: str
-    total: int
     images: int
-    templates: list[Candidate]
+    templates: list[Candidate] | None
     classes: list[Candidate]
-    model: dict[str, Any]
-    device: str
-    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """What ``--json`` and ``--report`` say besides what every command reports."""
         return {
             "dataset": self.dataset,
-            "images": self.images,
-            "total": self.total,
-            "templates": [asdict(item) for item in self.templates],
+            "total": self.images,
+            "templates": None if self.templates is None else [asdict(item) for item in self.templates],
             "classes": [asdict(item) for item in self.classes],
-            "skipped": [{"id": key, "reason": why} for key, why in self.skipped],
             "model": self.model,
             "device": self.device,
         }
 
 
-def run_prompts(options: PromptOptions, start: StartOn | None = None) -> PromptReport:
+def run_prompts(options: PromptOptions, start: StartOn | None = None, loading: Loading | None = None) -> PromptReport:
     """Rank prompt templates on a labelled data set.
 
-    Images are encoded once; every template then costs one text encoding and one matrix product.
+    Images are encoded once; every template then costs one text encoding and one matrix product. Texts are encoded in
+    this process, also where a cluster encodes the images.
 
     Args:
         options: What to do.
-        start: As of :func:`~clipseed.jobs.cam.run_cam`.
+        start: As of :func:`~clipseed.jobs.cam.run_cam`, like ``loading``.
+        loading: Called before a model is loaded.
 
     Raises:
         InputError: a bad list of templates, or no usable image with two labels or more.
@@ -117,50 +145,107 @@ def run_prompts(options: PromptOptions, start: StartOn | None = None) -> PromptR
             f"{image_set.name} {image_set.split}: none of its {len(image_set.samples)} images shows two classes or "
             "more; sharpness compares the classes of one image"
         )
-    if options.csv is not None and not options.csv.parent.is_dir():
-        raise UsageError(f"--csv {options.csv}: the folder {options.csv.parent} does not exist")
-    weights = options.weights or (TOY_WEIGHTS if options.data.dataset == "toy" else WEIGHTS)
-    clip = FrozenClip.load(options.model, weights, options.device, options.precision)
-    features, labels, skipped = _encode(clip, image_set, samples, options, start)
-    vocabulary = image_set.vocabulary
-    present = present_mask(labels, len(vocabulary.classes))
+    choice = options.choice
+    recipe = FeatureRecipe(choice, image_set.reader, options.max_side, options.min_side)
+    about = choice.known(options.features) if options.features is not None else None
+    say = partial(loading, model_name(choice.model, choice.weights)) if loading else None
+    with contextlib.closing(open_engine(recipe, options.run.cluster, about, say)) as engine:
+        done, found = _encode(options, image_set, samples, engine, start(image_set) if start else None)
+        clip = _here(engine) if found is not None else None
     report = PromptReport(
-        dataset=f"{image_set.name} {image_set.split}",
-        total=len(image_set.samples),
-        images=len(labels),
-        templates=_rank_templates(clip, vocabulary, templates, features, present),
-        classes=_rank_words(clip, vocabulary, features, present) if options.synonyms else [],
-        model=clip.manifest(),
-        device=str(clip.tower.device),
-        skipped=skipped,
-    )
+        **vars(done), dataset=f"{image_set.name} {image_set.split}", images=len(image_set.samples), templates=None,
+        classes=[],
+    )  # fmt: skip
+    if found is None:
+        return report
+    if clip is None:
+        began = time.perf_counter()
+        if say:
+            say()
+        clip = choice.load()
+        report.loading += time.perf_counter() - began
+    _rank(report, clip, image_set.vocabulary, templates, samples, found, synonyms=options.synonyms)
     if options.csv is not None:
-        write_text(options.csv, _as_csv([*report.templates, *report.classes]))
+        write_text(options.csv, _as_csv([*(report.templates or ()), *report.classes]))
     return report
 
 
 def _check(options: PromptOptions) -> None:
+    options.run.check()
     if options.data.templates and not options.synonyms:
         raise UsageError("--template: is for --synonyms; candidates to rank go into a file for --templates")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UsageError("--batch-size: give auto or a number from 1")
+    if options.csv is not None and not options.csv.parent.is_dir():
+        raise UsageError(f"--csv {options.csv}: the folder {options.csv.parent} does not exist")
+    if options.features is None and not options.run.shard.whole:
+        raise UsageError(
+            f"shard {options.run.shard}: shards add up in a file; give --features FILE.h5 (or --shard 1/1 to do all)"
+        )
+    if options.features is None and options.run.overwrite:
+        raise UsageError("--overwrite: belongs to --features, nothing else is kept")
 
 
 def _encode(
-    clip: FrozenClip, image_set: ImageSet, samples: Sequence[Sample], options: PromptOptions, start: StartOn | None
-) -> tuple[Tensor, list[tuple[int, ...]], list[tuple[str, str]]]:
-    """Unit features ``(N, E)`` of the images that can be read, their labels, and the others with reasons."""
-    found: list[Feature] = []
-    run = FeatureOptions(options.max_side, options.min_side, options.batch_size, options.workers)
-    advance = start(image_set)(len(samples), 0) if start else (lambda count, stats: None)
-    with interruptible(lambda: "interrupted; nothing was kept"):
-        units = cut_units(samples, clip.tower.device)
-        stats = stream_features(clip, image_set.reader, units, run, found.extend, advance)
-    if not found:
-        key, reason = stats.skipped[0]
-        raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
-    labels = {sample.id: sample.labels or () for sample in samples}
-    return torch.stack([row for _, row in found]), [labels[key] for key, _ in found], stats.skipped
+    options: PromptOptions, image_set: ImageSet, samples: Sequence[Sample], engine: Deferred[Feature],
+    start: Start | None,
+) -> tuple[RunReport, Mapping[str, Feature] | None]:  # fmt: skip
+    """Encode what is not encoded yet; features of all images, or ``None`` where other shards have to come first."""
+    about, shard = engine.about, options.run.shard
+    unit = dealt_unit(about["unit"], len(samples), shard.count * engine.hands)
+    if options.features is None:
+        memory = FeaturesInMemory(unit)
+        return run(engine, memory, samples, start), memory.features
+    manifest = feature_manifest(options, image_set, about["model"], about["weights"])
+    with RecordWriter(
+        options.features, manifest, feature_format(), unit, overwrite=options.run.overwrite, shard=shard,
+        option="--features",
+    ) as writer:  # fmt: skip
+        reader = image_set.reader
+        writer.forget_replaced({sample.id: reader.file(sample) for sample in samples if sample.id in writer.done})
+        done = run(engine, writer, samples, start, shard=shard)
+    if done.open_shards or not options.features.exists():  # or another run is just putting the file together
+        return done, None
+    with FeatureSet(options.features) as stored:
+        return done, {sample.id: stored[sample.id] for sample in samples if sample.id in stored}
+
+
+def feature_manifest(options: PromptOptions, image_set: ImageSet, model: dict[str, Any], weights: str) -> Manifest:
+    """Everything that decides features, and where the images are; words are no part of it."""
+    return {
+        "kind": "features",
+        "options": {"max_side": options.max_side, "min_side": options.min_side, "exif": options.data.exif},
+        "model": model,
+        "weights": weights,
+        "max_pixels": options.data.max_pixels,
+        "dataset": {
+            "name": image_set.name,
+            "root": str(image_set.root) if image_set.root else None,
+            "split": image_set.split,
+            **image_set.source,
+        },
+        "versions": package_versions(),
+    }
+
+
+def _here(engine: Deferred[Feature]) -> FrozenClip | None:
+    """The model of the engine, if it is one of this process and was opened."""
+    opened = engine.opened
+    return opened.work.clip if isinstance(opened, LocalEngine) and isinstance(opened.work, ClipWork) else None
+
+
+def _rank(
+    report: PromptReport, clip: FrozenClip, vocabulary: Vocabulary, templates: Sequence[str],
+    samples: Sequence[Sample], found: Mapping[str, Feature], *, synonyms: bool,
+) -> None:  # fmt: skip
+    """Fill in the rankings, over the images that have a feature."""
+    usable = [sample for sample in samples if sample.id in found]
+    if not usable:
+        key, reason = report.stats.skipped[0] if report.stats.skipped else (samples[0].id, "see the other shards")
+        raise InputError(f"none of the {len(samples)} images could be used; {key}: {reason}")
+    features = torch.from_numpy(np.stack([found[sample.id].values for sample in usable]))
+    present = present_mask([sample.labels or () for sample in usable], len(vocabulary.classes))
+    report.templates = _rank_templates(clip, vocabulary, templates, features, present)
+    if synonyms:
+        report.classes = _rank_words(clip, vocabulary, features, present)
 
 
 def _rank_templates(

@@ -30,7 +30,7 @@ from clipseed.store.empty import Earlier, earlier_in, without_pixel
 from clipseed.store.files import write_skipped
 from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter, read_label_mask_manifest
 from clipseed.store.label_masks import label_mask_note
-from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.manifest import Manifest, label_manifest
 from clipseed.store.record_set import UNIT_PATTERN
 from clipseed.store.segment_records import unpack_segments
 from clipseed.store.segments import SegmentSet, holds_segments
@@ -104,7 +104,7 @@ def _run(options: SamSeedOptions, start: Start | None) -> SamSeedReport:
         about_masks, known = {}, None
     missing = _missing(options, source, known)
     chosen = {**rules.manifest(), "empty": options.empty}
-    manifest = _manifest(source.manifest, chosen, rules.method, about_masks, options.source)
+    manifest = label_manifest(source.manifest, options.source, "sam-seed", rules.method, chosen, masks=about_masks)
     recipe = partial(_SeedWork, options, rules, source.label_map, len(source.classes))
     with (
         contextlib.closing(open_engine(recipe, options.run.cluster)) as engine,
@@ -209,24 +209,6 @@ def _missing(options: SamSeedOptions, source: _Source, known: frozenset[str] | N
             f"{missing[0]!r}, {there}); was it made for another data set?"
         )
     return missing
-
-
-def _manifest(
-    source: Manifest, chosen: dict[str, Any], method: str, masks: dict[str, Any], made_from: Path
-) -> Manifest:
-    before = source.get("options") or {}
-    kept = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
-    origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
-    there: dict[str, Any] = {key: source[key] for key in ("model", "weights", "vocabulary", "dataset") if key in source}
-    return {
-        "kind": "sam-seed",
-        "method": method,
-        "options": {**kept, **chosen},
-        "source": {**origin, "masks": masks},
-        **there,
-        "input": str(made_from.resolve()),
-        "versions": package_versions(),
-    }
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Seeds from class activation maps and masks: each mask gets one label, then the masks are painted (FMA-WSSS, "SAMS").
+"""Label masks from class activation maps and segments: FMA-WSSS's "SAMS".
+
+Each segment gets one label, then the segments are painted.
 
 Shapes: K classes of an image, S masks, C = 1 + K scores with background first; images are ``(H, W)``.
 
-The paper's text was not at hand; this follows the released code's behaviour, which ``paper=True`` repeats to the last
+This follows the released code's behaviour, which ``paper=True`` repeats to the last
 label. Without it these are different:
 
 - Masks without a pixel are left out. In the released code one of them turns the whole image into background.

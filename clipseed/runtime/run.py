@@ -70,6 +70,7 @@ class RunReport:
     """What a run did.
 
     Attributes:
+        out: What was written to; ``None``: results were kept in memory.
         total: Images that were this run's to do; ``done_before``: those that an earlier run had done.
         seconds: Time for computing what was computed, from the first image to the last; loading a model is not in it.
         loading: Seconds in which models were loaded, or workers of a cluster came up.
@@ -79,7 +80,7 @@ class RunReport:
         model, device: What computed; ``None`` where there was no model, or where it does not matter.
     """
 
-    out: Path
+    out: Path | None
     total: int
     done_before: int
     stats: StreamStats
@@ -104,10 +105,17 @@ class RunReport:
 
 
 class Output(Protocol[R_contra]):
-    """Where results go; both writers of :mod:`clipseed.store` are one."""
+    """Where results go; the writers of :mod:`clipseed.store` are such."""
 
-    out: Path
-    folder: Path
+    @property
+    def out(self) -> Path | None:
+        """What is written; ``None``: nothing, results are kept in memory."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where finished units are while the run goes on; ``None``: nowhere that outlives it."""
+        ...
 
     @property
     def notes(self) -> list[str]:
@@ -169,6 +177,7 @@ def run(
     *,
     shard: Shard = WHOLE,
     unusable: Mapping[str, str] | None = None,
+    may_be_empty: bool = False,
 ) -> RunReport:
     """Compute what is missing in an output, and finish it.
 
@@ -179,6 +188,7 @@ def run(
         start: Begins to show progress.
         shard: As the output has it.
         unusable: Ids of samples that cannot be computed, with reasons: they are skipped before anything is loaded.
+        may_be_empty: That everything had to be skipped is no error of this run; another one follows and says so.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; what is finished is stored, and the message says so.
@@ -201,10 +211,11 @@ def run(
     seconds = time.perf_counter() - began - (engine.loading - loaded)
     stats.computed -= len(output.left_out)
     stats.skipped += [*output.left_out, *refused]
-    if stats.skipped and not output.done and shard.whole:
+    if stats.skipped and not output.done and shard.whole and not may_be_empty:
         key, reason = stats.skipped[0]
         raise InputError(f"none of the {len(stats.skipped)} images could be used; the first, {key}: {reason}")
-    with interruptible(lambda: f"interrupted while finishing {output.out}. Run the same command again to go on."):
+    finishing = f"interrupted while finishing {output.out or 'the run'}. Run the same command again to go on."
+    with interruptible(lambda: finishing):
         finished = output.finish(ids, stats.skipped)
     about = engine.about
     return RunReport(
@@ -224,6 +235,8 @@ def run(
 
 
 def _hint(output: Output[Any], own: Sequence[str]) -> str:
+    if output.folder is None:
+        return "interrupted; nothing was kept"
     return (
         f"interrupted; {len(output.done & set(own))} of {len(own)} images are safe in {output.folder}. "
         "Run the same command again to go on."

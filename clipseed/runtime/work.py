@@ -161,6 +161,11 @@ class Deferred(Generic[R]):
         return 1 if self._engine is None else self._engine.hands
 
     @property
+    def opened(self) -> Engine[R] | None:
+        """The engine, if there was reason to open it."""
+        return self._engine
+
+    @property
     def engine(self) -> Engine[R]:
         """The engine, opened."""
         if self._engine is not None:
@@ -169,7 +174,7 @@ class Deferred(Generic[R]):
         if self._about is not None and engine.about != self._about:
             raise StoreError(
                 f"the model is another one than the output was made with: {engine.about}, not {self._about}; "
-                "choose another --out, or start again with --overwrite"
+                "choose another output, or start again with --overwrite"
             )
         return engine
 

@@ -19,7 +19,7 @@ _OPTION_OF = {
     "smooth_xy", "smooth_weight", "colour_xy", "colour_rgb", "colour_weight", "iterations", "alpha", "confidence",
     "engine", "scales", "flip", "max_side", "min_side", "paper", "exif", "layers", "rounds", "power", "box_threshold",
     "boxes", "temperature", "dilations", "sharpness", "position_weight", "uncovered", "without_masks", "min_confidence",
-    "points_per_side", "crop_layers", "empty",
+    "points_per_side", "crop_layers", "empty", "threshold",
     "stability_threshold", "tag_threshold", "tag_top_k", "split", "precision",
 }  # fmt: skip
 """Entries whose option has the same name."""
@@ -27,7 +27,8 @@ _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _OPTION_OF} | {
     "pixel_alpha": "--alpha", "pred_iou_threshold": "--iou-threshold", "min_region_area": "--min-area",
     "format": "--masks-kind", "name": "--dataset",
 }  # fmt: skip
-_MAKERS = {"crf": "clipseed crf", "sam-masks": "clipseed sam-masks", "sam-seed": "clipseed sam-seed"}
+_MAKERS = {"crf": "clipseed crf", "sam-masks": "clipseed sam-masks", "sam-seed": "clipseed sam-seed",
+           "features": "clipseed prompts --features"}  # fmt: skip
 _UNSET = object()
 
 

@@ -9,13 +9,14 @@ import h5py
 
 from clipseed.errors import StoreError
 from clipseed.store.cam_records import cam_format
+from clipseed.store.feature_records import feature_format
 from clipseed.store.layout import RecordFormat
 from clipseed.store.segment_records import segment_format
 
 
 def known_formats() -> dict[str, RecordFormat[Any]]:
     """All formats by their name in the file."""
-    forms: tuple[RecordFormat[Any], ...] = (cam_format(), segment_format())
+    forms: tuple[RecordFormat[Any], ...] = (cam_format(), segment_format(), feature_format())
     return {form.name: form for form in forms}
 
 

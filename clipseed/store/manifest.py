@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from clipseed.errors import StoreError
@@ -32,12 +33,40 @@ def dumps(manifest: Manifest) -> str:
     return json.dumps(manifest, sort_keys=True, ensure_ascii=True, indent=1)
 
 
+def label_manifest(
+    source: Manifest, path: Path, kind: str, method: str, options: dict[str, Any], **beside: Any
+) -> Manifest:
+    """The manifest of label masks made from CAMs, or from other label masks.
+
+    Args:
+        source: The manifest of what they are made from, as far as there is one.
+        path: Where that is.
+        kind: The command.
+        method: How it labels.
+        options: What decides the labels, besides how images were read.
+        beside: What else they are made from.
+    """
+    before = source.get("options") or {}
+    reading = {key: before[key] for key in ("exif", "max_side", "min_side") if key in before}
+    origin = {key: source[key] for key in ("kind", "method", "options", "source") if key in source}
+    kept: Manifest = {key: source[key] for key in ("model", "weights", "vocabulary", "dataset") if key in source}
+    made: Manifest = {
+        "kind": kind,
+        "method": method,
+        "options": {**reading, **options},
+        "source": {**origin, **beside},
+        "input": str(path.resolve()),
+        "versions": package_versions(),
+    }
+    return {**made, **kept}
+
+
 class OtherSettings(StoreError):
     """An output exists with another manifest."""
 
 
-def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
-    """Refuse to add to an output that was made with other settings.
+def refuse_differences(stored: Manifest, wanted: Manifest, where: str, option: str = "--out") -> None:
+    """Refuse to add to an output that was made with other settings; ``option`` names another one.
 
     Raises:
         OtherSettings: naming what differs.
@@ -47,6 +76,6 @@ def refuse_differences(stored: Manifest, wanted: Manifest, where: str) -> None:
         shown = "\n  ".join(changed[:12])
         more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
         raise OtherSettings(
-            f"{where} was made with other settings; choose another --out, or start again with --overwrite:"
+            f"{where} was made with other settings; choose another {option}, or start again with --overwrite:"
             f"\n  {shown}{more}"
         )

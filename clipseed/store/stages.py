@@ -16,6 +16,7 @@ _REFINED = "cams-*.h5"
 _READ_BY: dict[str, tuple[str, ...]] = {
     "evaluate": (PREDICT_OUTPUT, SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
     "crf": (_REFINED, CAM_OUTPUT),
+    "threshold": (_REFINED, CAM_OUTPUT),
     "sam-seed": (_REFINED, CAM_OUTPUT),
     "sam-masks": (CAM_OUTPUT, _REFINED),
     "par": (_REFINED, CAM_OUTPUT),
@@ -23,7 +24,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "js": (CAM_OUTPUT,),
 }
 """What each command reads when it is not told, the most refined first."""
-_DOES = {"evaluate": "score", "crf": "label", "sam-seed": "label", "sam-masks": "segment"}
+_DOES = {"evaluate": "score", "crf": "label", "threshold": "label", "sam-seed": "label", "sam-masks": "segment"}
 
 
 def newest_output(folder: Path, command: str = "evaluate") -> Path:

@@ -66,6 +66,7 @@ class RecordWriter(Generic[R]):
         unit_size: Samples per unit; what an interrupted output began with is kept.
         overwrite: Delete what is there first.
         shard: Which units are this run's.
+        option: What ``out`` was given with, for messages.
 
     Raises:
         StoreError: made with other settings, in use by another process, or not writable.
@@ -74,7 +75,7 @@ class RecordWriter(Generic[R]):
 
     def __init__(
         self, out: Path, manifest: Manifest, form: RecordFormat[R], unit_size: int, *, overwrite: bool = False,
-        shard: Shard = WHOLE,
+        shard: Shard = WHOLE, option: str = "--out",
     ) -> None:  # fmt: skip
         self.out = out
         self.portable = out.suffix.lower() in _H5_SUFFIXES
@@ -82,7 +83,7 @@ class RecordWriter(Generic[R]):
         self.manifest = noted(manifest, out)
         self._text = dumps(self.manifest)
         self._form, self._unit_size, self._shard = form, unit_size, shard
-        self._overwrite = overwrite
+        self._overwrite, self._option = overwrite, option
         self._lock: FileLock | None = None
         self._reports = ShardReports(self.folder, shard)
         self.notes: list[str] = []
@@ -92,16 +93,16 @@ class RecordWriter(Generic[R]):
         """Whether the finished file says something that is true no more, though nothing may be missing in it."""
         self._other_input = False
         if not self.portable and out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give NAME.h5 for one file, or a folder for units")
+            raise UsageError(f"{option} {out}: is a file; give NAME.h5 for one file, or a folder for units")
         if self.portable and out.is_dir():
-            raise UsageError(f"--out {out}: is a folder; give the name of a file in it")
+            raise UsageError(f"{option} {out}: is a folder; give the name of a file in it")
         if not self.portable and _foreign(out):
-            raise UsageError(f"--out {out}: a folder that holds other things; choose a new one")
+            raise UsageError(f"{option} {out}: a folder that holds other things; choose a new one")
         if overwrite and not shard.whole:
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {out} first")
 
     def __enter__(self: W) -> W:
-        with storage_errors(self.folder):
+        with storage_errors(self.folder, self._option):
             if not self.out.parent.is_dir():
                 raise StoreError(f"{self.out}: the folder {self.out.parent} does not exist")
             self.folder.mkdir(exist_ok=True)
@@ -150,7 +151,7 @@ class RecordWriter(Generic[R]):
         try:
             stored = json.loads(plan.read_text(encoding="utf-8"))
             self._unit_size = int(stored["unit_size"])
-            refuse_differences(stored["manifest"], self.manifest, str(self.folder))
+            refuse_differences(stored["manifest"], self.manifest, str(self.folder), self._option)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
 
@@ -161,7 +162,7 @@ class RecordWriter(Generic[R]):
         """Note which ids a finished file holds; a damaged unit is dropped and computed again."""
         try:
             with RecordFile(path, self._form, verify=True) as file:
-                refuse_differences(file.manifest, self.manifest, str(path))
+                refuse_differences(file.manifest, self.manifest, str(path), self._option)
                 self._note(file, path)
                 self._outdated |= path == self.out and not same_places(file.manifest, self.manifest, self.out)
                 self._other_input |= not made_from_the_same(file.manifest, self.manifest, self.out)
@@ -217,6 +218,11 @@ class RecordWriter(Generic[R]):
     def _adopt(self, file: RecordFile[R], path: Path) -> None:
         """Take over what another run's shard made, which is newer than what a finished file holds."""
         self._done |= dict.fromkeys(file.ids, path)
+
+    @property
+    def unit_size(self) -> int:
+        """Samples per unit, as the output began with."""
+        return self._unit_size
 
     @property
     def done(self) -> frozenset[str]:

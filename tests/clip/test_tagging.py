@@ -22,9 +22,10 @@ from clipseed.data.toy.textures import MATERIALS
 from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary
 from clipseed.defaults import TAG_THRESHOLD
 from clipseed.errors import InputError
-from clipseed.jobs.cam import labels_csv
 from clipseed.runtime import features
+from clipseed.runtime import images as engine
 from clipseed.store.cams import open_cams
+from clipseed.store.tags import labels_csv
 from clipseed.store.toy_devkit import save_devkit
 
 from helpers.golden import CASES, case
@@ -145,7 +146,13 @@ def test_auto_labels_and_back(
     out, table = tmp_path / "cams.h5", tmp_path / "cams.labels.csv"
     assert main(auto(scenes, out, "--json")) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["tags"] == {"file": str(table), "tagged": 9, "empty": 1}
+    report = json.loads(captured.out)
+    tags = report["tags"]
+    assert {key: tags[key] for key in ("file", "tagged", "empty", "computed")} == {
+        "file": str(table), "tagged": 9, "empty": 1, "computed": 9,
+    }  # fmt: skip
+    assert tags["images_per_second"] == pytest.approx(9 / tags["seconds"], rel=0.05)
+    assert report["loading_seconds"] > 0
     assert "9 images tagged by CLIP (9 now), 1 of them without any class (all background)" in captured.err
     vocabulary = load_vocabulary("toy")
     labels = read_labels(table, vocabulary)
@@ -269,12 +276,10 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_an_interrupted_pass_keeps_its_tags(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipseed.jobs import cam as tags
-
-    monkeypatch.setattr(tags, "cut_units", lambda samples, _: [samples[k : k + 2] for k in range(0, len(samples), 2)])
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 2)
     encode, calls = features.image_features, []
 
-    def stop_at_the_third(clip: FrozenClip, pixels: torch.Tensor) -> torch.Tensor:
+    def stop_at_the_third(clip: FrozenClip, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
         calls.append(len(pixels))
         if sum(calls) > 4:
             raise KeyboardInterrupt
@@ -283,6 +288,6 @@ def test_an_interrupted_pass_keeps_its_tags(
     with monkeypatch.context() as patch:
         patch.setattr(features, "image_features", stop_at_the_third)
         assert main(auto(scenes, tmp_path / "cams.h5")) == 130
-    assert "interrupted; 4 images are tagged" in capsys.readouterr().err
+    assert f"interrupted; 4 of 9 images are safe in {tmp_path / 'cams.tags.json'}. Run" in capsys.readouterr().err
     assert main(auto(scenes, tmp_path / "cams.h5")) == 0
     assert "9 images tagged by CLIP (5 now)" in capsys.readouterr().err

@@ -234,7 +234,8 @@ def test_unreadable_images_are_code_3(photos: list[str], tmp_path: Path, capsys:
     (tmp_path / "photos" / "0.png").write_bytes(b"")
     assert main([*photos, "--json"]) == 3
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["images"] == 1
+    found = json.loads(captured.out)
+    assert (found["images"], found["computed"], found["templates"][0]["images"]) == (2, 1, 1)
     assert "1 images skipped: 0 (" in captured.err
     (tmp_path / "photos" / "1.png").write_bytes(b"")
     assert main(photos) == 1

@@ -30,10 +30,10 @@ from clipseed.train.weclip.labels import score_maps, spread_cams, strongest
 from clipseed.train.weclip.losses import affinity_loss, balanced_loss
 from clipseed.train.weclip.network import WeclipNetwork
 from clipseed.train.weclip.options import WeclipOptions, preset
+from clipseed.train.weclip.pseudo_scores import pseudo_scores
 from clipseed.train.weclip.refining import agreeing, confirmed_map, static_map
 from clipseed.train.weclip.released import decoder_state
 from clipseed.train.weclip.schedule import learning_rate_factor
-from clipseed.train.weclip.pseudo_scores import pseudo_scores
 from clipseed.train.weclip.trainer import Weclip
 
 from helpers.weclip import decoder, labels_of, stored, tensor, text, tower

@@ -1,0 +1,80 @@
+"""What all work has in common that takes images through CLIP: the model, loaded, and how images reach it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clipseed.clip.model import FrozenClip, same_model, weights_location
+from clipseed.device import pick_device
+from clipseed.runtime.images import (
+    LoadedViews,
+    batches_in_flight,
+    decode_ahead,
+    default_workers,
+    token_budget,
+    unit_size_for,
+)
+from clipseed.runtime.run import RunOptions
+from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.work import Work
+from clipseed.store.writer import recorded_manifest
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class ClipChoice:
+    """Which CLIP a run uses, and how it runs; arguments of :meth:`~clipseed.clip.model.FrozenClip.load`."""
+
+    model: str | None
+    weights: str
+    run: RunOptions
+    released_rounding: bool = False
+
+    def load(self) -> FrozenClip:
+        """Load it."""
+        return FrozenClip.load(
+            self.model, self.weights, self.run.device, self.run.precision, released_rounding=self.released_rounding
+        )
+
+    def known(self, out: Path) -> dict[str, Any] | None:
+        """What :meth:`ClipWork.about` would say, if the output that is there was made with the same model."""
+        there = None if self.run.overwrite else recorded_manifest(out)
+        if there is None or not isinstance(there.get("model"), dict):
+            return None
+        model, device = there["model"], pick_device(self.run.device)
+        if not same_model(
+            model, self.model, self.weights, device, self.run.precision, released_rounding=self.released_rounding
+        ):
+            return None
+        return {
+            "model": model,
+            "weights": weights_location(self.weights),
+            "device": str(device),
+            "unit": unit_size_for(device),
+        }
+
+
+class ClipWork(Work[LoadedViews, R]):
+    """Images, as views of whole patches, to anything that CLIP says of them."""
+
+    def __init__(self, choice: ClipChoice) -> None:
+        super().__init__()
+        self.clip = choice.load()
+        device, run = self.clip.tower.device, choice.run
+        self.workers = run.workers if run.workers is not None else default_workers(device)
+        self.batch = BatchSize(run.batch_size, token_budget(device))
+        self.ahead = decode_ahead(device, self.workers) + 2 * (run.batch_size or 0)
+        self.queue, self.lanes = batches_in_flight(device), 2
+
+    def about(self) -> dict[str, Any]:
+        """Model, where its weights are, device, and images per unit."""
+        device = self.clip.tower.device
+        return {
+            "model": self.clip.manifest(),
+            "weights": self.clip.location,
+            "device": str(device),
+            "unit": unit_size_for(device),
+        }
