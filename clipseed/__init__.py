@@ -14,8 +14,10 @@ __all__ = [
     "CamSet",
     "ClipseedError",
     "FrozenClip",
+    "Segmenter",
     "Vocabulary",
     "__version__",
+    "load_segmenter",
     "load_vocabulary",
     "open_cams",
 ]
@@ -25,13 +27,16 @@ if TYPE_CHECKING:
     from clipseed.data import Vocabulary, load_vocabulary
     from clipseed.errors import ClipseedError
     from clipseed.store import Cam, CamSet, open_cams
+    from clipseed.train.segmenter import Segmenter, load_segmenter
 
 _HOMES = {
     "ClipseedError": "clipseed.errors",
     "FrozenClip": "clipseed.clip",
     "Cam": "clipseed.store",
     "CamSet": "clipseed.store",
+    "Segmenter": "clipseed.train.segmenter",
     "Vocabulary": "clipseed.data",
+    "load_segmenter": "clipseed.train.segmenter",
     "load_vocabulary": "clipseed.data",
     "open_cams": "clipseed.store",
 }

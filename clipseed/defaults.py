@@ -17,6 +17,10 @@ EmptyPolicy = Literal["background", "ignore", "skip"]
 CamMethod = Literal["softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"]
 CrfSolver = Literal["torch", "pydensecrf"]
 CrfPreset = Literal["clip-es", "irn", "weclip"]
+RfmFilter = Literal["signed", "abs", "none"]
+"""Which blocks' attention WeCLIP's refinement keeps."""
+PixelStatistics = Literal["clip", "imagenet"]
+"""Mean and deviation that images are normalised with: the model's own, or ImageNet's."""
 
 SamModel = Literal["auto", "vit_b", "vit_l", "vit_h"]
 SamPreset = Literal["fma", "stock"]
@@ -52,6 +56,29 @@ PAR_SHARPNESS = 0.3
 """Divides colour and position differences (after their standard deviation); smaller follows edges more closely."""
 PAR_POSITION_WEIGHT = 0.01
 CRF_ALPHA = 1.0
+
+WECLIP_STEPS = 30_000
+WECLIP_COCO_STEPS = 80_000
+WECLIP_TOY_STEPS = 1000
+WECLIP_BATCH = 4
+WECLIP_LR = 2e-3
+"""Of the decoder; the released configuration says a tenth of it, and its code multiplies by ten."""
+WECLIP_WEIGHT_DECAY = 1e-2
+WECLIP_WARM_UP = 50
+WECLIP_CROP = 320
+WECLIP_WIDTH = 256
+WECLIP_BLOCKS = 3
+WECLIP_HEADS = 8
+WECLIP_DROPOUT = 0.1
+WECLIP_RFM_LAYERS = 6
+WECLIP_COCO_RFM_LAYERS = 10
+WECLIP_RADIUS = 8
+"""Patches to each side within which the affinity is supervised."""
+WECLIP_AFFINITY_WEIGHT = 0.1
+PREDICT_MAX_SIDE = 512
+CONFIDENCE = 0.95
+"""Least confidence of a pixel that counts, CLIP-ES's mu, the same for VOC and COCO."""
+
 PIXEL_ALPHA = 2.0
 """Exponent of the background where pixels decide for themselves."""
 REPORT_SHOWN = 6

@@ -34,6 +34,7 @@ data_option = partial(typer.Option, rich_help_panel="Data set")
 model_option = partial(typer.Option, rich_help_panel="Model")
 method_option = partial(typer.Option, rich_help_panel="Method")
 score_option = partial(typer.Option, rich_help_panel="Scoring")
+train_option = partial(typer.Option, rich_help_panel="Training")
 run_option = partial(typer.Option, rich_help_panel="Run")
 output_option = partial(typer.Option, rich_help_panel="Output")
 
@@ -41,8 +42,18 @@ output_option = partial(typer.Option, rich_help_panel="Output")
 
 MovedImages = Annotated[Optional[Path], data_option(help="Where the images are now, if they have moved.")]
 MovedRoot = Annotated[Optional[Path], data_option(help="Where the data set is now, if it has moved (voc, coco).")]
-Split = Annotated[Optional[str], data_option(help="train, trainaug, val, or a file with one id per line.")]
+Split = Annotated[
+    Optional[str], data_option(help="train, trainaug, val, or a file with one id per line; toy: held-out, train.")
+]
 Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
+Background = Annotated[
+    Optional[str],
+    data_option(
+        help="Words that compete with the classes: none, general, those of voc or coco, or a file with one per "
+        "line (default: the class list's; general where it names none)."
+    ),
+]
+Template = Annotated[Optional[list[str]], data_option(help="Prompt with one {}; several are averaged.")]
 Device = Annotated[str, run_option(help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionOption = Annotated[Precision, run_option("--precision", help="Numbers that the model computes with.")]
 BatchSize = Annotated[str, run_option(help="auto, or images per batch.")]
@@ -92,8 +103,8 @@ class ReadingArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArguments:
-    """Which CLIP, and the size at which it sees images."""
+class TowerArguments:
+    """Which CLIP."""
 
     model: Annotated[
         Optional[str], model_option(help=f"open_clip name (default: {MODEL_NAME}, or read off a file).")
@@ -101,6 +112,12 @@ class ModelArguments:
     weights: Annotated[
         Optional[str], model_option(help=f"Pretrained tag, file, or toy (default: {WEIGHTS}; toy for --dataset toy).")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments(TowerArguments):
+    """Which CLIP, and the size at which it sees images."""
+
     max_side: Annotated[int, model_option(help="Shrink longer images to this side; 0: never.", min=0)] = CAM_MAX_SIDE
     min_side: Annotated[int, model_option(help="Enlarge shorter images to this side; 0: never.", min=0)] = 0
 
@@ -137,6 +154,32 @@ class RunArguments:
     report: Annotated[
         Optional[Path], output_option(help="Write counts, timings and skipped inputs to this JSON file.")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """How any segmenter is trained; see :class:`clipseed.jobs.train_weclip.TrainOptions`."""
+
+    accumulate: Annotated[int, train_option(help="Parts that each process takes its batch in.", min=1)] = 1
+    seed: Annotated[int, train_option(help="Of first weights, order, augmentation and dropout.", min=0)] = 0
+    init: Annotated[
+        Optional[Path], train_option(help="Start from the weights of this segmenter. Not for going on.")
+    ] = None
+    val: Annotated[
+        Optional[str],
+        train_option(help="Split that is scored while training; the best stays as NAME-best.safetensors."),
+    ] = None
+    val_every: Annotated[int, train_option(help="Steps between two scores.", min=1)] = 1000
+    val_limit: Annotated[Optional[int], train_option(help="Score only its first N images.", min=1)] = None
+    gt: Annotated[
+        Optional[str], train_option(help="Folder of its ground-truth masks (default: the data set's own).")
+    ] = None
+    device: Device = "auto"
+    precision: PrecisionOption = "auto"
+    workers: Annotated[int, run_option(help="Processes that read images; 0: between the steps.", min=0, max=1024)] = 0
+    keep_every: Annotated[int, run_option(help="Steps between checkpoints.", min=1)] = 500
+    overwrite: Annotated[bool, output_option("--overwrite", help="Begin anew, deleting what is there.")] = False
+    allow_skipped: AllowSkipped = None
 
 
 @dataclass(frozen=True, kw_only=True)

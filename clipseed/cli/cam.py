@@ -49,16 +49,8 @@ def cam(
         Optional[int], shared.data_option(help="--labels auto: at most so many tags an image.", min=1)
     ] = None,
     classes: shared.Classes = None,
-    background: Annotated[
-        Optional[str],
-        shared.data_option(
-            help="Words that compete with the classes: none, general, those of voc or coco, or a file with one per "
-            "line (default: the class list's; general where it names none)."
-        ),
-    ] = None,
-    template: Annotated[
-        Optional[list[str]], shared.data_option(help="Prompt with one {}; several are averaged.")
-    ] = None,
+    background: shared.Background = None,
+    template: shared.Template = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
     method: Annotated[

@@ -16,12 +16,14 @@ from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
 from clipseed.cli.inspect import inspect
 from clipseed.cli.merge import merge
+from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
 from clipseed.cli.refine import caa, js, par
 from clipseed.cli.report import report
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
+from clipseed.cli.train import weclip
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__
 
@@ -45,6 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
+_train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
 
 app.command("cam")(cam)
 app.add_typer(_refine, name="refine")
@@ -55,6 +58,9 @@ app.command("threshold")(threshold)
 app.command("crf")(crf)
 app.command("sam-masks")(sam_masks)
 app.command("sam-seed")(sam_seed)
+app.add_typer(_train, name="train")
+_train.command("weclip")(weclip)
+app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)
 app.command("report")(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from clipseed.errors import WeightsError
 from clipseed.weights import read_weights
 
 Activation = Literal["quickgelu", "gelu"]
+_INSIDE = ("encoder.", "clip.")
+"""Prefixes under which checkpoints of segmenters keep the whole CLIP that they were trained on (WeCLIP's do)."""
 _BOOKKEEPING = {"input_resolution", "context_length", "vocab_size", "attn_mask", "visual.input_resolution"}
 
 
@@ -45,11 +48,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
         WeightsError: missing, damaged, of another kind, or containing anything but plain tensors.
     """
     read = read_weights(_file_in(path) if path.is_dir() else path)
-    state = {key: value for key, value in read.state.items() if key not in _BOOKKEEPING}
+    state = {key: value for key, value in clip_state(read.state).items() if key not in _BOOKKEEPING}
     if not state:
         raise WeightsError(f"{read.path}: holds no tensors")
     activation: Activation | None = "quickgelu" if read.scripted or _is_openai_mixed_precision(state) else None
     return Checkpoint(read.path, state, activation, _sidecar(read.path), read.sha256)
+
+
+def clip_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's tensors under OpenAI's names: all of a file, or those of the CLIP inside a segmenter's checkpoint.
+
+    Tables of positions that such a checkpoint holds for one image's size are left out.
+    """
+    for prefix in _INSIDE:
+        if f"{prefix}visual.conv1.weight" in state:
+            inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            table = "visual.positional_embedding"
+            return {key: value for key, value in inside.items() if key == table or not key.startswith(table)}
+    return dict(state)
 
 
 def _file_in(folder: Path) -> Path:

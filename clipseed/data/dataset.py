@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 _FILES = ("voc", "coco", "folder")
-_BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "split": _FILES, "labels": _FILES}
+_BELONGS = {"root": ("voc", "coco"), "images": ("coco", "folder"), "labels": _FILES}
 """Options that only some data sets have; ignored silently they would give other results than were asked for."""
 
 
@@ -34,7 +34,8 @@ class DatasetOptions:
 
     ``templates`` and ``background`` replace the vocabulary's own when given
     (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` images may lack
-    labels: the command finds them itself. With ``images_only`` none has labels, and no class list is needed.
+    labels: the command finds them itself. With ``images_only`` none has labels, and no class list is needed. A
+    ``vocabulary`` that is known stands in for ``classes``.
     """
 
     dataset: str
@@ -45,6 +46,7 @@ class DatasetOptions:
     auto_labels: bool = False
     images_only: bool = False
     classes: str | None = None
+    vocabulary: Vocabulary | None = None
     templates: tuple[str, ...] = ()
     background: str | None = None
     exif: bool = False
@@ -109,6 +111,10 @@ def _reading(options: DatasetOptions) -> dict[str, Any]:
     return {"reader": reader, "exif": options.exif, "max_pixels": options.max_pixels}
 
 
+def _vocabulary(options: DatasetOptions, default: str) -> Vocabulary:
+    return options.vocabulary or load_vocabulary(options.classes or default)
+
+
 def _labels(options: DatasetOptions, vocabulary: Vocabulary) -> Labels | None:
     """Labels by image id; ``None`` where the data set's own annotation is to be read."""
     if options.images_only:
@@ -124,7 +130,7 @@ def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
 
 
 def _open_voc(options: DatasetOptions) -> ImageSet:
-    vocabulary = load_vocabulary(options.classes or "voc")
+    vocabulary = _vocabulary(options, "voc")
     root = voc.find_devkit(options.root).resolve()
     split, samples = voc.read_devkit(root, options.split, vocabulary, _labels(options, vocabulary))
     truth = root / "SegmentationClass"
@@ -140,7 +146,7 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
     split, annotations = coco.find_annotations(root, options.split)
     images = (options.images or coco.find_images(root, split)).resolve()
     # Without labels the file's own categories will do, however many there are.
-    expected = None if options.images_only else load_vocabulary(options.classes or "coco")
+    expected = None if options.images_only and options.vocabulary is None else _vocabulary(options, "coco")
     labels = {} if expected is None else _labels(options, expected)
     vocabulary, samples = coco.read_instances(annotations, images, expected, labels)
     if options.auto_labels and not any(sample.labels for sample in samples):
@@ -157,7 +163,7 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.images is None:
         raise UsageError("--dataset folder needs --images DIR, the folder with the images")
     if options.images_only:
-        vocabulary: Vocabulary = Vocabulary("none", ())
+        vocabulary = options.vocabulary or Vocabulary("none", ())
         labels: Labels = {}
     else:
         vocabulary, labels = _folder_labels(options)
@@ -178,21 +184,24 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
 
 
 def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, Labels]:
-    if options.classes is None:
+    if options.classes is None and options.vocabulary is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
     if options.labels is None and not options.auto_labels:
         raise UsageError(
             "--dataset folder needs --labels FILE (which classes each image shows; CSV, JSON or text), or --labels "
             "auto to have CLIP tag them"
         )
-    vocabulary = load_vocabulary(options.classes)
+    vocabulary = _vocabulary(options, "")
     return vocabulary, _labels(options, vocabulary) or {}
 
 
 def _open_toy(options: DatasetOptions) -> ImageSet:
-    from clipseed.data.toy.dataset import toy_set
+    from clipseed.data.toy.dataset import HELD_OUT_COUNT, SPLITS, toy_set
 
-    return toy_set(load_vocabulary(options.classes or "toy"), seed=options.toy_seed)
+    if options.split is not None and options.split not in SPLITS:
+        raise UsageError(f"--split {options.split}: the toy set has {' and '.join(SPLITS)}")
+    seed, count = SPLITS[options.split] if options.split else (options.toy_seed, HELD_OUT_COUNT)
+    return toy_set(_vocabulary(options, "toy"), seed, count)
 
 
 @dataclass(frozen=True)

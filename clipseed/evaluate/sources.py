@@ -39,6 +39,14 @@ class MaskSource(Protocol):
         """
         ...
 
+    def content(self, identifier: str) -> bytes:
+        """What the mask follows from: equal bytes mean equal masks.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        ...
+
 
 class ToyTruth:
     """Exact masks of the toy world."""
@@ -60,12 +68,18 @@ class ToyTruth:
         """Draw one mask."""
         return toy_mask(self.seed, identifier)
 
+    def content(self, identifier: str) -> bytes:
+        """Its name."""
+        return f"{self.name} {identifier}".encode()
 
-def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None] | None) -> MaskSource:
+
+def find_ground_truth(
+    given: str | None, dataset: Mapping[str, str | int | None] | None, option: str = "--gt"
+) -> MaskSource:
     """The ground truth the user means.
 
     ``given`` is a folder below the working folder, below the data set's root or below ``$CLIPSEED_VOC``, or ``toy``;
-    without it the data set's own is taken.
+    without it the data set's own is taken. ``option`` is what messages call it.
 
     Raises:
         InputError: nothing is found there.
@@ -79,7 +93,7 @@ def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None]
     if given == "toy" or given.startswith("toy:"):
         seed = given.removeprefix("toy").removeprefix(":") or str(recorded.get("toy_seed", HELD_OUT_SEED))
         if not seed.isdecimal() or len(seed) > 20:
-            raise InputError(f"--gt {given[:40]}: the part behind 'toy:' must be a number of at most 20 digits")
+            raise InputError(f"{option} {given[:40]}: the part behind 'toy:' must be a number of at most 20 digits")
         return ToyTruth(int(seed))
     bases = [Path()]
     bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
@@ -87,7 +101,7 @@ def find_ground_truth(given: str | None, dataset: Mapping[str, str | int | None]
         if is_folder(base / given):
             return LabelMaskFolder(base / given)
     looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
-    raise InputError(f"--gt {given}: no such folder (looked for {looked})")
+    raise InputError(f"{option} {given}: no such folder (looked for {looked})")
 
 
 def find_split(given: str, truth: MaskSource, dataset: Mapping[str, str | int | None] | None) -> tuple[str, list[str]]:

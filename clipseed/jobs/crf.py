@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from clipseed.data.dataset import relocated
-from clipseed.data.stamps import FileStamp
 from clipseed.data.types import ImageReader, Sample
 from clipseed.defaults import CRF_ALPHA, CrfSolver, EmptyPolicy
 from clipseed.device import pick_device
@@ -40,13 +39,9 @@ from clipseed.runtime.run import RunOptions, RunReport, Start, open_engine, run
 from clipseed.runtime.stream import BatchSize
 from clipseed.runtime.work import Done, Work
 from clipseed.store.cam_records import Cam
-from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import CamSet
-from clipseed.store.empty import Earlier
-from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest, label_manifest
-from clipseed.store.units import Unit, missing_units
-from clipseed.store.writer import Finished
+from clipseed.store.scored_masks import ScoredMask, ScoredMaskWriter
 from clipseed.types import IGNORE
 
 _UNIT_SIZE = 16
@@ -149,12 +144,21 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
         manifest = _manifest(options, relocated(cams.manifest, options.images, options.root))
         with (
             contextlib.closing(open_engine(partial(_CrfWork, options, cams), options.run.cluster)) as engine,
-            _Sinks(options, manifest, earlier_in_cams(cams)) as sinks,
+            ScoredMaskWriter(
+                options.out,
+                options.soft,
+                manifest,
+                _UNIT_SIZE,
+                overwrite=options.run.overwrite,
+                shard=options.run.shard,
+                empty=options.empty,
+                earlier=earlier_in_cams(cams),
+            ) as writer,
         ):
-            sinks.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
+            writer.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
             samples = [cam_sample(cams, key) for key in cams]
-            done = run(engine, sinks, samples, start, shard=options.run.shard)
-            done.stats.counters["unsure"] += sinks.masks.ignored
+            done = run(engine, writer, samples, start, shard=options.run.shard)
+            done.stats.counters["unsure"] += writer.masks.ignored
         return CrfReport(**vars(done), source=options.source, solver=options.solver)
 
 
@@ -190,89 +194,7 @@ def _manifest(options: CrfOptions, source: Manifest) -> Manifest:
     return label_manifest(source, options.source, "crf", "dense-crf", {**asdict(options.parameters), **made})
 
 
-@dataclass(frozen=True)
-class Mask(Labelled):
-    """A finished image, with its posterior where it is kept."""
-
-    soft: Cam | None = None
-
-
-class _Sinks:
-    """Where results go: masks always, posteriors on request; an image is done when both have it."""
-
-    def __init__(self, options: CrfOptions, manifest: Manifest, earlier: Earlier) -> None:
-        self.masks = LabelMaskWriter(
-            options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
-            empty=options.empty, earlier=earlier,
-        )  # fmt: skip
-        self.out = self.folder = options.out
-        self._shard = options.run.shard
-        self._soft = (
-            CamWriter(
-                options.soft,
-                manifest,
-                "float16",
-                _UNIT_SIZE,
-                overwrite=options.run.overwrite,
-                shard=options.run.shard,
-                earlier=earlier,
-            )
-            if options.soft
-            else None
-        )
-
-    def __enter__(self) -> _Sinks:
-        self.masks.__enter__()
-        try:
-            if self._soft:
-                self._soft.__enter__()
-        except BaseException:
-            self.masks.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._soft:
-            self._soft.__exit__(*error)
-        self.masks.__exit__(*error)
-
-    @property
-    def done(self) -> set[str]:
-        return self.masks.done & self._soft.done if self._soft else self.masks.done
-
-    @property
-    def notes(self) -> list[str]:
-        return [*self.masks.notes, *(self._soft.notes if self._soft else [])]
-
-    def follow(self, classes: Mapping[str, tuple[int, ...]], stamp: Callable[[str], FileStamp]) -> None:
-        self.masks.follow(classes, stamp)
-        if self._soft:
-            self._soft.forget_unlike(classes)
-            self._soft.follow(classes.keys(), stamp)
-
-    @property
-    def left_out(self) -> list[tuple[str, str]]:
-        return self.masks.left_out
-
-    def own(self, items: Sequence[str]) -> list[str]:
-        return self.masks.own(items)
-
-    def units(self, samples: Sequence[Sample]) -> list[Unit]:
-        return missing_units(samples, _UNIT_SIZE, self._shard, self.done)
-
-    def write(self, unit: Unit, records: Sequence[Mask]) -> None:
-        self.masks.write(unit, records)
-        if self._soft:
-            soft = [mask.soft for mask in records if mask.soft is not None and mask.id not in self._soft.done]
-            self._soft.write(unit, soft)
-
-    def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
-        if self._soft:
-            self._soft.finish(ids, skipped)
-        return self.masks.finish(ids, skipped)
-
-
-class _CrfWork(Work[Any, Mask]):
+class _CrfWork(Work[Any, ScoredMask]):
     """CAMs to masks."""
 
     def __init__(self, options: CrfOptions, cams: CamSet) -> None:
@@ -303,13 +225,13 @@ class _CrfWork(Work[Any, Mask]):
         """Decodes an image; with the C++ solver it solves its problem as well."""
         return NativeSolver(self.problem) if self.native else ImageLoader(self.problem.reader)
 
-    def compute(self, items: Sequence[Any]) -> Sequence[Mask | ImageError]:
+    def compute(self, items: Sequence[Any]) -> Sequence[ScoredMask | ImageError]:
         """Masks of a batch."""
         return self._label_solved(items) if self.native else self._solve(items)
 
-    def _solve(self, items: Sequence[LoadedImage]) -> list[Mask | ImageError]:
+    def _solve(self, items: Sequence[LoadedImage]) -> list[ScoredMask | ImageError]:
         cams = [self.cams[item.sample.id] for item in items]
-        results: list[Mask | ImageError | None] = [
+        results: list[ScoredMask | ImageError | None] = [
             misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(results) if problem is None]
@@ -332,13 +254,13 @@ class _CrfWork(Work[Any, Mask]):
             raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
         return [posterior.cpu().numpy() for posterior in solved]
 
-    def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[Mask]:
+    def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[ScoredMask]:
         return [self._labelled(self.cams[key], posterior) for key, posterior in (item.result for item in items)]
 
-    def _labelled(self, cam: Cam, posterior: Floats) -> Mask:
+    def _labelled(self, cam: Cam, posterior: Floats) -> ScoredMask:
         labels = posterior_labels(posterior, cam.classes, self.options.confidence)
         if self.options.confidence is not None:
             self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
         self.counters["pixels"] += labels.size
         soft = replace(cam, maps=posterior[1:]) if self.options.soft else None
-        return Mask(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, soft)
+        return ScoredMask(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, soft)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipseed.data.listing import ids_below
 from clipseed.data.paths import is_file
+from clipseed.errors import InputError
 from clipseed.store.label_masks import LabelMaskNote, label_mask_note, read_label_mask
 from clipseed.store.manifest import Manifest
 from clipseed.store.places import located
@@ -43,6 +44,17 @@ class LabelMaskFolder:
             InputError: it cannot be read.
         """
         return read_label_mask(self.path(identifier))
+
+    def content(self, identifier: str) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            return self.path(identifier).read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path(identifier)}: cannot be read ({error.strerror})") from error
 
     def note(self, identifier: str) -> LabelMaskNote:
         """What a mask says about itself: classes and image file; nothing where it is not ours."""

@@ -11,9 +11,10 @@ CAM_OUTPUT = "cams.h5"
 CRF_OUTPUT = "pseudo"
 SEGMENTS_OUTPUT = "segments.h5"
 SEED_OUTPUT = "pseudo-sam"
+PREDICT_OUTPUT = "predictions"
 _REFINED = "cams-*.h5"
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "evaluate": (SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
+    "evaluate": (PREDICT_OUTPUT, SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
     "crf": (_REFINED, CAM_OUTPUT),
     "threshold": (_REFINED, CAM_OUTPUT),
     "sam-seed": (_REFINED, CAM_OUTPUT),

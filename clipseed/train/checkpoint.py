@@ -100,15 +100,25 @@ def refuse_other_settings(checkpoint: Checkpoint, settings: Settings, path: Path
     Raises:
         OtherSettings: naming each that differs.
     """
-    wanted = json.loads(json.dumps(dict(settings)))  # tuples as the file gives them back
-    names = [*wanted, *(name for name in checkpoint.settings if name not in wanted)]
-    pairs = [(name, checkpoint.settings.get(name), wanted.get(name)) for name in names]
-    changed = [f"{name} {_short(there)} -> {_short(now)}" for name, there, now in pairs if there != now]
+    wanted = _flat(json.loads(json.dumps(dict(settings))))  # tuples as the file gives them back
+    there = _flat(checkpoint.settings)
+    names = [*wanted, *(name for name in there if name not in wanted)]
+    pairs = [(name, there.get(name), wanted.get(name)) for name in names]
+    changed = [f"{name} {_short(before)} -> {_short(now)}" for name, before, now in pairs if before != now]
     if changed:
         raise OtherSettings(
             f"{path} was made with other settings ({', '.join(changed)}); choose another --out, or start from its "
             "weights with --init"
         )
+
+
+def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
+    """Settings of settings under names of their own: ``options.lr``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping)
+        found.update(_flat(value, f"{prefix}{name}.") if nested else {prefix + name: value})
+    return found
 
 
 def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:

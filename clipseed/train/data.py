@@ -34,7 +34,10 @@ class TrainingData(Protocol):
         ...
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """A batch of samples: tensors, or tuples, lists and dictionaries of tensors; anything else stays as it is."""
+        """A batch of samples: tensors, tuples, lists and dictionaries of tensors, or a class with ``to(device)``.
+
+        Anything else stays as it is.
+        """
         ...
 
 

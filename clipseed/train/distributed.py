@@ -73,6 +73,11 @@ class Team:
         return count
 
 
+def current_team() -> Team:
+    """The processes that this one trains with, once they have met (:func:`joined`); alone before."""
+    return Team(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Team()
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
     """Meet the other processes of the same torchrun; alone where nothing says otherwise."""
@@ -84,7 +89,7 @@ def joined(device: torch.device) -> Iterator[Team]:
     # Validation runs in one process; the others must not give up waiting.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
-        yield (team := Team(dist.get_rank(), dist.get_world_size()))
+        yield (team := current_team())
         # Who leaves while others still talk ends, now and then, in an abort of gloo's threads (torch 2.14).
         team.wait()
         time.sleep(0.5)

@@ -337,7 +337,7 @@ def _locked(options: LoopOptions) -> Iterator[None]:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     """A batch with all its tensors on the device."""
-    if isinstance(batch, Tensor):
+    if hasattr(batch, "to"):  # a tensor, or a batch with a class of its own
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: _moved(value, device) for key, value in batch.items()}

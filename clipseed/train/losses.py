@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipseed.defaults import CONFIDENCE
 from clipseed.types import IGNORE
 
 Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS = ("mean", "sum", "none")
 
-THRESHOLD = 0.95
-"""CLIP-ES's mu, the same for VOC and COCO."""
+THRESHOLD = CONFIDENCE
 
 
 def confidence_guided_loss(

@@ -51,7 +51,7 @@ TOY = ["cam", "--dataset", "toy", "--limit", "1"]
         ([*CAM, "--split", LONG], 1, "a split list cannot be read (File name too long)"),
         ([*CAM, "--root", "."], 2, "--root does not belong to --dataset folder (but to voc, coco)"),
         ([*TOY, "--labels", "labels.txt"], 2, "--labels does not belong to --dataset toy"),
-        ([*TOY, "--split", "val"], 2, "--split does not belong to --dataset toy"),
+        ([*TOY, "--split", "val"], 2, "--split val: the toy set has held-out and train"),
         ([*TOY, "--template", "a {x} {}"], 1, "--template: template 'a {x} {}' must contain exactly one {}"),
         ([*TOY, "--template", "a\n{}"], 1, "--template: 'a\\n{}' holds a line break, a control character"),
         ([*TOY, "--batch-size", "9" * 5000], 2, "give auto or a number"),

@@ -21,14 +21,13 @@ import torch
 
 torch.set_num_threads(1)
 
-from clipseed.store.open import format_of  # noqa: E402
-
 from clipseed.cli.main import main  # noqa: E402
 from clipseed.jobs import cam, crf, refine, sam_masks, sam_seed  # noqa: E402
 from clipseed.runtime import features  # noqa: E402
 from clipseed.runtime import images as engine  # noqa: E402
 from clipseed.store import tags  # noqa: E402
 from clipseed.store.label_masks import read_label_mask  # noqa: E402
+from clipseed.store.open import format_of  # noqa: E402
 from clipseed.store.record_file import RecordFile  # noqa: E402
 
 PAUSE = 0.02

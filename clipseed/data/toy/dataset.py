@@ -19,7 +19,11 @@ from clipseed.errors import InputError
 
 HELD_OUT_SEED = 0
 HELD_OUT_COUNT = 300
-"""The scored scenes. Training draws from seeds 1000 and above only (see ``tools/toy/train_clip.py``)."""
+"""The scored scenes. The shipped weights come from seeds 1000 and above only (see ``tools/toy/train_clip.py``)."""
+TRAIN_SEED = 100
+TRAIN_COUNT = 2000
+"""Scenes to train segmenters on: neither the shipped weights nor any score has seen them."""
+SPLITS = {"held-out": (HELD_OUT_SEED, HELD_OUT_COUNT), "train": (TRAIN_SEED, TRAIN_COUNT)}
 
 
 @dataclass(frozen=True)
@@ -92,5 +96,5 @@ def toy_set(vocabulary: Vocabulary, seed: int = HELD_OUT_SEED, count: int = HELD
     if vocabulary.class_names != CLASS_NAMES:
         raise InputError(f"--classes {vocabulary.name}: the toy set needs the classes {', '.join(CLASS_NAMES)}")
     samples: Sequence[Sample] = _ToySamples(seed, count)
-    split = "held-out" if seed == HELD_OUT_SEED and count == HELD_OUT_COUNT else f"seed-{seed}"
+    split = next((name for name, given in SPLITS.items() if given == (seed, count)), f"seed-{seed}")
     return ImageSet("toy", None, split, samples, vocabulary, ToyReader(seed), f"toy:{seed}", {"toy_seed": seed})

@@ -1,0 +1,308 @@
+"""``clipseed train weclip``: a decoder on frozen CLIP, from images and image-level labels, or from masks."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name
+from clipseed.data.dataset import DatasetOptions, open_dataset
+from clipseed.data.types import ImageSet, Sample
+from clipseed.defaults import WECLIP_BATCH, WEIGHTS, Precision
+from clipseed.errors import ImageError, InputError, UsageError, WeightsError
+from clipseed.evaluate.confusion import check_labels, confusion, score
+from clipseed.evaluate.sources import MaskSource, find_ground_truth
+from clipseed.store.files import refuse_unwritable, storage_errors, write_skipped
+from clipseed.train.augment import Augmentation
+from clipseed.train.checkpoint import Settings, read_weights
+from clipseed.train.inference import ViewOptions
+from clipseed.train.loop import BEST, LoopOptions, Status, train
+from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter
+from clipseed.train.weclip.data import GivenMasks, LabelledCrops, fingerprint, trainable
+from clipseed.train.weclip.decoder import Decoder
+from clipseed.train.weclip.network import WeclipNetwork, fresh_decoder, sizes
+from clipseed.train.weclip.options import WeclipOptions, default_steps, preset
+from clipseed.train.weclip.released import decoder_of, decoder_state
+from clipseed.train.weclip.trainer import Weclip
+from clipseed.weights import read_weights as read_foreign_weights
+
+SKIPPED = "skipped.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How any segmenter is trained: nothing here is peculiar to a method.
+
+    Attributes:
+        data: What to learn from.
+        out: ``NAME.safetensors``; checkpoint and metrics go to the folder ``NAME-training`` beside it.
+        model, weights: The frozen CLIP.
+        steps: ``None``: as published for the vocabulary.
+        batch: Images per step, over all processes.
+        val: Split that is scored every ``val_every`` steps, of the same data set; ``val_limit``: only its first images.
+        gt: Ground truth of that split; default: the data set's own.
+        init: A segmenter whose weights are the start.
+    """
+
+    data: DatasetOptions
+    out: Path
+    model: str | None = None
+    weights: str | None = None
+    steps: int | None = None
+    batch: int = WECLIP_BATCH
+    accumulate: int = 1
+    seed: int = 0
+    keep_every: int = 500
+    val: str | None = None
+    val_every: int = 1000
+    val_limit: int | None = None
+    gt: str | None = None
+    init: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "auto"
+    workers: int = 0
+    overwrite: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps what it needs to go on."""
+        return self.out.with_name(f"{self.out.stem}-training")
+
+    @property
+    def best(self) -> Path:
+        """The segmenter with the best validation."""
+        return self.out.with_name(f"{self.out.stem}-best.safetensors")
+
+    @property
+    def chosen_weights(self) -> str:
+        """Tag or file of the model's weights."""
+        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else WEIGHTS)
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        if self.out.suffix != ".safetensors":
+            raise UsageError(f"--out {self.out}: give the name of a .safetensors file")
+        refuse_unwritable(self.out, "--out")
+        for name in ("val_every", "keep_every", "seed"):
+            if getattr(self, name) < (0 if name == "seed" else 1):
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: too small")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainWeclipOptions(TrainOptions):
+    """Everything ``clipseed train weclip`` can be told.
+
+    Attributes:
+        constants: Of :class:`~clipseed.train.weclip.options.WeclipOptions`, those that are not to be the vocabulary's.
+        paper: As the authors' code.
+        masks: Folder of label masks to learn from instead of image-level labels, or ``toy``.
+        soft: CAM file with the scores behind them.
+    """
+
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    paper: bool = False
+    masks: str | None = None
+    soft: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        best: ``{"step": …, "score": …}`` of the best validation, and ``best_out`` the segmenter of that step.
+        unlabelled: Ids of images that could not be used for want of labels or masks.
+        skipped: Images that could not be read, with reasons, and ``skipped_file`` their list.
+    """
+
+    out: Path
+    folder: Path
+    steps: int
+    images: int
+    model: Mapping[str, Any]
+    device: str
+    best: Mapping[str, Any] | None
+    best_out: Path | None
+    unlabelled: Sequence[str]
+    skipped: Mapping[str, str]
+    skipped_file: Path | None
+
+
+def run_train_weclip(
+    options: TrainWeclipOptions,
+    report: Callable[[Status], None],
+    note: Callable[[str], None],
+) -> TrainReport:
+    """Train a decoder, or go on with what an earlier run began.
+
+    Args:
+        options: What to do.
+        report: Called with the state of training every few steps.
+        note: Called with lines for people.
+
+    Raises:
+        ClipseedError: see the modules it uses.
+    """
+    options.check()
+    image_set = open_dataset(options.data)
+    vocabulary = image_set.vocabulary
+    weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants})
+    weclip.check()
+    masks = _masks(options, image_set)
+    samples, unlabelled = trainable(image_set, masks)
+    if unlabelled:
+        what = "labels" if masks is None else "mask"
+        note(f"{len(unlabelled)} of {len(image_set.samples)} images have no {what} ({unlabelled[0]} …); left out")
+    validation_set = None if options.val is None else _validation_set(options)
+    steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
+    note(f"loading {model_name(options.model, options.chosen_weights)}")
+    clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
+    if weclip.crop % clip.tower.patch:
+        raise UsageError(f"--crop {weclip.crop}: give a multiple of a patch's {clip.tower.patch} pixels")
+    decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
+    loop_init, init = _start(options.init, decoder)
+    text = None if masks is not None else clip.encode_text(vocabulary)
+    trainer = Weclip(clip.tower, text, decoder, weclip, steps)
+    augmentation = Augmentation(weclip.crop, weclip.scales, weclip.mirror)
+    data = LabelledCrops(samples, image_set.reader, augmentation, masks)
+    settings: dict[str, Any] = {
+        "kind": "weclip", "options": weclip.manifest(), "tower": clip.info.sha256, "precision": clip.precision,
+        "classes": [item.name for item in vocabulary.classes],
+        "prompts": None if text is None else vocabulary.as_dict(),
+        "start": init, **fingerprint(image_set, samples, masks),
+    }  # fmt: skip
+    segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
+    first = os.environ.get("RANK", "0") == "0"
+    lost = _Lost(options.folder / SKIPPED, trainer.skipped, options.overwrite)
+
+    def watch(status: Status) -> None:
+        lost.write()
+        report(status)
+
+    what = "labels" if masks is None else f"masks of {masks.source.name}"
+    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {options.batch}")
+    best = train(
+        trainer, data,
+        LoopOptions(
+            options.folder, steps, options.batch, accumulate=options.accumulate, seed=options.seed,
+            device=options.device, bfloat16=options.device.type == "cuda" and clip.tower.dtype is not torch.float32,
+            workers=options.workers, keep_every=options.keep_every,
+            validate_every=options.val_every if validation_set else 0, init=loop_init, overwrite=options.overwrite,
+        ),
+        settings,
+        None if validation_set is None else _Validation(segmenter, *validation_set),
+        watch, note,
+    )  # fmt: skip
+    about = {"network": sizes(decoder), "options": weclip.manifest(), "source": _source(settings, image_set, steps)}
+    best_out = None
+    if first:
+        save_segmenter(options.out, "weclip", decoder.state_dict(), vocabulary, clip, {**about, "step": steps})
+        if best is not None:
+            best_out = options.best
+            weights, _ = read_weights(options.folder / BEST)
+            save_segmenter(best_out, "weclip", weights, vocabulary, clip, {**about, **best})
+        lost.write()
+    return TrainReport(
+        options.out, options.folder, steps, len(samples), clip.manifest(), str(options.device), best, best_out,
+        unlabelled, lost.all, lost.path if lost.all else None,
+    )  # fmt: skip
+
+
+def _source(settings: Settings, image_set: ImageSet, steps: int) -> dict[str, Any]:
+    """Where a segmenter comes from, for whoever finds the file."""
+    kept = {key: settings[key] for key in ("dataset", "split", "labels", "toy_seed", "masks") if key in settings}
+    return {**kept, **{key: str(value) for key, value in image_set.source.items()}, "steps": steps}
+
+
+def _masks(options: TrainWeclipOptions, image_set: ImageSet) -> GivenMasks | None:
+    if options.masks is None:
+        if options.soft is not None:
+            raise UsageError("--soft belongs to --masks: the scores behind given masks")
+        return None
+    source = find_ground_truth(options.masks, _places(image_set), "--masks")
+    return GivenMasks(source, len(image_set.vocabulary.classes) + 1, options.soft)
+
+
+def _places(image_set: ImageSet) -> dict[str, str | int | None]:
+    root = None if image_set.root is None else str(image_set.root)
+    return {"root": root, "ground_truth": image_set.ground_truth, **image_set.source}
+
+
+def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None]:
+    """What the loop is to start from, and, where the start is an authors' checkpoint, its digest."""
+    if path is None:
+        return None, None
+    if path.suffix == ".safetensors" and is_ours(path):
+        return path, None
+    file = read_foreign_weights(path)
+    theirs = decoder_of(decoder_state(file.state, path), path, decoder.heads)
+    if sizes(theirs) != sizes(decoder):
+        differ = [f"{name} {there}, not {here}" for (name, there), here in
+                  zip(sizes(theirs).items(), sizes(decoder).values(), strict=True) if there != here]  # fmt: skip
+        raise WeightsError(f"--init {path}: weights of another decoder ({', '.join(differ)})")
+    decoder.load_state_dict(theirs.state_dict())
+    return None, file.sha256
+
+
+def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
+    image_set = open_dataset(replace(options.data, split=options.val, limit=options.val_limit))
+    truth = find_ground_truth(options.gt, _places(image_set))
+    if not any(truth.has(sample.id) for sample in image_set.samples):
+        raise InputError(f"--val {options.val}: none of its {len(image_set.samples)} images has a mask in {truth.name}")
+    return image_set, truth
+
+
+class _Validation:
+    """Scores a segmenter as ``clipseed evaluate`` does: one confusion matrix over all images with ground truth."""
+
+    def __init__(self, segmenter: Segmenter, image_set: ImageSet, truth: MaskSource) -> None:
+        self._segmenter, self._reader, self._truth = segmenter, image_set.reader, truth
+        self._samples: list[Sample] = [sample for sample in image_set.samples if truth.has(sample.id)]
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Mean IoU (``score``) and pixel accuracy."""
+        classes = len(self._segmenter.classes) + 1
+        counts = np.zeros((classes, classes), np.int64)
+        view = ViewOptions()
+        for sample in self._samples:
+            try:
+                image = self._reader(sample)
+            except ImageError:
+                continue
+            truth = self._truth.read(sample.id)
+            if truth.shape != (image.height, image.width):
+                raise InputError(f"{self._truth.name}: the mask of {sample.id} has another size than its image")
+            check_labels(truth, classes, f"{self._truth.name}: {sample.id}", allow_ignore=True)
+            counts += confusion(truth, self._segmenter.predict(image, view), classes)
+        found = score(counts)
+        return {"score": found.miou, "pixel_accuracy": found.pixel_accuracy}
+
+
+class _Lost:
+    """Images that could not be read, of this run and of those before that it goes on from."""
+
+    def __init__(self, path: Path, now: dict[str, str], overwrite: bool) -> None:
+        self.path, self._now = path, now
+        self._before: dict[str, str] = {}
+        if not overwrite and path.is_file():
+            with path.open(encoding="utf-8", newline="") as stream:
+                self._before = {row["id"]: row["reason"] for row in csv.DictReader(stream)}
+
+    @property
+    def all(self) -> dict[str, str]:
+        return {**self._before, **self._now}
+
+    def write(self) -> None:
+        with storage_errors(self.path):
+            write_skipped(self.path, sorted(self.all.items()))

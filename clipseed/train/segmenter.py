@@ -1,0 +1,280 @@
+"""Segmenters: what was trained, as one file, and what can be done with it.
+
+The file is safetensors. Its tensors, ``weights/NAME``, are what was trained and nothing else; the metadata ``clipseed``
+is a JSON text: the kind of segmenter, its classes, its options, the frozen tower with the SHA-256 of its weights, and
+where it comes from. Kinds differ in the network that they make of this; everything else is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from clipseed.clip.model import FrozenClip
+from clipseed.data.images import read_image, to_rgb
+from clipseed.data.vocabulary import Vocabulary, load_vocabulary, parse_vocabulary
+from clipseed.defaults import Precision
+from clipseed.errors import UsageError, WeightsError
+from clipseed.train.checkpoint import read_weights, save_weights
+from clipseed.train.inference import Network, ViewOptions, averaged_logits, shown
+from clipseed.types import LabelMask
+from clipseed.weights import read_weights as read_foreign_weights
+
+PLAIN_VIEW = ViewOptions()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which CLIP a segmenter runs on, and where.
+
+    Attributes:
+        model, weights: As of :meth:`~clipseed.clip.model.FrozenClip.load`; ``None``: as recorded in the file.
+        device, precision: Likewise.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+    device: str | torch.device = "auto"
+    precision: Precision = "auto"
+
+
+class Segmenter:
+    """A network with the names of its classes. Load one with :func:`load_segmenter`.
+
+    Attributes:
+        network: Gives logits.
+        vocabulary: Classes with their texts; mask value = index + 1.
+        about: What the file says of itself.
+        path: The file.
+    """
+
+    def __init__(self, network: Network, vocabulary: Vocabulary, about: Mapping[str, Any], path: Path) -> None:
+        self.network, self.vocabulary, self.about, self.path = network, vocabulary, about, path
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, without the background."""
+        return self.vocabulary.class_names
+
+    def logits(self, images: Tensor, view: ViewOptions = PLAIN_VIEW) -> Tensor:
+        """Logits ``(B, 1 + K, h, w)`` of images ``(B, 3, H, W)`` of one size, 0 to 255."""
+        with torch.inference_mode():
+            return averaged_logits(self.network, images.to(self.network.device), view)
+
+    def scores(self, image: Image.Image | str | Path, view: ViewOptions = PLAIN_VIEW) -> npt.NDArray[np.float32]:
+        """Probabilities ``(1 + K, H, W)`` of background and classes, at the image's size; they sum to 1.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        opened = to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
+        logits = self.logits(shown(opened, self.network.patch, view)[None], view)
+        found: npt.NDArray[np.float32] = enlarged(logits, (opened.height, opened.width))[0].softmax(dim=0).cpu().numpy()
+        return found
+
+    def predict(self, image: Image.Image | str | Path, view: ViewOptions = PLAIN_VIEW) -> LabelMask:
+        """Label mask ``(H, W)``: 0 background, class index + 1.
+
+        Args:
+            image: A Pillow image, or its file.
+            view: Scales, mirror image, size.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        labels: LabelMask = self.scores(image, view).argmax(axis=0).astype(np.uint8)
+        return labels
+
+
+def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits ``(B, K, h, w)`` at the size of the image, bilinear with half-pixel centres."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def save_segmenter(
+    path: Path, kind: str, weights: Mapping[str, Tensor], vocabulary: Vocabulary, clip: FrozenClip,
+    about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write a segmenter.
+
+    Args:
+        path: ``NAME.safetensors``.
+        kind: One of ``KINDS``.
+        weights: What was trained.
+        vocabulary: Its classes.
+        clip: The frozen CLIP that it runs on.
+        about: What the kind needs to make a network (``network``, ``options``), and where it comes from (``source``).
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    save_weights(
+        path, weights, {
+            "kind": kind, "vocabulary": vocabulary.as_dict(), "tower": clip.manifest(), "weights": clip.location,
+            **about,
+        },
+    )  # fmt: skip
+
+
+KINDS = ("weclip",)
+"""What :func:`load_segmenter` can make a network of."""
+
+
+@dataclass(frozen=True)
+class SegmenterFile:
+    """A segmenter that was read, and no CLIP yet.
+
+    Attributes:
+        weights: What was trained.
+        vocabulary: Its classes.
+        about: What the file says of itself; ``digest`` and ``kind`` among it.
+        released: It is a checkpoint of WeCLIP's authors, with a CLIP inside.
+    """
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    vocabulary: Vocabulary
+    about: Mapping[str, Any]
+    released: bool = False
+
+    def on(self, place: Placement) -> Segmenter:
+        """The segmenter on its CLIP.
+
+        Raises:
+            WeightsError: the CLIP is not where it was, another one was named, or the weights do not fit it.
+        """
+        from clipseed.train.weclip.network import WeclipNetwork, refuse_other_tower, restored
+        from clipseed.train.weclip.options import WeclipOptions, preset
+        from clipseed.train.weclip.released import decoder_of
+
+        if not self.released:
+            clip = _tower(self.about, place, self.path)
+            return Segmenter(
+                restored(clip, self.weights, self.about, self.path), self.vocabulary, self.about, self.path
+            )
+        decoder = decoder_of(self.weights, self.path)
+        clip = FrozenClip.load(place.model, place.weights or str(self.path), place.device, place.precision)
+        refuse_other_tower(decoder, clip, self.path)
+        options = WeclipOptions(**preset(self.vocabulary.name, released=True))
+        return Segmenter(WeclipNetwork(clip, decoder, options), self.vocabulary, self.about, self.path)
+
+
+def read_segmenter(path: Path, classes: str | None = None) -> SegmenterFile:
+    """Read a segmenter's file; see :func:`load_segmenter`."""
+    if path.suffix != ".safetensors" or not is_ours(path):
+        return _read_released(path, classes)
+    tensors, about = read_weights(path)
+    if about.get("kind") not in KINDS or "tower" not in about:
+        what = "a checkpoint of training, not a segmenter" if about.get("kind") == "checkpoint" else "no segmenter"
+        raise WeightsError(f"{path}: {what}; give the file that clipseed train wrote with --out")
+    vocabulary = parse_vocabulary(about["vocabulary"], str(path), "segmenter")
+    refuse_other_classes(vocabulary, classes, path)
+    return SegmenterFile(path, tensors, vocabulary, about)
+
+
+def load_segmenter(
+    path: str | Path, *, model: str | None = None, weights: str | Path | None = None,
+    device: str | torch.device = "auto", precision: Precision = "auto", classes: str | None = None,
+) -> Segmenter:  # fmt: skip
+    """Load a segmenter for prediction.
+
+    Args:
+        path: A file of ``clipseed train``, or a checkpoint of WeCLIP's authors.
+        model: Of the frozen CLIP, as of :meth:`~clipseed.clip.model.FrozenClip.load`.
+        weights: Likewise; default: those it was trained on, from where they were. Of an authors' checkpoint, those
+            inside.
+        device: Likewise.
+        precision: Likewise.
+        classes: Class list of an authors' checkpoint, which does not name its own; default: VOC's or COCO's by number.
+
+    Raises:
+        WeightsError: missing, damaged, no segmenter, or for another CLIP.
+        UsageError: ``classes`` are not the file's.
+    """
+    place = Placement(model, None if weights is None else str(weights), device, precision)
+    return read_segmenter(Path(path), classes).on(place)
+
+
+def refuse_other_classes(vocabulary: Vocabulary, classes: str | None, path: Path) -> None:
+    """Raise :class:`~clipseed.errors.UsageError` where ``--classes`` names others than those of a segmenter."""
+    if classes is None:
+        return
+    named = load_vocabulary(classes)
+    if named.class_names != vocabulary.class_names:
+        pairs = zip(named.class_names, vocabulary.class_names, strict=False)
+        first = next((f"{a!r} in place of {b!r}" for a, b in pairs if a != b), "")
+        raise UsageError(
+            f"--classes {classes}: {len(named.classes)} classes, {path} was trained on {len(vocabulary.classes)}"
+            + (f" (the first that differs: {first})" if first else "")
+        )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a safetensors file has our metadata; damaged and missing ones count as ours, whose reader says so."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as opened:
+            return "clipseed" in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return True
+
+
+def _tower(about: Mapping[str, Any], place: Placement, path: Path) -> FrozenClip:
+    """The frozen CLIP that a file was trained on.
+
+    Raises:
+        WeightsError: it is not where it was, or another one was named.
+    """
+    recorded = about["tower"]
+    name = recorded["model"]
+    model = place.model or (None if name == "inferred" else name)
+    try:
+        clip = FrozenClip.load(model, place.weights or about["weights"], place.device, place.precision)
+    except WeightsError as error:
+        if place.weights is not None:
+            raise
+        where = about["weights"]
+        raise WeightsError(f"{path}: its CLIP ({where}) cannot be loaded; name it with --weights. {error}") from error
+    if clip.info.sha256 != recorded["sha256"]:
+        raise WeightsError(
+            f"{path}: was trained on {recorded['weights']} with SHA-256 {recorded['sha256'][:16]}…, not on "
+            f"{clip.info.weights} with {clip.info.sha256[:16]}…; a decoder fits its own CLIP only (--weights)"
+        )
+    return clip
+
+
+def _read_released(path: Path, classes: str | None) -> SegmenterFile:
+    """A checkpoint of WeCLIP's authors: the decoder and, as a rule, the whole CLIP beside it."""
+    from clipseed.train.weclip.released import decoder_of, decoder_state, is_released
+
+    file = read_foreign_weights(path)
+    if not is_released(file.state):
+        raise WeightsError(f"{path}: no segmenter of clipseed, and no checkpoint of WeCLIP's authors")
+    weights = decoder_state(file.state, path)
+    vocabulary = released_vocabulary(decoder_of(weights, path).classes - 1, classes, path)
+    return SegmenterFile(path, weights, vocabulary, {"kind": "weclip", "digest": file.sha256}, released=True)
+
+
+def released_vocabulary(count: int, classes: str | None, path: Path) -> Vocabulary:
+    """The class list of a decoder that names none: as given, else VOC's or COCO's.
+
+    Raises:
+        UsageError: another number of classes, or none was given.
+    """
+    known = {20: "voc", 80: "coco"}
+    if classes is None and count not in known:
+        raise UsageError(f"{path}: a decoder for {count} classes, whose names it does not tell; give --classes FILE")
+    vocabulary = load_vocabulary(classes or known[count])
+    if len(vocabulary.classes) != count:
+        raise UsageError(f"--classes {classes}: {len(vocabulary.classes)} classes, but {path} was trained on {count}")
+    return vocabulary

@@ -1,0 +1,1 @@
+"""WeCLIP: a decoder on frozen CLIP's tokens, whose pseudo-labels are refined by its own affinity while it learns."""

@@ -1,0 +1,198 @@
+"""What a decoder learns from: augmented crops of images whose classes, or whose masks, are known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.tv_tensors import Image, Mask
+
+from clipseed.data.types import ImageReader, ImageSet, Sample
+from clipseed.errors import ImageError, InputError
+from clipseed.evaluate.confusion import check_labels
+from clipseed.evaluate.sources import MaskSource
+from clipseed.store.cams import CamSet, open_cams
+from clipseed.train.augment import Augmentation, Scores
+
+
+@dataclass
+class Crops:
+    """A batch.
+
+    Attributes:
+        pixels: ``(B, 3, S, S)`` uint8.
+        known: ``(B, S, S)`` uint8: 255 outside of the image, inside 0, or the label of a given mask.
+        labels: Class indices of each image, ascending.
+        seeds: Of each sample, for what else is random about it; none for nothing random.
+        confidence: ``(B, S, S)`` of given masks, where there is one.
+        skipped: Ids of images that cannot be read, with the reason; others stand in for them.
+    """
+
+    pixels: Tensor
+    known: Tensor
+    labels: Sequence[Sequence[int]]
+    seeds: Sequence[int] = ()
+    confidence: Tensor | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Crops:
+        """The batch on a device."""
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Crops:
+        """The batch in memory that a GPU copies from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Crops:
+        confidence = None if self.confidence is None else change(self.confidence)
+        return replace(self, pixels=change(self.pixels), known=change(self.known), confidence=confidence)
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """Masks to learn from, in place of image-level labels.
+
+    Attributes:
+        source: Where they come from.
+        classes: How many there are, with the background.
+        soft: CAM file with the scores behind the masks (``clipseed crf --soft``): crops then hold a confidence.
+    """
+
+    source: MaskSource
+    classes: int
+    soft: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One crop: pixels, what is known of them, labels, confidence, and what could not be read on the way."""
+
+    parts: tuple[Tensor, ...]
+    labels: tuple[int, ...]
+    seed: int
+    skipped: dict[str, str]
+
+
+class LabelledCrops:
+    """Crops of a data set; survives pickling, because worker processes read it.
+
+    An image that cannot be read is skipped: the next one that can takes its place, the same whenever the step is run.
+
+    Args:
+        samples: With labels; or any, with masks.
+        reader: Opens their images.
+        augmentation: What happens to an image and to all that lies on it.
+        masks: In place of labels.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], reader: ImageReader, augmentation: Augmentation, masks: GivenMasks | None
+    ) -> None:
+        self._samples, self._reader, self._augmentation, self._masks = samples, reader, augmentation, masks
+        self._soft: CamSet | None = None  # opened by the process that reads it
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int, seed: int) -> _Known:
+        """One crop.
+
+        Raises:
+            InputError: a mask does not fit, or no image at all can be read.
+        """
+        skipped: dict[str, str] = {}
+        for step in range(len(self._samples)):
+            sample = self._samples[(index + step) % len(self._samples)]
+            try:
+                pixels = np.asarray(self._reader(sample)).copy()
+            except ImageError as error:
+                skipped[sample.id] = str(error)
+                continue
+            image = Image(torch.from_numpy(pixels).permute(2, 0, 1))
+            parts = [image, Mask(self._known_of(sample, (pixels.shape[0], pixels.shape[1])))]
+            if self._masks is not None and self._masks.soft is not None:
+                parts.append(Scores(self._confidence(sample, (pixels.shape[0], pixels.shape[1]))))
+            return _Known(self._augmentation(seed, *parts), tuple(sorted(sample.labels or ())), seed, skipped)
+        reason = next(iter(skipped.values()))
+        raise InputError(f"none of the {len(skipped)} images to train on can be read; one of them: {reason}")
+
+    def _known_of(self, sample: Sample, size: tuple[int, int]) -> Tensor:
+        if self._masks is None:
+            return torch.zeros(size, dtype=torch.uint8)
+        source = self._masks.source
+        where = f"{source.name}: the mask of {sample.id}"
+        mask = source.read(sample.id)
+        if mask.shape != size:
+            raise InputError(f"{where} has {mask.shape[1]}x{mask.shape[0]} pixels, its image {size[1]}x{size[0]}")
+        check_labels(mask, self._masks.classes, where, allow_ignore=True)
+        return torch.from_numpy(mask.copy())
+
+    def _confidence(self, sample: Sample, size: tuple[int, int]) -> Tensor:
+        """Score ``(1, H, W)`` of what the strongest class, or the background, says about each pixel."""
+        assert self._masks is not None
+        assert self._masks.soft is not None
+        if self._soft is None:
+            self._soft = open_cams(self._masks.soft)
+        cam = self._soft[sample.id]
+        if cam.size != size:
+            raise InputError(f"{self._masks.soft}: the scores of {sample.id} are those of an image of another size")
+        best = cam.upsampled().max(axis=0, initial=0)
+        return torch.from_numpy(np.maximum(best, 1 - best).astype(np.float32))[None]
+
+    def collate(self, samples: Sequence[_Known]) -> Crops:
+        """A batch of crops."""
+        parts = [torch.stack(column) for column in zip(*(sample.parts for sample in samples), strict=True)]
+        skipped = {key: why for sample in samples for key, why in sample.skipped.items()}
+        confidence = parts[2][:, 0].clamp(0, 1) if len(parts) > 2 else None
+        labels, seeds = [sample.labels for sample in samples], [sample.seed for sample in samples]
+        return Crops(parts[0], parts[1], labels, seeds, confidence, skipped)
+
+
+def trainable(image_set: ImageSet, masks: GivenMasks | None) -> tuple[Sequence[Sample], list[str]]:
+    """The samples that training can use, and the ids of those whose labels, or masks, are missing.
+
+    Raises:
+        InputError: there are none.
+    """
+    samples = image_set.samples
+    if masks is None and image_set.name == "toy":
+        return samples, []  # all have labels, and asking for them lays out every scene
+    usable = [s for s in samples if (s.labels is not None if masks is None else masks.source.has(s.id))]
+    if masks is not None and masks.soft is not None:
+        with open_cams(masks.soft) as soft:
+            usable = [sample for sample in usable if sample.id in soft]
+    if not usable:
+        lacks = "labels" if masks is None else f"a mask in {masks.source.name}"
+        raise InputError(f"none of the {len(samples)} images of {image_set.name} {image_set.split} has {lacks}")
+    kept = {sample.id for sample in usable}
+    if masks is None and not any(sample.labels for sample in usable):
+        raise InputError(
+            f"{image_set.name} {image_set.split}: no image shows any class; nothing but background can be learned"
+        )
+    return usable, [sample.id for sample in samples if sample.id not in kept]
+
+
+def fingerprint(image_set: ImageSet, samples: Sequence[Sample], masks: GivenMasks | None) -> dict[str, Any]:
+    """What a resumed run must find again: the images' ids with their labels, or their masks."""
+    about: dict[str, Any] = {"dataset": image_set.name, "split": image_set.split}
+    if image_set.name == "toy":
+        about["toy_seed"] = image_set.source.get("toy_seed")
+    else:
+        about["labels"] = _digest(f"{s.id} {sorted(s.labels or ()) if masks is None else ''}" for s in samples)
+    if masks is not None:
+        about["masks"] = _digest(masks.source.content(sample.id) for sample in samples)
+        about["soft"] = None if masks.soft is None else _digest([masks.soft.read_bytes()])
+    return about
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else f"{part}\n".encode())
+    return digest.hexdigest()

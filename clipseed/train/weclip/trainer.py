@@ -1,0 +1,130 @@
+"""WeCLIP as a trainer: pseudo-labels of every crop in every step, and a decoder that learns from them.
+
+The tower is frozen and gives tokens, attention and CAMs; the decoder fuses the tokens; the affinity of the fused tokens
+helps, without gradient, to refine the CAMs; refined CAMs become pseudo-labels; decoder and affinity learn from these
+(Zhang et al., CVPR 2024). With masks that are given, the decoder learns from those, and no text is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clipseed.clip.text import TextBank
+from clipseed.clip.vision import VisionTower
+from clipseed.train.distributed import current_team
+from clipseed.train.losses import confidence_guided_loss
+from clipseed.train.weclip.affinity import pair_labels, token_affinity
+from clipseed.train.weclip.data import Crops
+from clipseed.train.weclip.decoder import Decoder, kept_channels
+from clipseed.train.weclip.frozen import Sight, look, pixels_of
+from clipseed.train.weclip.labels import strongest
+from clipseed.train.weclip.losses import affinity_loss, balanced_loss
+from clipseed.train.weclip.options import WeclipOptions
+from clipseed.train.weclip.pseudo_scores import pseudo_scores
+from clipseed.train.weclip.schedule import learning_rate_factor
+from clipseed.types import IGNORE
+
+SATURATED = 0.99
+"""Affinities above it hardly learn any more: the sigmoid is flat there."""
+
+
+class Weclip:
+    """Decoder on a frozen tower.
+
+    Args:
+        tower: Frozen CLIP; it is not part of :attr:`module`.
+        text: Prototypes of the classes and background words; ``None`` with given masks.
+        decoder: What learns.
+        options: All constants.
+        steps: Length of the run.
+
+    Attributes:
+        skipped: Ids of images that could not be read, with reasons, as far as batches have told.
+    """
+
+    def __init__(
+        self, tower: VisionTower, text: TextBank | None, decoder: Decoder, options: WeclipOptions, steps: int
+    ) -> None:
+        self.module: nn.Module = decoder
+        self.tower, self.text, self.options, self.steps = tower, text, options, steps
+        self._decoder = decoder
+        self.skipped: dict[str, str] = {}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW on the decoder alone."""
+        return torch.optim.AdamW(
+            self.module.parameters(), self.options.lr, (0.9, 0.999), 1e-8, self.options.weight_decay
+        )
+
+    def schedule(self, step: int) -> float:
+        """Warm-up, then linearly down."""
+        return learning_rate_factor(step, self.steps, self.options.warm_up)
+
+    def losses(self, batch: Crops, step: int) -> Mapping[str, Tensor]:
+        """Losses of augmented crops, and what tells whether training is healthy."""
+        self.skipped.update(batch.skipped)
+        pixels = pixels_of(self.tower, batch.pixels, self.options.statistics)
+        return self.step(pixels, batch, step)
+
+    def step(self, pixels: Tensor, batch: Crops, step: int) -> dict[str, Tensor]:
+        """The same from the tower's input ``(B, 3, H, W)``.
+
+        Returns:
+            ``loss``; its parts ``segmentation`` and ``affinity``; ``saturated``, the share of affinities above 0.99;
+            and ``probability``, the mean probability that CLIP gives to the images' classes: where it is tiny, words
+            and images do not belong together, and maps are noise.
+        """
+        options = self.options
+        confirmed = options.confirmed(step, self.steps)
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            layers = options.rfm_layers if confirmed else options.static_layers
+            sight = look(self.tower, pixels, 0 if self.text is None else layers)
+        fused = self._decoder.fuse(sight.levels)
+        if options.dropout and batch.seeds:
+            fused = fused * kept_channels(batch.seeds, self._decoder.width, options.dropout).to(fused)
+        logits = self._decoder.decode(fused, sight.grid)
+        found: dict[str, Tensor] = {}
+        with torch.autocast(pixels.device.type, enabled=False):
+            affinity = token_affinity(fused)
+            if self.text is None:
+                labels = batch.known
+            else:
+                with torch.no_grad():
+                    kept = affinity if confirmed else None
+                    labels, probability = self._labels(sight, kept, pixels, batch)
+                found["probability"] = probability.sum() / max(1, len(probability))
+            return self._losses(logits.float(), affinity, labels, batch.confidence) | found
+
+    def _labels(self, sight: Sight, affinity: Tensor | None, pixels: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels ``(B, H, W)`` of the crops, and the classes' probabilities."""
+        assert self.text is not None
+        scores, probability = pseudo_scores(
+            self.tower, self.text, sight, affinity, pixels, batch.labels, self.options,
+            (pixels.shape[-2], pixels.shape[-1]),
+        )  # fmt: skip
+        labels = strongest(scores, batch.labels)
+        if not self.options.supervise_padding:
+            labels = labels.masked_fill(batch.known == IGNORE, IGNORE)
+        return labels, probability
+
+    def _losses(self, logits: Tensor, affinity: Tensor, labels: Tensor, confidence: Tensor | None) -> dict[str, Tensor]:
+        options, team = self.options, current_team()
+        if self.text is None:
+            if confidence is not None:
+                labels = labels.masked_fill(confidence < options.confidence, IGNORE)
+            counted = (labels != IGNORE).sum()
+            total = confidence_guided_loss(logits, labels, reduction="sum")
+            segmentation = total * team.count / team.total(counted).clamp(min=1)
+        else:
+            segmentation = balanced_loss(logits, labels, team)
+        pairs = pair_labels(labels, self.tower.patch, options.radius)
+        together = affinity_loss(affinity, pairs, team)
+        return {
+            "loss": segmentation + options.affinity_weight * together,
+            "segmentation": segmentation,
+            "affinity": together,
+            "saturated": (affinity.detach() > SATURATED).float().mean(),
+        }
