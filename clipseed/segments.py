@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +19,30 @@ SUB_PART, PART, WHOLE = 0, 1, 2
 """Levels: which of the three masks of a point a mask is."""
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Masks of one image, in output order. They may overlap and leave gaps.
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "level": ("i1", ()),
+    "iou": ("f4", ()),
+    "stability": ("f4", ()),
+    "box": ("f4", (4,)),
+    "point": ("f4", (2,)),
+    "crop_box": ("i4", (4,)),
+}
+"""Type of each of :class:`SegmentColumns`, and shape of what it says of one segment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentColumns:
+    """What is known of each of S segments besides its pixels.
 
     Attributes:
-        masks: ``(S, H, W)`` bool.
         level: ``(S,)`` int8: 0 sub-part, 1 part, 2 whole. Imported masks are wholes.
         iou: ``(S,)`` float32: SAM's predicted IoU (a regression, may exceed 1); 1 for imported masks.
         stability: ``(S,)`` float32: stability score; 1 for imported masks.
-        box: ``(S, 4)`` float32: x, y, width, height in pixels, as in SAM's records.
+        box: ``(S, 4)`` float32: x, y, width, height in pixels, as in SAM's records, without "+1".
         point: ``(S, 2)`` float32: x, y of the prompt; NaN where there was none.
         crop_box: ``(S, 4)`` int32: x, y, width, height of the crop that a mask was found in.
     """
 
-    masks: npt.NDArray[np.bool_]
     level: npt.NDArray[np.int8]
     iou: npt.NDArray[np.float32]
     stability: npt.NDArray[np.float32]
@@ -42,7 +51,30 @@ class Segments:
     crop_box: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.level)
+
+    def columns(self, rows: Sequence[int] | npt.NDArray[np.integer] | None = None) -> dict[str, Any]:
+        """The columns by name; of these rows alone, in this order, where they are given."""
+        whole = {name: getattr(self, name) for name in COLUMNS}
+        return whole if rows is None else {name: values[np.asarray(rows, np.int64)] for name, values in whole.items()}
+
+
+def joined_columns(parts: Sequence[SegmentColumns]) -> dict[str, Any]:
+    """The columns of several sets one behind the other; typed even where there is no set."""
+    nothing = {name: np.zeros((0, *shape), kind) for name, (kind, shape) in COLUMNS.items()}
+    columns = [part.columns() for part in parts]
+    return {name: np.concatenate([values, *(part[name] for part in columns)]) for name, values in nothing.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments(SegmentColumns):
+    """Masks of one image, in output order. They may overlap and leave gaps.
+
+    Attributes:
+        masks: ``(S, H, W)`` bool.
+    """
+
+    masks: npt.NDArray[np.bool_]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,8 +89,7 @@ class Segments:
 
     def take(self, kept: Sequence[int] | npt.NDArray[np.integer]) -> Segments:
         """The masks with these indices, in this order."""
-        index = np.asarray(kept, np.int64)
-        return Segments(*(getattr(self, item.name)[index] for item in fields(self)))
+        return Segments(masks=self.masks[np.asarray(kept, np.int64)], **self.columns(kept))
 
 
 def from_masks(masks: npt.NDArray[np.bool_]) -> Segments:

@@ -70,7 +70,7 @@ def run_threshold(options: ThresholdOptions, start: Start | None = None) -> Thre
     with CamSet(options.source) as cams:
         manifest = _manifest(options, relocated(cams.manifest, options.images, options.root))
         with (
-            contextlib.closing(open_engine(partial(_ThresholdWork, options), options.run.cluster)) as engine,
+            contextlib.closing(open_engine(partial(_ThresholdWork, options, cams), options.run.cluster)) as engine,
             LabelMaskWriter(
                 options.out, manifest, _UNIT_SIZE, overwrite=options.run.overwrite, shard=options.run.shard,
                 empty=options.empty, earlier=earlier_in_cams(cams),
@@ -113,11 +113,11 @@ def _manifest(options: ThresholdOptions, source: Manifest) -> Manifest:
 class _ThresholdWork(Work[Done[Sample], Labelled]):
     """CAMs to label masks. No image is decoded, so workers are threads: as many as are asked for, else one per core."""
 
-    def __init__(self, options: ThresholdOptions) -> None:
+    def __init__(self, options: ThresholdOptions, cams: CamSet) -> None:
         super().__init__()
-        self.cams = CamSet(options.source, verify=False)
+        self.cams = cams
         self.rules: Rules = thresholding(
-            threshold=options.threshold, alpha=options.alpha, released=_released(self.cams.manifest)
+            threshold=options.threshold, alpha=options.alpha, released=_released(cams.manifest)
         )
         self.workers = 0
         threads = options.run.workers

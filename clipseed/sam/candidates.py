@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,47 +12,32 @@ from torch import Tensor
 
 from clipseed.sam.backend import Decoded, Embedding, SamBackend
 from clipseed.sam.grid import Crop
-from clipseed.sam.nms import cut_off, mask_boxes
+from clipseed.sam.nms import cut_off, mask_boxes, with_extent
 from clipseed.sam.options import LEVELS, ProposalOptions
-from clipseed.segments import WHOLE
+from clipseed.segments import WHOLE, SegmentColumns, joined_columns
 
 _WORKING_FLOATS = 1 << 25
 """Masks enlarged at once need about this many floats (128 MB)."""
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Masks of one crop, with everything in the crop's own pixels.
+@dataclass(frozen=True, kw_only=True)
+class Candidates(SegmentColumns):
+    """Masks of one crop; boxes and points are in the image's pixels.
 
     Attributes:
-        packed: ``(S, bytes)`` uint8: the masks' pixels row by row, a bit each; decoders give hundreds.
-        level: ``(S,)`` int8.
-        iou: ``(S,)`` float32.
-        stability: ``(S,)`` float32.
-        box: ``(S, 4)`` int64: first column, first row, last column, last row.
-        point: ``(S, 2)`` float64: x, y.
+        packed: ``(S, bytes)`` uint8: the masks' pixels in the crop row by row, a bit each; decoders give hundreds.
     """
 
     packed: npt.NDArray[np.uint8]
-    level: npt.NDArray[np.int8]
-    iou: npt.NDArray[np.float32]
-    stability: npt.NDArray[np.float32]
-    box: npt.NDArray[np.int64]
-    point: npt.NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.packed)
 
     def take(self, kept: npt.NDArray[np.int64]) -> Candidates:
         """Those with these indices, in this order."""
-        return Candidates(*(getattr(self, item.name)[kept] for item in fields(self)))
+        return Candidates(packed=self.packed[kept], **self.columns(kept))
 
     @staticmethod
     def joined(parts: Sequence[Candidates]) -> Candidates:
         """All of them, in order; at least one part."""
-        return Candidates(
-            *(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Candidates))
-        )
+        return Candidates(packed=np.concatenate([part.packed for part in parts]), **joined_columns(parts))
 
 
 def passing(
@@ -84,6 +69,7 @@ def passing(
     if options.pred_iou_threshold > 0:
         chosen = chosen[iou + torch.tensor(options.level_bonus)[level] > options.pred_iou_threshold]
     height, width = embedding.size
+    corner = np.array([crop.left, crop.top])
     step = max(1, _WORKING_FLOATS // (backend.working_pixels + 2 * height * width))
     parts = [_nothing(embedding.size)]
     if not len(chosen):
@@ -93,7 +79,17 @@ def passing(
         good, stability, box, packed = _good(full, backend.mask_threshold, crop, image, options)
         some = some[good]
         point = points[some.numpy() // per_point]
-        parts.append(Candidates(packed, level[some].numpy().astype(np.int8), iou[some].numpy(), stability, box, point))
+        parts.append(
+            Candidates(
+                packed=packed,
+                level=level[some].numpy().astype(np.int8),
+                iou=iou[some].numpy(),
+                stability=stability,
+                box=with_extent(box + corner[[0, 1, 0, 1]]),
+                point=(point + corner).astype(np.float32),
+                crop_box=np.tile(np.array([*corner, crop.size[1], crop.size[0]], np.int32), (len(some), 1)),
+            )
+        )
     return Candidates.joined(parts)
 
 
@@ -123,11 +119,4 @@ def _good(
 
 
 def _nothing(size: tuple[int, int]) -> Candidates:
-    return Candidates(
-        packed=np.packbits(np.zeros((0, size[0] * size[1]), np.bool_), axis=1),
-        level=np.zeros(0, np.int8),
-        iou=np.zeros(0, np.float32),
-        stability=np.zeros(0, np.float32),
-        box=np.zeros((0, 4), np.int64),
-        point=np.zeros((0, 2)),
-    )
+    return Candidates(packed=np.packbits(np.zeros((0, size[0] * size[1]), np.bool_), axis=1), **joined_columns([]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from clipseed.sam.candidates import Candidates, passing
 from clipseed.sam.cleanup import remove_small_regions
 from clipseed.sam.grid import Crop, crops_of, point_grid
 from clipseed.sam.levels import filter_levels
-from clipseed.sam.nms import mask_boxes, suppress
+from clipseed.sam.nms import corners_of, mask_boxes, suppress, with_extent
 from clipseed.sam.options import ProposalOptions
-from clipseed.segments import Segments
+from clipseed.segments import SegmentColumns, Segments, joined_columns
 
 
 @dataclass
@@ -61,15 +61,16 @@ def generate(
     size = (pixels.shape[0], pixels.shape[1])
     limits = limits or Limits()
     crops = crops_of(*size, options.crop_layers, options.crop_overlap)
-    found: list[Candidates] = []
-    while len(found) < len(crops):
-        some = crops[len(found) : len(found) + (limits.crops or backend.crops_at_once)]
+    by_crop: list[Candidates] = []
+    while len(by_crop) < len(crops):
+        some = crops[len(by_crop) : len(by_crop) + (limits.crops or backend.crops_at_once)]
         embeddings = _encoded(backend, pixels, some, limits)
         for crop, embedding in zip(some, embeddings, strict=False):  # fewer, where memory ran out
             candidates = _answers(backend, embedding, crop, size, options, limits)
             bonus = np.array(options.nms_level_bonus, np.float32)[candidates.level]
-            found.append(candidates.take(suppress(candidates.box, candidates.iou + bonus, options.box_nms_threshold)))
-    proposals = _between_crops(found, crops, size, options)
+            kept = suppress(corners_of(candidates.box), candidates.iou + bonus, options.box_nms_threshold)
+            by_crop.append(candidates.take(kept))
+    proposals = _between_crops(by_crop, crops, size, options)
     if options.min_region_area > 0 and len(proposals):
         proposals = _cleaned(proposals, options)
     if options.level_filter is not None:
@@ -123,37 +124,22 @@ def _refuse_unless_smaller_helps(error: BaseException, count: int) -> None:
 
 
 def _between_crops(
-    found: Sequence[Candidates], crops: Sequence[Crop], size: tuple[int, int], options: ProposalOptions
+    by_crop: Sequence[Candidates], crops: Sequence[Crop], size: tuple[int, int], options: ProposalOptions
 ) -> Segments:
-    """Masks in the image's frame; where those of several crops overlap, the smaller crop's stay."""
-    owner = np.repeat(np.arange(len(found)), [len(candidates) for candidates in found])
-    place = np.concatenate([np.arange(len(candidates)) for candidates in found])
-    corner = np.array([(crop.left, crop.top) for crop in crops])[owner]
-    box = np.concatenate([candidates.box for candidates in found]) + np.tile(corner, 2)
+    """Masks at the image's size; where those of several crops overlap, the smaller crop's stay."""
+    owner = np.repeat(np.arange(len(by_crop)), [len(candidates) for candidates in by_crop])
+    together = SegmentColumns(**joined_columns(by_crop))
+    place = np.concatenate([np.arange(len(candidates)) for candidates in by_crop])
     kept = np.arange(len(owner))
     if len(crops) > 1:
         scores = np.float32(1) / np.array([crop.area for crop in crops], np.float32)
-        kept = suppress(box, scores[owner], options.crop_nms_threshold)
-
-    def gathered(name: str) -> npt.NDArray[Any]:
-        values: npt.NDArray[Any] = np.concatenate([getattr(candidates, name) for candidates in found])[kept]
-        return values
-
+        kept = suppress(corners_of(together.box), scores[owner], options.crop_nms_threshold)
     masks = np.zeros((len(kept), *size), np.bool_)
     for mask, crop_index, index in zip(masks, owner[kept], place[kept], strict=True):
         crop = crops[crop_index]
-        bits = np.unpackbits(found[crop_index].packed[index], count=crop.area)
+        bits = np.unpackbits(by_crop[crop_index].packed[index], count=crop.area)
         mask[crop.top : crop.bottom, crop.left : crop.right] = bits.reshape(crop.size)
-    rectangles = np.array([(crop.left, crop.top, crop.size[1], crop.size[0]) for crop in crops], np.int32)
-    return Segments(
-        masks=masks,
-        level=gathered("level"),
-        iou=gathered("iou"),
-        stability=gathered("stability"),
-        box=_with_extent(box[kept]),
-        point=(gathered("point") + corner[kept]).astype(np.float32),
-        crop_box=rectangles[owner[kept]],
-    )
+    return Segments(masks=masks, **together.columns(kept))
 
 
 def _cleaned(proposals: Segments, options: ProposalOptions) -> Segments:
@@ -163,20 +149,6 @@ def _cleaned(proposals: Segments, options: ProposalOptions) -> Segments:
     for index, mask in enumerate(proposals.masks):
         masks[index], changed = remove_small_regions(mask, options.min_region_area)
         untouched[index] = not changed
-    box = mask_boxes(torch.from_numpy(masks)).numpy()
-    kept = suppress(box, untouched, max(options.box_nms_threshold, options.crop_nms_threshold))
-    cleaned = Segments(
-        masks=masks,
-        level=proposals.level,
-        iou=proposals.iou,
-        stability=proposals.stability,
-        box=_with_extent(box),
-        point=proposals.point,
-        crop_box=proposals.crop_box,
-    )
-    return cleaned.take(kept)
-
-
-def _with_extent(box: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """First column, first row, last column, last row to x, y, width, height, as in SAM's records without "+1"."""
-    return np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).astype(np.float32)
+    corners = mask_boxes(torch.from_numpy(masks)).numpy()
+    kept = suppress(corners, untouched, max(options.box_nms_threshold, options.crop_nms_threshold))
+    return replace(proposals, masks=masks, box=with_extent(corners)).take(kept)

@@ -31,27 +31,19 @@ import numpy.typing as npt
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.errors import InputError, StoreError
 from clipseed.formats.rle import compress, expand
-from clipseed.segments import Segments, room_for
+from clipseed.segments import COLUMNS, SegmentColumns, Segments, room_for
 from clipseed.store.layout import Arrays, RecordFormat, joined, offsets, pack_index
 from clipseed.store.record_file import RecordFile
 from clipseed.types import NO_CLASS
 
 _MOST_CLASSES = 254
-_PER_MASK = {
-    "level": ("i1", ()),
-    "iou": ("f4", ()),
-    "stability": ("f4", ()),
-    "box": ("f4", (4,)),
-    "point": ("f4", (2,)),
-    "crop_box": ("i4", (4,)),
-    "class_id": ("i4", ()),
-}
+_PER_MASK = {**COLUMNS, "class_id": ("i4", ())}
 """Type and shape of what is known of each mask."""
 
 
-@dataclass(frozen=True)
-class SegmentRecord:
-    """Masks of one image, compressed; S may be 0. The arrays are those of the file.
+@dataclass(frozen=True, kw_only=True)
+class SegmentRecord(SegmentColumns):
+    """Masks of one image, compressed; S may be 0. The arrays are those of the file, where no prompt is -1, -1.
 
     Attributes:
         id: Sample id.
@@ -59,9 +51,7 @@ class SegmentRecord:
         grid: ``(h, w)`` of the masks.
         rle_length: ``(S,)`` int32.
         rle: ``(sum of rle_length,)`` uint8.
-        level, iou, stability, class_id: ``(S,)``.
-        box, crop_box: ``(S, 4)``.
-        point: ``(S, 2)``.
+        class_id: ``(S,)`` int32: class that a mask was asked for, -1 for none.
         stamp: The file of the image as it was.
     """
 
@@ -70,17 +60,8 @@ class SegmentRecord:
     grid: tuple[int, int]
     rle_length: npt.NDArray[np.int32]
     rle: npt.NDArray[np.uint8]
-    level: npt.NDArray[np.int8]
-    iou: npt.NDArray[np.float32]
-    stability: npt.NDArray[np.float32]
-    box: npt.NDArray[np.float32]
-    point: npt.NDArray[np.float32]
-    crop_box: npt.NDArray[np.int32]
     class_id: npt.NDArray[np.int32]
     stamp: FileStamp = UNKNOWN
-
-    def __len__(self) -> int:
-        return len(self.rle_length)
 
     @property
     def codes(self) -> list[bytes]:
@@ -116,18 +97,14 @@ def pack_segments(
         classes: Class index that each mask was asked for.
     """
     codes = [compress(mask) for mask in proposals.masks]
+    point = np.where(np.isnan(proposals.point), np.float32(-1), proposals.point)  # NaN is not equal to itself
     return SegmentRecord(
         id=identifier,
         size=size,
         grid=proposals.size,
         rle_length=np.array([len(code) for code in codes], np.int32),
         rle=np.frombuffer(b"".join(codes), np.uint8),
-        level=proposals.level,
-        iou=proposals.iou,
-        stability=proposals.stability,
-        box=proposals.box,
-        point=np.where(np.isnan(proposals.point), np.float32(-1), proposals.point),  # NaN is not equal to itself
-        crop_box=proposals.crop_box,
+        **{**proposals.columns(), "point": point},
         class_id=np.full(len(codes), NO_CLASS, np.int32) if classes is None else np.array(classes, np.int32),
     )
 
@@ -140,15 +117,8 @@ def unpack_segments(record: SegmentRecord) -> Segments:
         StoreError: a code is damaged.
     """
     room_for(len(record), record.grid, record.id)
-    return Segments(
-        masks=record.masks(),
-        level=record.level,
-        iou=record.iou,
-        stability=record.stability,
-        box=record.box,
-        point=np.where(record.point < 0, np.float32(np.nan), record.point),
-        crop_box=record.crop_box,
-    )
+    point = np.where(record.point < 0, np.float32(np.nan), record.point)
+    return Segments(masks=record.masks(), **{**record.columns(), "point": point})
 
 
 def segment_format() -> RecordFormat[SegmentRecord]:

@@ -94,7 +94,7 @@ def test_coco_instances(tmp_path: Path) -> None:
     segmentations: list[Any] = [{"size": list(SIZE), "counts": runs(mask)} for mask in masks]
     segmentations += [compressed(masks[0]), polygons, []]
     found = open_segments(instances(tmp_path / "instances_val.json", segmentations))
-    assert isinstance(found, CocoInstances)
+    assert isinstance(found.source, CocoInstances)
     assert found.ids() == {"a/one", "two"}
     filled = coco.decode(coco.merge(coco.frPyObjects(polygons, *SIZE))).astype(bool)
     proposals = found.read("a/one", SIZE)
@@ -184,7 +184,7 @@ def test_coco_panoptic(tmp_path: Path) -> None:
         (tmp_path / "panoptic_val", "000007"),
     ):
         found = open_segments(source)
-        assert isinstance(found, CocoPanoptic)
+        assert isinstance(found.source, CocoPanoptic)
         assert found.ids() == {identifier}
         np.testing.assert_array_equal(found.read(identifier, SIZE).masks, expected)
         with pytest.raises(ImageError, match="masks of 17x13 pixels for an image of 13x17"):
@@ -209,7 +209,7 @@ def test_instance_maps(mode: str, values: list[int], tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     image.save(tmp_path / "sub" / "x.png")
     found = open_segments(tmp_path)
-    assert isinstance(found, InstanceMaps)
+    assert isinstance(found.source, InstanceMaps)
     assert found.ids() == {"sub/x"}
     kept = values if mode == "I;16" else values[:-1]
     np.testing.assert_array_equal(found.read("sub/x", SIZE).masks, [pixels == value for value in kept])
@@ -227,7 +227,7 @@ def test_folders_of_masks(tmp_path: Path) -> None:
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{number}.png")
     Image.fromarray(np.repeat(masks[0][..., None], 3, axis=2).astype(np.uint8)).save(folder / "11.png")
     found = open_segments(tmp_path)
-    assert isinstance(found, SegmentFolders)
+    assert isinstance(found.source, SegmentFolders)
     assert found.ids() == {"images/2007_1"}
     ours = found.read("images/2007_1", SIZE)
     np.testing.assert_array_equal(ours.masks, [masks[0], masks[1], masks[2], masks[0]])  # the empty one is left out
@@ -250,7 +250,7 @@ def test_sa_1b(tmp_path: Path) -> None:
     annotations[2].update(scored)
     write_json(tmp_path / "sa" / "sa_1.json", {"image": {"file_name": "sa_1.jpg"}, "annotations": annotations[::-1]})
     found = open_segments(tmp_path / "sa")
-    assert isinstance(found, Sa1b)
+    assert isinstance(found.source, Sa1b)
     assert found.ids() == {"sa_1"}
     ours = found.read("sa_1", SIZE)
     np.testing.assert_array_equal(ours.masks, masks[[2, 1, 0]])
