@@ -27,8 +27,9 @@ from clipseed.train.weclip.trainer import Weclip
 
 LABELS = [(3,), (1, 7), (14,), (0, 5, 11)]
 RELEASED = 9.0
-"""CPU-seconds of the authors' code for the same step, on the machine where it was profiled; 2.6 of them the encoder's."""
+"""CPU-seconds of the authors' code for the same step, on the machine where it was profiled."""
 RELEASED_ENCODER = 2.6
+"""Of which its encoder took so many."""
 
 
 def tower(device: torch.device, dtype: torch.dtype) -> VisionTower:
