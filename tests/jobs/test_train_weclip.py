@@ -307,3 +307,23 @@ def test_the_authors_checkpoints(here: Path, openai_state: dict[str, torch.Tenso
     torch.save({**torch.load("theirs.pth"), "evil": os.system}, "evil.pth")
     with pytest.raises(clipseed.ClipseedError, match="loading it could run code"):
         clipseed.load_segmenter("evil.pth", device="cpu")
+
+
+def test_the_report_of_a_segmenter(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves, and image, truth, pseudo-label and prediction of a few images at every score; of the best one, too."""
+    assert main([*RUN, "--val", "held-out", "--val-limit", "2", "--val-every", "6", "-q"]) == 0
+    for name in ("w.safetensors", "w-best.safetensors"):
+        assert main(["report", name, "--json", "--out", f"{name}.html"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["steps"] == 12
+        page = Path(f"{name}.html").read_text(encoding="utf-8")
+        assert page.count("<polyline") == 8  # mIoU and every number that is recorded
+        assert page.count('alt="truth"') == page.count('alt="image"') == 2
+        for step in (6, 12):
+            assert page.count(f'alt="prediction, step {step}"') == page.count(f'alt="pseudo-label, step {step}"') == 2
+        assert "<script" not in page
+    assert main(["report", "w.safetensors", "w-best.safetensors"]) == 2
+    assert "name it alone" in said(capsys)
+    Path("w-training").rename("elsewhere")
+    assert main(["report", "w.safetensors"]) == 2
+    assert "nothing is known of its training" in said(capsys)
