@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import VisionTower, tower_from
+from clipseed.train.weclip import frozen as frozen_module
 from clipseed.train.weclip import pseudo_scores as scores_module
-from clipseed.train.weclip import trainer as trainer_module
 from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.decoder import Decoder
 from clipseed.train.weclip.options import WeclipOptions
@@ -94,8 +94,8 @@ def main() -> None:
     crops = batch(chosen.crop).to(device)
     clock = Clock(device)
     bare = frozen.normalize(crops.pixels)
-    clock.watch(trainer_module, "look", "encoder, with attention")
-    clock.watch(scores_module, "initial_cams", "CAMs")
+    clock.watch(frozen_module, "look", "encoder, with attention")
+    clock.watch(frozen_module, "initial_cams", "CAMs")
     clock.watch(scores_module, "spread_cams", "spreading")
     clock.watch(scores_module, "refined_scores", "PAR")
     for phase, rfm_from in (("static map", 10**9), ("RFM", 0)):

@@ -34,7 +34,7 @@ from clipseed.train.inference import ViewOptions, shown
 from clipseed.train.metrics import read_metrics
 from clipseed.train.segmenter import load_segmenter
 from clipseed.train.weclip.affinity import token_affinity
-from clipseed.train.weclip.frozen import look, pixels_of
+from clipseed.train.weclip.frozen import pixels_of, see
 from clipseed.train.weclip.labels import strongest
 from clipseed.train.weclip.network import WeclipNetwork
 from clipseed.train.weclip.pseudo_scores import pseudo_scores
@@ -92,9 +92,9 @@ class Study:
             with torch.inference_mode():
                 pixels = pixels_of(tower, shown(image, tower.patch, ViewOptions())[None], network.statistics)
                 for place, layers in enumerate((options.static_layers, options.rfm_layers)):
-                    sight = look(tower, pixels, layers)
-                    affinity = token_affinity(network.decoder.fuse(sight.levels)) if place else None
-                    scores, _ = pseudo_scores(tower, text, sight, affinity, pixels, labels, options, truth.shape)
+                    seen = see(tower, text, pixels, labels, layers, released=options.released)
+                    affinity = token_affinity(network.decoder.fuse(seen.levels)) if place else None
+                    scores = pseudo_scores(seen.cams, seen.attention, affinity, pixels, options, truth.shape)
                     counts[place] += confusion(truth, strongest(scores, labels)[0].numpy(), classes)
         static, confirmed = (100 * score(matrix).miou for matrix in counts)
         return static, confirmed

@@ -28,6 +28,7 @@ from clipseed.train.inference import ViewOptions, shown
 from clipseed.train.loop import BEST, LoopOptions, Status, train
 from clipseed.train.previews import SHOWN, keep_preview
 from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter, training_folder
+from clipseed.train.weclip.cache import refuse_too_large
 from clipseed.train.weclip.data import GivenMasks, LabelledCrops, fingerprint, trainable
 from clipseed.train.weclip.decoder import Decoder
 from clipseed.train.weclip.labels import strongest
@@ -113,12 +114,14 @@ class TrainWeclipOptions(TrainOptions):
         paper: As the authors' code.
         masks: Folder of label masks to learn from instead of image-level labels, or ``toy``.
         soft: CAM file with the scores behind them.
+        cache: No augmentation: every image has one crop, and what the frozen CLIP gives for it is kept in memory.
     """
 
     constants: Mapping[str, Any] = field(default_factory=dict)
     paper: bool = False
     masks: str | None = None
     soft: Path | None = None
+    cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,10 @@ def run_train_weclip(
     options.check()
     image_set = open_dataset(options.data)
     vocabulary = image_set.vocabulary
-    weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants})
+    plain: dict[str, Any] = {"scales": (1.0, 1.0), "mirror": 0.0} if options.cache else {}
+    if given := sorted(plain.keys() & options.constants.keys()):
+        raise UsageError(f"--{given[0]}: --cache is for runs without augmentation")
+    weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants, **plain})
     weclip.check()
     masks = _masks(options, image_set)
     samples, unlabelled = trainable(image_set, masks)
@@ -178,14 +184,16 @@ def run_train_weclip(
     decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
     loop_init, init = _start(options.init, decoder)
     text = None if masks is not None else clip.encode_text(vocabulary)
-    trainer = Weclip(clip.tower, text, decoder, weclip, steps)
+    if options.cache:
+        refuse_too_large(clip.tower, len(samples), weclip.crop, max(weclip.static_layers, weclip.rfm_layers))
+    trainer = Weclip(clip.tower, text, decoder, weclip, steps, cached=options.cache)
     augmentation = Augmentation(weclip.crop, weclip.scales, weclip.mirror)
-    data = LabelledCrops(samples, image_set.reader, augmentation, masks)
+    data = LabelledCrops(samples, image_set.reader, augmentation, masks, fixed=options.cache)
     settings: dict[str, Any] = {
         "kind": "weclip", "options": weclip.manifest(), "tower": clip.info.sha256, "precision": clip.precision,
         "classes": [item.name for item in vocabulary.classes],
         "prompts": None if text is None else vocabulary.as_dict(),
-        "start": init, **fingerprint(image_set, samples, masks),
+        "start": init, "cache": options.cache, **fingerprint(image_set, samples, masks),
     }  # fmt: skip
     segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
     first = os.environ.get("RANK", "0") == "0"

@@ -221,6 +221,7 @@ def test_bad_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*RUN, "--val", "test"], 2, "--split test: the toy set has held-out and train"),
         ([*RUN, "--init", "gone.safetensors"], 1, "gone.safetensors: no such weights file"),
         ([*RUN, "--weights", "gone.pt"], 1, "--weights gone.pt: no such file"),
+        ([*RUN, "--cache", "--scales", "0.5,1"], 2, "--scales: --cache is for runs without augmentation"),
         ([*RUN, "--crop", "8"], 2, "--crop 8: give a multiple of a patch's 16 pixels"),
     ]
     for words, code, message in cases:
@@ -229,6 +230,14 @@ def test_bad_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = folder_of(here, "id,label\n0,zebra\n")
     assert main(words) == 1
     assert "unknown class 'zebra'" in said(capsys)
+
+
+def test_a_run_with_a_cache(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*RUN, "--cache", "-q"]) == 0
+    assert read_weights(here / "w.safetensors")[1]["options"]["scales"] == [1.0, 1.0]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    assert main([*RUN, "--cache", "--out", "v.safetensors"]) == 2
+    assert "--cache: 12 images need" in said(capsys)
 
 
 def test_nan_stops_with_what_to_do(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
