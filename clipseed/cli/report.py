@@ -13,6 +13,7 @@ from clipseed.cli._console import Console, percent, print_json, print_table
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
+from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.jobs.report import ReportResult
@@ -28,7 +29,7 @@ def report(
         typer.Argument(
             metavar="CAMS_OR_MASKS...",
             help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
-            "(default: the newest stage).",
+            "(default: the newest stage). Or one segmenter (.safetensors): how it learned.",
         ),
     ] = None,
     scoring: shared.ScoringArguments,
@@ -58,6 +59,8 @@ def report(
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(out, "--out")
     chosen = tuple(inputs) if inputs else (newest_output(Path()),)
+    if any(path.suffix == ".safetensors" for path in chosen):
+        return _training(console, chosen, out, title, output)
     options = ReportOptions(chosen, scoring.of(chosen[0]), out, images, worst, best, title, root)
     with console:
         result = write_report(options, lambda name: lambda total: console.track(name, total))
@@ -69,6 +72,18 @@ def report(
         _print(result)
     console.note(f"{out}: the page")
     return exit_code(console, result.unscored, allowed)
+
+
+def _training(console: Console, chosen: tuple[Path, ...], out: Path, title: str, output: shared.OutputArguments) -> int:
+    from clipseed.jobs.report import write_training_report
+
+    if len(chosen) > 1:
+        raise UsageError("the page about a segmenter is about one: name it alone")
+    done = write_training_report(chosen[0], out, title)
+    if output.json:
+        print_json({"out": str(done.out), "steps": done.steps, "best": done.best})
+    console.note(f"{out}: the page")
+    return 0
 
 
 def _print(result: ReportResult) -> None:

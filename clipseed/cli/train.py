@@ -139,6 +139,9 @@ def weclip(
         shared.train_option(help=f"Default: {WECLIP_STEPS}; COCO {WECLIP_COCO_STEPS}, toy {WECLIP_TOY_STEPS}.", min=1),
     ] = None,
     batch_size: Annotated[int, shared.train_option(help="Images per step, over all processes.", min=1)] = WECLIP_BATCH,
+    cache: Annotated[
+        bool, shared.train_option("--cache", help="No augmentation: compute the frozen CLIP once for each image.")
+    ] = False,
     training: shared.TrainArguments,
     constants: WeclipArguments,
     paper: Annotated[bool, shared.method_option("--paper", help="As the authors' code, with its quirks.")] = False,
@@ -162,8 +165,8 @@ def weclip(
     )  # fmt: skip
     general = {key: value for key, value in vars(training).items() if key not in {"device", "allow_skipped"}}
     options = TrainWeclipOptions(
-        data=data, out=out, steps=steps, batch=batch_size, masks=masks, soft=soft, constants=constants.chosen(),
-        paper=paper, device=pick_device(training.device), **vars(tower), **general,
+        data=data, out=out, steps=steps, batch=batch_size, masks=masks, soft=soft, cache=cache,
+        constants=constants.chosen(), paper=paper, device=pick_device(training.device), **vars(tower), **general,
     )  # fmt: skip
     allowed = shared.allowed_skips(training.allow_skipped)
     first = os.environ.get("RANK", "0") == "0"  # one process of torchrun's talks

@@ -107,6 +107,46 @@ def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | 
     return result
 
 
+@dataclass(frozen=True)
+class TrainingReport:
+    """What was written about a segmenter: the page, its last step, and the best score where it was scored."""
+
+    out: Path
+    steps: int
+    best: float | None
+
+
+def write_training_report(segmenter: Path, out: Path, title: str) -> TrainingReport:
+    """Write the page about how a segmenter learned.
+
+    Args:
+        segmenter: File of ``clipseed train``; what its run kept lies beside it.
+        out: The HTML file.
+        title: Heading.
+
+    Raises:
+        UsageError: the run's folder is not there any more.
+        WeightsError: no segmenter.
+        StoreError: ``out`` cannot be written.
+    """
+    from clipseed.report.training import render_training
+    from clipseed.train.metrics import METRICS, read_metrics
+    from clipseed.train.previews import read_previews
+    from clipseed.train.segmenter import read_segmenter, training_folder
+
+    file = read_segmenter(segmenter)
+    folder = training_folder(segmenter)
+    metrics = read_metrics(folder / METRICS)
+    if not metrics:
+        raise UsageError(f"{segmenter}: nothing is known of its training; {folder / METRICS} is not there")
+    scores = [row["validation"]["score"] for row in metrics if "validation" in row]
+    best = max(scores) if scores else None
+    steps = int(metrics[-1]["step"])
+    subtitle = f"{segmenter}: {file.about['kind']}, {len(file.vocabulary.classes)} classes, {steps} steps"
+    write_text(out, render_training(title, subtitle, metrics, read_previews(folder), file.about))
+    return TrainingReport(out, steps, best)
+
+
 def _check(options: ReportOptions) -> None:
     if not options.inputs:
         raise UsageError("name at least one CAM file or folder of label masks")

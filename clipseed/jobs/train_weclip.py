@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name
+from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageSet, Sample
 from clipseed.defaults import WECLIP_BATCH, WEIGHTS, Precision
@@ -22,15 +24,19 @@ from clipseed.evaluate.sources import MaskSource, find_ground_truth
 from clipseed.store.files import refuse_unwritable, storage_errors, write_skipped
 from clipseed.train.augment import Augmentation
 from clipseed.train.checkpoint import Settings, read_weights
-from clipseed.train.inference import ViewOptions
+from clipseed.train.inference import ViewOptions, shown
 from clipseed.train.loop import BEST, LoopOptions, Status, train
-from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter
+from clipseed.train.previews import SHOWN, keep_preview
+from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter, training_folder
+from clipseed.train.weclip.cache import refuse_too_large
 from clipseed.train.weclip.data import GivenMasks, LabelledCrops, fingerprint, trainable
 from clipseed.train.weclip.decoder import Decoder
+from clipseed.train.weclip.labels import strongest
 from clipseed.train.weclip.network import WeclipNetwork, fresh_decoder, sizes
 from clipseed.train.weclip.options import WeclipOptions, default_steps, preset
 from clipseed.train.weclip.released import decoder_of, decoder_state
 from clipseed.train.weclip.trainer import Weclip
+from clipseed.types import LabelMask
 from clipseed.weights import read_weights as read_foreign_weights
 
 SKIPPED = "skipped.csv"
@@ -73,7 +79,7 @@ class TrainOptions:
     @property
     def folder(self) -> Path:
         """Where the run keeps what it needs to go on."""
-        return self.out.with_name(f"{self.out.stem}-training")
+        return training_folder(self.out)
 
     @property
     def best(self) -> Path:
@@ -108,12 +114,14 @@ class TrainWeclipOptions(TrainOptions):
         paper: As the authors' code.
         masks: Folder of label masks to learn from instead of image-level labels, or ``toy``.
         soft: CAM file with the scores behind them.
+        cache: No augmentation: every image has one crop, and what the frozen CLIP gives for it is kept in memory.
     """
 
     constants: Mapping[str, Any] = field(default_factory=dict)
     paper: bool = False
     masks: str | None = None
     soft: Path | None = None
+    cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,10 @@ def run_train_weclip(
     options.check()
     image_set = open_dataset(options.data)
     vocabulary = image_set.vocabulary
-    weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants})
+    plain: dict[str, Any] = {"scales": (1.0, 1.0), "mirror": 0.0} if options.cache else {}
+    if given := sorted(plain.keys() & options.constants.keys()):
+        raise UsageError(f"--{given[0]}: --cache is for runs without augmentation")
+    weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants, **plain})
     weclip.check()
     masks = _masks(options, image_set)
     samples, unlabelled = trainable(image_set, masks)
@@ -173,14 +184,16 @@ def run_train_weclip(
     decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
     loop_init, init = _start(options.init, decoder)
     text = None if masks is not None else clip.encode_text(vocabulary)
-    trainer = Weclip(clip.tower, text, decoder, weclip, steps)
+    if options.cache:
+        refuse_too_large(clip.tower, len(samples), weclip.crop, max(weclip.static_layers, weclip.rfm_layers))
+    trainer = Weclip(clip.tower, text, decoder, weclip, steps, cached=options.cache)
     augmentation = Augmentation(weclip.crop, weclip.scales, weclip.mirror)
-    data = LabelledCrops(samples, image_set.reader, augmentation, masks)
+    data = LabelledCrops(samples, image_set.reader, augmentation, masks, fixed=options.cache)
     settings: dict[str, Any] = {
         "kind": "weclip", "options": weclip.manifest(), "tower": clip.info.sha256, "precision": clip.precision,
         "classes": [item.name for item in vocabulary.classes],
         "prompts": None if text is None else vocabulary.as_dict(),
-        "start": init, **fingerprint(image_set, samples, masks),
+        "start": init, "cache": options.cache, **fingerprint(image_set, samples, masks),
     }  # fmt: skip
     segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
     first = os.environ.get("RANK", "0") == "0"
@@ -201,7 +214,7 @@ def run_train_weclip(
             validate_every=options.val_every if validation_set else 0, init=loop_init, overwrite=options.overwrite,
         ),
         settings,
-        None if validation_set is None else _Validation(segmenter, *validation_set),
+        None if validation_set is None else _Validation(segmenter, options.folder, text, *validation_set),
         watch, note,
     )  # fmt: skip
     about = {"network": sizes(decoder), "options": weclip.manifest(), "source": _source(settings, image_set, steps)}
@@ -266,8 +279,11 @@ def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
 class _Validation:
     """Scores a segmenter as ``clipseed evaluate`` does: one confusion matrix over all images with ground truth."""
 
-    def __init__(self, segmenter: Segmenter, image_set: ImageSet, truth: MaskSource) -> None:
+    def __init__(
+        self, segmenter: Segmenter, folder: Path, text: TextBank | None, image_set: ImageSet, truth: MaskSource
+    ) -> None:
         self._segmenter, self._reader, self._truth = segmenter, image_set.reader, truth
+        self._folder, self._text = folder, text
         self._samples: list[Sample] = [sample for sample in image_set.samples if truth.has(sample.id)]
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -275,7 +291,7 @@ class _Validation:
         classes = len(self._segmenter.classes) + 1
         counts = np.zeros((classes, classes), np.int64)
         view = ViewOptions()
-        for sample in self._samples:
+        for place, sample in enumerate(self._samples):
             try:
                 image = self._reader(sample)
             except ImageError:
@@ -284,9 +300,24 @@ class _Validation:
             if truth.shape != (image.height, image.width):
                 raise InputError(f"{self._truth.name}: the mask of {sample.id} has another size than its image")
             check_labels(truth, classes, f"{self._truth.name}: {sample.id}", allow_ignore=True)
-            counts += confusion(truth, self._segmenter.predict(image, view), classes)
+            prediction = self._segmenter.predict(image, view)
+            counts += confusion(truth, prediction, classes)
+            if place < SHOWN:
+                masks = {"prediction": prediction, **self._pseudo_label(image, sample)}
+                keep_preview(self._folder, place, step, image, truth, masks)
         found = score(counts)
         return {"score": found.miou, "pixel_accuracy": found.pixel_accuracy}
+
+    def _pseudo_label(self, image: Image, sample: Sample) -> dict[str, LabelMask]:
+        """What the decoder would learn about an image now, where its classes are known."""
+        network = self._segmenter.network
+        if self._text is None or not sample.labels or not isinstance(network, WeclipNetwork):
+            return {}
+        labels = [tuple(sorted(sample.labels))]
+        pixels = shown(image, network.patch, ViewOptions())[None].to(network.device)
+        with torch.inference_mode():
+            scores = network.pseudo_scores(pixels, labels, (image.height, image.width), self._text)
+            return {"pseudo": strongest(scores, labels)[0].cpu().numpy()}
 
 
 class _Lost:

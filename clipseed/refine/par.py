@@ -67,17 +67,19 @@ def neighbour_weights(
     """
     count = 8 * len(dilations)
     # Differences to the centre are summed, not raw colours: the variance of nearly flat regions keeps its digits.
-    total, square = torch.zeros_like(image), torch.zeros_like(image)
+    total, square, difference = torch.zeros_like(image), torch.zeros_like(image), torch.empty_like(image)
     for neighbour in _neighbours(image, dilations):
-        difference = neighbour - image
+        torch.sub(neighbour, image, out=difference)
         total += difference
         square.addcmul_(difference, difference)
     variance = (square - total * total / count).clamp_min_(0) / (count - 1)
-    scale = 1 / ((variance.sqrt() + 1e-8) * sharpness)
-    likeness = image.new_empty((image.shape[0], count, *image.shape[-2:]))
+    scale = 1 / ((variance.sqrt() + 1e-8) * (sharpness * image.shape[1] ** 0.5))
+    unlikeness = image.new_zeros((image.shape[0], count, *image.shape[-2:]))
     for index, neighbour in enumerate(_neighbours(image, dilations)):
-        torch.mean(((neighbour - image) * scale).square_(), dim=1, out=likeness[:, index])
-    weights = (-likeness).softmax(dim=1)
+        torch.sub(neighbour, image, out=difference).mul_(scale)
+        for channel in difference.unbind(dim=1):
+            unlikeness[:, index].addcmul_(channel, channel, value=-1)
+    weights = unlikeness.softmax(dim=1)
     away = torch.tensor([step * (2**0.5 if diagonal else 1.0) for step in dilations for diagonal in _DIAGONAL])
     nearness = (-((away / (away.std() + 1e-8) / sharpness) ** 2)).softmax(dim=0).to(image.device)
     return weights.add_(position_weight * nearness.view(1, -1, 1, 1))

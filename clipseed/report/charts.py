@@ -76,6 +76,26 @@ def histogram_chart(inputs: Sequence[tuple[int, str, Sequence[int]]]) -> Markup:
     return _figure(parts, "Distribution of the mean IoU of single images")
 
 
+def line_chart(points: Sequence[tuple[float, float]], name: str) -> Markup:
+    """A quantity over the steps of training, on an axis from its least to its largest value.
+
+    Args:
+        points: ``(step, value)``, finite, in order.
+        name: Of the quantity.
+    """
+    if not points:
+        return _figure([], name)
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    low, high = min(0.0, *values), max(values)
+    span = (high - low) or 1.0
+    across = _ticks(steps[0], steps[-1])
+    parts = _frame(across, [f"{low + span * k / 4:.3g}" for k in range(5)], "step", name)
+    length = (steps[-1] - steps[0]) or 1.0
+    places = [(_x((step - steps[0]) / length), _y((value - low) / span)) for step, value in points]
+    parts.append(_element("polyline", class_="line s0", points=_path(places)))
+    return _figure(parts, f"{name} over the steps")
+
+
 def row_shares(counts: Counts) -> npt.NDArray[np.float64]:
     """A confusion matrix as shares of its rows' sums; empty rows stay zero."""
     totals = counts.sum(axis=1, keepdims=True)

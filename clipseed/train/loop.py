@@ -35,10 +35,10 @@ from clipseed.train.checkpoint import (
 )
 from clipseed.train.data import Layout, TrainingData, batches
 from clipseed.train.distributed import Team, joined
-from clipseed.train.metrics import append_metrics, cut_metrics
+from clipseed.train.metrics import METRICS, append_metrics, cut_metrics
 from clipseed.train.sampler import mixed
 
-CHECKPOINT, BEST, METRICS = "checkpoint.safetensors", "best.safetensors", "metrics.jsonl"
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 
 
 class Trainer(Protocol):

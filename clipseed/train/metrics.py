@@ -10,6 +10,7 @@ from typing import Any
 
 from clipseed.store.files import replacing, storage_errors
 
+METRICS = "metrics.jsonl"
 Row = Mapping[str, Any]
 
 

@@ -95,6 +95,11 @@ class Segmenter:
         return labels
 
 
+def training_folder(segmenter: Path) -> Path:
+    """Where the run of ``NAME.safetensors``, or of ``NAME-best.safetensors``, kept its metrics: ``NAME-training``."""
+    return segmenter.with_name(f"{segmenter.stem.removesuffix('-best')}-training")
+
+
 def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits ``(B, K, h, w)`` at the size of the image, bilinear with half-pixel centres."""
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -21,8 +21,8 @@ import safetensors.torch  # noqa: E402, F401
 from torch.utils.data import DataLoader  # noqa: E402
 
 from clipseed.train.checkpoint import read_checkpoint  # noqa: E402
-from clipseed.train.loop import CHECKPOINT, METRICS  # noqa: E402
-from clipseed.train.metrics import read_metrics  # noqa: E402
+from clipseed.train.loop import CHECKPOINT  # noqa: E402
+from clipseed.train.metrics import METRICS, read_metrics  # noqa: E402
 
 from helpers.tiny_training import main  # noqa: E402
 

@@ -221,6 +221,7 @@ def test_bad_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*RUN, "--val", "test"], 2, "--split test: the toy set has held-out and train"),
         ([*RUN, "--init", "gone.safetensors"], 1, "gone.safetensors: no such weights file"),
         ([*RUN, "--weights", "gone.pt"], 1, "--weights gone.pt: no such file"),
+        ([*RUN, "--cache", "--scales", "0.5,1"], 2, "--scales: --cache is for runs without augmentation"),
         ([*RUN, "--crop", "8"], 2, "--crop 8: give a multiple of a patch's 16 pixels"),
     ]
     for words, code, message in cases:
@@ -229,6 +230,14 @@ def test_bad_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = folder_of(here, "id,label\n0,zebra\n")
     assert main(words) == 1
     assert "unknown class 'zebra'" in said(capsys)
+
+
+def test_a_run_with_a_cache(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*RUN, "--cache", "-q"]) == 0
+    assert read_weights(here / "w.safetensors")[1]["options"]["scales"] == [1.0, 1.0]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    assert main([*RUN, "--cache", "--out", "v.safetensors"]) == 2
+    assert "--cache: 12 images need" in said(capsys)
 
 
 def test_nan_stops_with_what_to_do(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -307,3 +316,23 @@ def test_the_authors_checkpoints(here: Path, openai_state: dict[str, torch.Tenso
     torch.save({**torch.load("theirs.pth"), "evil": os.system}, "evil.pth")
     with pytest.raises(clipseed.ClipseedError, match="loading it could run code"):
         clipseed.load_segmenter("evil.pth", device="cpu")
+
+
+def test_the_report_of_a_segmenter(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves, and image, truth, pseudo-label and prediction of a few images at every score; of the best one, too."""
+    assert main([*RUN, "--val", "held-out", "--val-limit", "2", "--val-every", "6", "-q"]) == 0
+    for name in ("w.safetensors", "w-best.safetensors"):
+        assert main(["report", name, "--json", "--out", f"{name}.html"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["steps"] == 12
+        page = Path(f"{name}.html").read_text(encoding="utf-8")
+        assert page.count("<polyline") == 8  # mIoU and every number that is recorded
+        assert page.count('alt="truth"') == page.count('alt="image"') == 2
+        for step in (6, 12):
+            assert page.count(f'alt="prediction, step {step}"') == page.count(f'alt="pseudo-label, step {step}"') == 2
+        assert "<script" not in page
+    assert main(["report", "w.safetensors", "w-best.safetensors"]) == 2
+    assert "name it alone" in said(capsys)
+    Path("w-training").rename("elsewhere")
+    assert main(["report", "w.safetensors"]) == 2
+    assert "nothing is known of its training" in said(capsys)

@@ -22,8 +22,8 @@ from clipseed.errors import ImageError, StoreError, UsageError, WeightsError
 from clipseed.runtime.interrupt import Interrupted
 from clipseed.train import checkpoint as checkpoints
 from clipseed.train.checkpoint import read_checkpoint, read_weights
-from clipseed.train.loop import BEST, CHECKPOINT, METRICS, Status, TrainingError, train
-from clipseed.train.metrics import read_metrics
+from clipseed.train.loop import BEST, CHECKPOINT, Status, TrainingError, train
+from clipseed.train.metrics import METRICS, read_metrics
 
 from helpers import tiny_training
 from helpers.program import environment

@@ -363,3 +363,28 @@ def test_images_are_shown_in_whole_patches_or_cut_off() -> None:
     assert shown(image, 16, ViewOptions(max_side=64)).shape == (3, 32, 64)
     assert shown(image, 16, ViewOptions(max_side=202, released=True)).shape == (3, 100, 202)
     assert shown(Image.fromarray(np.zeros((1, 3, 3), np.uint8)), 16, ViewOptions()).shape == (3, 16, 16)
+
+
+def test_a_cache_changes_nothing_but_the_cost(
+    clip: FrozenClip, text: TextBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses as without, the tower run once for each image, in both phases."""
+    from clipseed.train.weclip import trainer as module
+
+    toy = open_dataset(DatasetOptions("toy", split="train"))
+    data = LabelledCrops(toy.samples[:3], toy.reader, Augmentation(64, (1, 1), 0), None, fixed=True)
+    looked: list[int] = []
+    see = module.see
+    monkeypatch.setattr(module, "see", lambda *given, **named: looked.append(len(given[2])) or see(*given, **named))
+    losses = []
+    for cached in (True, False):
+        trainer = Weclip(clip.tower, text, fresh_decoder(clip, 11, SMALL, 0), SMALL, 4, cached=cached)
+        batches = [
+            data.collate([data.sample(k, 10 * step + k) for k in ((0, 1), (1, 2), (0, 2))[step]]) for step in range(3)
+        ]
+        losses.append([{name: float(value.detach()) for name, value in trainer.losses(batch, step).items()}
+                       for step, batch in enumerate(batches)])  # fmt: skip
+        if cached:
+            assert looked == [1, 1, 1]
+    for ours, plain in zip(*losses, strict=True):
+        assert ours == pytest.approx(plain, rel=1e-4)

@@ -25,7 +25,7 @@ from clipseed.train.weclip import schedule
 from clipseed.train.weclip import trainer as weclip_trainer
 from clipseed.train.weclip.affinity import near, pair_labels, token_affinity
 from clipseed.train.weclip.data import Crops
-from clipseed.train.weclip.frozen import initial_cams, look
+from clipseed.train.weclip.frozen import initial_cams, look, see
 from clipseed.train.weclip.labels import score_maps, spread_cams, strongest
 from clipseed.train.weclip.losses import affinity_loss, balanced_loss
 from clipseed.train.weclip.network import WeclipNetwork
@@ -189,7 +189,7 @@ def test_end_to_end(phase: str) -> None:
         close(raw, arrays[f"{phase}_refined_lowres_{k}"], 1e-4)
         close(score_maps(maps, image.shape[2:]), arrays[f"{phase}_par_in_{k}"], 1e-3)
     kept = affinity if phase == "rfm" else None
-    scores, _ = pseudo_scores(tower(), text(), sight, kept, image, labels, options, image.shape[2:])
+    scores = pseudo_scores(cams, sight.attention, kept, image, options, image.shape[2:])
     for k, refined in enumerate(scores):
         close(refined, arrays[f"{phase}_par_out_{k}"], 1e-3)
     assert (strongest(scores, labels).numpy() == arrays[f"{phase}_pseudo_label"]).mean() >= 0.999
@@ -276,9 +276,9 @@ def test_pseudo_labels_of_whole_images() -> None:
     labels = labels_of(arrays["label_onehot"])
     for k in range(len(images)):
         small = released_size(images[k : k + 1], tower().patch, int(arrays["resize_long"]))
-        sight = look(tower(), small, options.rfm_layers)
-        affinity = token_affinity(network.fuse(sight.levels))
-        scores, _ = pseudo_scores(tower(), text(), sight, affinity, small, labels[k : k + 1], options, images.shape[2:])
+        seen = see(tower(), text(), small, labels[k : k + 1], options.rfm_layers, released=True)
+        affinity = token_affinity(network.fuse(seen.levels))
+        scores = pseudo_scores(seen.cams, seen.attention, affinity, small, options, images.shape[2:])
         ours = strongest(scores, labels[k : k + 1])[0].numpy()
         assert (ours == arrays["cam_label"][k]).mean() >= 0.999
 

@@ -31,6 +31,7 @@ class Crops:
         labels: Class indices of each image, ascending.
         seeds: Of each sample, for what else is random about it; none for nothing random.
         confidence: ``(B, S, S)`` of given masks, where there is one.
+        indices: Numbers of the images in the data set.
         skipped: Ids of images that cannot be read, with the reason; others stand in for them.
     """
 
@@ -39,6 +40,7 @@ class Crops:
     labels: Sequence[Sequence[int]]
     seeds: Sequence[int] = ()
     confidence: Tensor | None = None
+    indices: Sequence[int] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Crops:
@@ -76,6 +78,7 @@ class _Known:
     parts: tuple[Tensor, ...]
     labels: tuple[int, ...]
     seed: int
+    index: int
     skipped: dict[str, str]
 
 
@@ -89,12 +92,15 @@ class LabelledCrops:
         reader: Opens their images.
         augmentation: What happens to an image and to all that lies on it.
         masks: In place of labels.
+        fixed: Every image has one crop, which comes again and again.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], reader: ImageReader, augmentation: Augmentation, masks: GivenMasks | None
-    ) -> None:
+        self, samples: Sequence[Sample], reader: ImageReader, augmentation: Augmentation, masks: GivenMasks | None,
+        *, fixed: bool = False,
+    ) -> None:  # fmt: skip
         self._samples, self._reader, self._augmentation, self._masks = samples, reader, augmentation, masks
+        self._fixed = fixed
         self._soft: CamSet | None = None  # opened by the process that reads it
 
     def __len__(self) -> int:
@@ -108,7 +114,8 @@ class LabelledCrops:
         """
         skipped: dict[str, str] = {}
         for step in range(len(self._samples)):
-            sample = self._samples[(index + step) % len(self._samples)]
+            number = (index + step) % len(self._samples)
+            sample = self._samples[number]
             try:
                 pixels = np.asarray(self._reader(sample)).copy()
             except ImageError as error:
@@ -118,7 +125,8 @@ class LabelledCrops:
             parts = [image, Mask(self._known_of(sample, (pixels.shape[0], pixels.shape[1])))]
             if self._masks is not None and self._masks.soft is not None:
                 parts.append(Scores(self._confidence(sample, (pixels.shape[0], pixels.shape[1]))))
-            return _Known(self._augmentation(seed, *parts), tuple(sorted(sample.labels or ())), seed, skipped)
+            cut = self._augmentation(number if self._fixed else seed, *parts)
+            return _Known(cut, tuple(sorted(sample.labels or ())), seed, number, skipped)
         reason = next(iter(skipped.values()))
         raise InputError(f"none of the {len(skipped)} images to train on can be read; one of them: {reason}")
 
@@ -151,7 +159,7 @@ class LabelledCrops:
         skipped = {key: why for sample in samples for key, why in sample.skipped.items()}
         confidence = parts[2][:, 0].clamp(0, 1) if len(parts) > 2 else None
         labels, seeds = [sample.labels for sample in samples], [sample.seed for sample in samples]
-        return Crops(parts[0], parts[1], labels, seeds, confidence, skipped)
+        return Crops(parts[0], parts[1], labels, seeds, confidence, [sample.index for sample in samples], skipped)
 
 
 def trainable(image_set: ImageSet, masks: GivenMasks | None) -> tuple[Sequence[Sample], list[str]]:

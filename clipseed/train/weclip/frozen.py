@@ -37,6 +37,35 @@ class Sight:
     last: LastBlock | None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """All that training takes from the frozen tower for a batch.
+
+    Attributes:
+        levels, grid, attention: As of :class:`Sight`.
+        cams: ``(K_b, h, w)`` in [0, 1] for each image; none without text.
+        probability: ``(P,)`` of each (image, class) pair.
+    """
+
+    levels: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    attention: tuple[Tensor, ...]
+    cams: list[Tensor]
+    probability: Tensor
+
+
+def see(
+    tower: VisionTower, text: TextBank | None, pixels: Tensor, labels: Sequence[Sequence[int]], layers: int,
+    *, released: bool = False,
+) -> Seen:  # fmt: skip
+    """Look at a batch, and make its CAMs where there is text; see :func:`look` and :func:`initial_cams`."""
+    sight = look(tower, pixels, 0 if text is None else layers)
+    if text is None:
+        return Seen(sight.levels, sight.grid, (), [], pixels.new_zeros(0))
+    cams, probability = initial_cams(tower, text, sight, labels, released=released)
+    return Seen(sight.levels, sight.grid, sight.attention, cams, probability)
+
+
 def pixels_of(tower: VisionTower, images: Tensor, statistics: PixelStatistics) -> Tensor:
     """The tower's input from bytes ``(B, 3, H, W)``, cut off to whole patches at the right and below.
 

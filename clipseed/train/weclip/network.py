@@ -15,7 +15,7 @@ from clipseed.defaults import PAR_POSITION_WEIGHT, PixelStatistics
 from clipseed.errors import WeightsError
 from clipseed.train.weclip.affinity import token_affinity
 from clipseed.train.weclip.decoder import Decoder
-from clipseed.train.weclip.frozen import look, pixels_of
+from clipseed.train.weclip.frozen import look, pixels_of, see
 from clipseed.train.weclip.options import WeclipOptions
 from clipseed.train.weclip.pseudo_scores import pseudo_scores
 from clipseed.weights import check_fit
@@ -81,9 +81,9 @@ class WeclipNetwork:
         """
         tower, options = self.clip.tower, self.options
         pixels = pixels_of(tower, images, self.statistics)
-        sight = look(tower, pixels, options.rfm_layers)
-        affinity = token_affinity(self.decoder.fuse(sight.levels))
-        scores, _ = pseudo_scores(tower, text, sight, affinity, pixels, labels, options, size)
+        seen = see(tower, text, pixels, labels, options.rfm_layers, released=options.released)
+        affinity = token_affinity(self.decoder.fuse(seen.levels))
+        scores = pseudo_scores(seen.cams, seen.attention, affinity, pixels, options, size)
         growth = (1 + PAR_POSITION_WEIGHT) ** options.par_iterations
         return [rows / growth if len(rows) > 1 else rows for rows in scores]
 

@@ -7,7 +7,7 @@ helps, without gradient, to refine the CAMs; refined CAMs become pseudo-labels; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from clipseed.clip.vision import VisionTower
 from clipseed.train.distributed import current_team
 from clipseed.train.losses import confidence_guided_loss
 from clipseed.train.weclip.affinity import pair_labels, token_affinity
+from clipseed.train.weclip.cache import SeenCache
 from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.decoder import Decoder, kept_channels
-from clipseed.train.weclip.frozen import Sight, look, pixels_of
+from clipseed.train.weclip.frozen import Seen, pixels_of, see
 from clipseed.train.weclip.labels import strongest
 from clipseed.train.weclip.losses import affinity_loss, balanced_loss
 from clipseed.train.weclip.options import WeclipOptions
@@ -40,18 +41,26 @@ class Weclip:
         decoder: What learns.
         options: All constants.
         steps: Length of the run.
+        cached: Remember what the tower saw of each image: crops must be the same whenever an image comes again.
 
     Attributes:
         skipped: Ids of images that could not be read, with reasons, as far as batches have told.
     """
 
     def __init__(
-        self, tower: VisionTower, text: TextBank | None, decoder: Decoder, options: WeclipOptions, steps: int
-    ) -> None:
+        self, tower: VisionTower, text: TextBank | None, decoder: Decoder, options: WeclipOptions, steps: int,
+        *, cached: bool = False,
+    ) -> None:  # fmt: skip
         self.module: nn.Module = decoder
         self.tower, self.text, self.options, self.steps = tower, text, options, steps
         self._decoder = decoder
         self.skipped: dict[str, str] = {}
+        self.cache = SeenCache(self._see_all) if cached else None
+
+    def _see_all(self, pixels: Tensor, labels: Sequence[Sequence[int]]) -> Seen:
+        """With the attention that any step needs."""
+        layers = max(self.options.rfm_layers, self.options.static_layers)
+        return see(self.tower, self.text, pixels, labels, layers, released=self.options.released)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW on the decoder alone."""
@@ -80,12 +89,15 @@ class Weclip:
         options = self.options
         confirmed = options.confirmed(step, self.steps)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            layers = options.rfm_layers if confirmed else options.static_layers
-            sight = look(self.tower, pixels, 0 if self.text is None else layers)
-        fused = self._decoder.fuse(sight.levels)
+            if self.cache is not None:
+                seen = self.cache(batch.indices, pixels, batch.labels)
+            else:
+                layers = options.rfm_layers if confirmed else options.static_layers
+                seen = see(self.tower, self.text, pixels, batch.labels, layers, released=options.released)
+        fused = self._decoder.fuse(seen.levels)
         if options.dropout and batch.seeds:
             fused = fused * kept_channels(batch.seeds, self._decoder.width, options.dropout).to(fused)
-        logits = self._decoder.decode(fused, sight.grid)
+        logits = self._decoder.decode(fused, seen.grid)
         found: dict[str, Tensor] = {}
         with torch.autocast(pixels.device.type, enabled=False):
             affinity = token_affinity(fused)
@@ -93,22 +105,23 @@ class Weclip:
                 labels = batch.known
             else:
                 with torch.no_grad():
-                    kept = affinity if confirmed else None
-                    labels, probability = self._labels(sight, kept, pixels, batch)
-                found["probability"] = probability.sum() / max(1, len(probability))
+                    labels = self._labels(seen, affinity if confirmed else None, pixels, batch)
+                found["probability"] = seen.probability.sum() / max(1, len(seen.probability))
             return self._losses(logits.float(), affinity, labels, batch.confidence) | found
 
-    def _labels(self, sight: Sight, affinity: Tensor | None, pixels: Tensor, batch: Crops) -> tuple[Tensor, Tensor]:
-        """Pseudo-labels ``(B, H, W)`` of the crops, and the classes' probabilities."""
-        assert self.text is not None
-        scores, probability = pseudo_scores(
-            self.tower, self.text, sight, affinity, pixels, batch.labels, self.options,
-            (pixels.shape[-2], pixels.shape[-1]),
-        )  # fmt: skip
+    def _labels(self, seen: Seen, affinity: Tensor | None, pixels: Tensor, batch: Crops) -> Tensor:
+        """Pseudo-labels ``(B, H, W)`` of the crops."""
+        if self.cache is not None and affinity is None:
+            return self.cache.labels(batch.indices, lambda: self._made(seen, None, pixels, batch))
+        return self._made(seen, affinity, pixels, batch)
+
+    def _made(self, seen: Seen, affinity: Tensor | None, pixels: Tensor, batch: Crops) -> Tensor:
+        size = (pixels.shape[-2], pixels.shape[-1])
+        scores = pseudo_scores(seen.cams, seen.attention, affinity, pixels, self.options, size)
         labels = strongest(scores, batch.labels)
-        if not self.options.supervise_padding:
-            labels = labels.masked_fill(batch.known == IGNORE, IGNORE)
-        return labels, probability
+        if self.options.supervise_padding:
+            return labels
+        return labels.masked_fill(batch.known == IGNORE, IGNORE)
 
     def _losses(self, logits: Tensor, affinity: Tensor, labels: Tensor, confidence: Tensor | None) -> dict[str, Tensor]:
         options, team = self.options, current_team()
