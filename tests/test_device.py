@@ -50,6 +50,7 @@ def imports(path: Path) -> set[str]:
     ("room", "allowed"),
     [
         ("device.py", {"defaults", "errors"}),
+        ("minmax.py", set()),
         ("weights.py", {"errors"}),
         ("clip", {"clip", "data", "defaults", "device", "errors", "weights"}),
         ("sam", {"sam", "data", "defaults", "device", "errors", "segments", "weights"}),

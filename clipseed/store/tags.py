@@ -26,8 +26,8 @@ from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError, StoreError
 from clipseed.store.differences import differences
-from clipseed.store.files import write_text
-from clipseed.store.manifest import Manifest
+from clipseed.store.files import remove_leftovers_of, write_text
+from clipseed.store.manifest import Manifest, dumps
 from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.units import Unit, missing_units, own_items
 from clipseed.store.writer import Finished
@@ -75,7 +75,7 @@ class TagStore:
         self, path: Path, settings: Manifest, image_set: ImageSet, unit_size: int, *, shard: Shard = WHOLE,
         overwrite: bool = False, replaced: Collection[str] = (),
     ) -> None:  # fmt: skip
-        self._settings, self._set = settings, image_set
+        self._settings, self._set = json.loads(dumps(settings)), image_set  # in an order that is always the same
         self._unit_size, self._shard = unit_size, shard
         self._prefix = path.name.removesuffix("labels.csv")
         self._memory = path.with_name(f"{self._prefix}tags.json")
@@ -86,6 +86,8 @@ class TagStore:
         self._labelled = {sample.id for sample in image_set.samples if sample.labels is not None}
         self._saved, self._dirty = time.monotonic(), False
         self._refuse_foreign()
+        for written in {self.folder, *((self.out,) if shard.whole else ())}:
+            remove_leftovers_of(written)
         if overwrite:
             self._remove_parts()
         self.scores: Scores = {} if overwrite else self._known()[0]
@@ -119,7 +121,7 @@ class TagStore:
             StoreError: the label file was edited meanwhile.
         """
         if self._shard.whole:
-            self._put(self.scores, last=True)
+            self._put(self.scores, {key for key, _ in skipped}, last=True)
             self._remove_parts()
             return Finished(None)
         lost = {key for key, _ in skipped}
@@ -128,11 +130,11 @@ class TagStore:
         else:
             self._save(lost)
         scores, given_up = self._known()
-        there = scores.keys() | given_up | lost | self._labelled
+        there = scores.keys() | given_up | self._labelled
         shards = [Shard(index, self._shard.count) for index in range(self._shard.count)]
         missing = sum(not there.issuperset(own_items(ids, self._unit_size, shard)) for shard in shards)
         if not missing:
-            self._put(scores, last=True)
+            self._put(scores, given_up, last=True)
             self._remove_parts()
         return Finished(None, missing)
 
@@ -157,35 +159,34 @@ class TagStore:
         The common memory counts while its label file is there: whoever moves that away wants images tagged again. It is
         read before those of shards, because what puts it together deletes them.
         """
-        scores, given_up = self._common(), set[str]()
+        scores, given_up = self._common()
         parts = sorted(self._parts(), key=lambda path: path.name.endswith(f"-of-{self._shard.count}.json"))
         for part in map(_read, parts):  # those of other cuts, which are older, first
-            if part is None or differences(part["settings"], self._settings):
-                continue
-            lost = set(map(str, part["skipped"])) if isinstance(part.get("skipped"), list) else set()
-            found = self._scores_of(part)
+            found, lost = self._told(part)
             scores = {key: row for key, row in scores.items() if key not in lost} | found
             given_up = (given_up | lost) - found.keys()
         return scores, given_up
 
-    def _common(self) -> Scores:
-        return self._scores_of(_read(self._memory)) if self.out.is_file() else {}
+    def _common(self) -> tuple[Scores, set[str]]:
+        return self._told(_read(self._memory) if self.out.is_file() else None)
 
     def _all_common(self, ids: Sequence[str], lost: Collection[str]) -> bool:
-        """Whether this shard has nothing to say that the label file and its memory do not."""
-        common = self._common()
-        return all(
-            key not in common if key in lost else common.get(key) == self.scores.get(key) for key in self.own(ids)
+        """Whether this shard has nothing to say that the common memory does not."""
+        scores, given_up = self._common()
+        return given_up.issuperset(lost) and all(
+            key in lost or (key in scores and scores[key] == self.scores.get(key)) for key in self.own(ids)
         )
 
-    def _scores_of(self, memory: dict[str, Any] | None) -> Scores:
+    def _told(self, memory: dict[str, Any] | None) -> tuple[Scores, set[str]]:
+        """What a memory says of tags and of images without, if it was made with the same settings."""
         if memory is None or differences(memory["settings"], self._settings):
-            return {}
+            return {}, set()
         index = self._set.vocabulary.index
-        return {
+        scores = {
             key: {index(name, str(self._memory)): value for name, value in found.items()}
             for key, found in memory["tags"].items()
         }
+        return scores, set(map(str, memory["skipped"])) - scores.keys()
 
     def _parts(self) -> list[Path]:
         """The memories of shards."""
@@ -211,10 +212,10 @@ class TagStore:
         else:
             ids = [sample.id for sample in self._set.samples]
             own = {key: self.scores[key] for key in self.own(ids) if key in self.scores}
-            self._write_memory(self.folder, own, [], skipped=sorted(skipped))
+            self._write_memory(self.folder, own, skipped, [])
         self._saved, self._dirty = time.monotonic(), False
 
-    def _put(self, scores: Scores, *, last: bool = False) -> None:
+    def _put(self, scores: Scores, skipped: Collection[str] = (), *, last: bool = False) -> None:
         """Write the label file and its memory where they changed.
 
         The memory comes first and knows the old label file as well as the new one, so that a crash between the two
@@ -226,17 +227,20 @@ class TagStore:
         content = labels_csv(self._labels(ordered), self._set.vocabulary)
         old = _digest(self.out.read_bytes()) if self.out.is_file() else None
         new = _digest(content.encode())
-        self._write_memory(self._memory, ordered, sorted({new, old} - {None}, key=str))
+        self._write_memory(self._memory, ordered, skipped, sorted({new, old} - {None}, key=str))
         if old != new:
             write_text(self.out, content)
             if last and old is not None:
-                self._write_memory(self._memory, ordered, [new])
+                self._write_memory(self._memory, ordered, skipped, [new])
         self._saved, self._dirty = time.monotonic(), False
 
-    def _write_memory(self, path: Path, scores: Scores, digests: Sequence[str | None], **more: Any) -> None:
+    def _write_memory(
+        self, path: Path, scores: Scores, skipped: Collection[str], digests: Sequence[str | None]
+    ) -> None:
         names = self._set.vocabulary.class_names
         tags = {key: {names[k]: value for k, value in found.items()} for key, found in scores.items()}
-        write_text(path, json.dumps({"settings": self._settings, "sha256": digests, "tags": tags, **more}, indent=1))
+        memory = {"settings": self._settings, "sha256": digests, "tags": tags, "skipped": sorted(skipped)}
+        write_text(path, json.dumps(memory, indent=1))
 
     def _labels(self, scores: Scores) -> Labels:
         """All labels known: the data set's own and the tags in its order, then tags of images not in this run."""
@@ -258,6 +262,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(memory, dict) or not all(isinstance(memory.get(key), kind) for key, kind in known.items()):
         return None
     if not all(isinstance(found, dict) for found in memory["tags"].values()):
+        return None
+    if not isinstance(memory.setdefault("skipped", []), list):  # older versions did not list them
         return None
     return memory
 

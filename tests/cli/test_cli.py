@@ -25,6 +25,7 @@ from helpers.program import Runner
 COMMANDS = (
     "cam",
     "refine",
+    "threshold",
     "crf",
     "sam-masks",
     "sam-seed",

@@ -59,8 +59,14 @@ def test_run_reports(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["refine", "caa", "--device", "cpu", "--report", "caa.json"]) == 0
     assert main(["crf", "--device", "cpu", "--report", "crf.json"]) == 0
-    commands = [json.loads((photos / f"{name}.json").read_text())["command"] for name in ("caa", "crf")]
-    assert commands == ["refine caa", "crf"]
+    with (photos / "labels.csv").open("a") as labels:
+        labels.write("0,tree\n")
+    assert main(["prompts", *CAM[1:], "--report", "prompts.json"]) == 0
+    reports = [json.loads((photos / f"{name}.json").read_text()) for name in ("caa", "crf", "prompts")]
+    assert [found["command"] for found in reports] == ["refine caa", "crf", "prompts"]
+    common = set.intersection(*map(set, reports))
+    assert common >= report.keys() - {"empty", "model", "device"}
+    assert common >= {"seconds", "loading_seconds", "images_per_second", "waits", "shard", "found", "finished"}
 
 
 def test_torchrun_is_not_told_of_skipped_images(
@@ -134,19 +140,20 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed", "crf", "refine"])
+@pytest.mark.parametrize("command", ["cam", "sam-masks", "sam-seed", "threshold", "crf", "refine"])
 def test_a_shard_of_nothing_but_broken_images_files_its_report(
     command: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So the other shards can finish the output."""
     small = ["--points-per-side", "2", "--crop-layers", "0", "--checkpoint", "toy"]
-    from_maps = command in ("sam-seed", "crf", "refine")
+    from_maps = command in ("sam-seed", "threshold", "crf", "refine")
     if from_maps:
         assert main([*CAM, "--allow-skipped"]) == 0
     words = {
         "cam": [*CAM, "--out", "out.h5"],
         "sam-masks": ["sam-masks", "--dataset", "folder", "--images", "photos", *small, "--out", "out.h5"],
         "sam-seed": ["sam-seed", "cams.h5", "--method", "pixel", "--out", "out"],
+        "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out"],
         "crf": ["crf", "cams.h5", "--device", "cpu", "--out", "out"],
         "refine": ["refine", "par", "cams.h5", "--device", "cpu", "--out", "out.h5"],
     }[command]

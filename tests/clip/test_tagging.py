@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,111 @@ def test_an_interrupted_pass_keeps_its_tags(
     assert f"interrupted; 4 of 9 images are safe in {tmp_path / 'cams.tags.json'}. Run" in capsys.readouterr().err
     assert main(auto(scenes, tmp_path / "cams.h5")) == 0
     assert "9 images tagged by CLIP (5 now)" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["cams.h5", "cams"])
+def test_any_cut_gives_the_bytes_of_one_run(
+    out: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Label file, memory and maps; a damaged image is in one of the shards."""
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 2)
+    (scenes / "toy_000003.png").write_bytes(b"broken")
+    for name, count in (("one", 1), ("two", 2), ("three", 3)):
+        (tmp_path / name).mkdir()
+        for k in (*range(2, count + 1), 1):
+            shard = () if count == 1 else ("--shard", f"{k}/{count}")
+            broken = count == 1 or k == 2  # toy_000003 is in the second unit
+            report = tmp_path / f"{name}-{k}.json"
+            assert main(auto(scenes, tmp_path / name / out, *shard, "--report", report)) == (3 if broken else 0)
+            told, tags = capsys.readouterr().err, json.loads(report.read_text())["tags"]
+            left = {(2, 2): 1, (3, 2): 2, (3, 3): 1}.get((count, k))
+            assert ("the last of them writes the file" in told) == (left is not None)
+            assert left is None or f"; {left} shards have images to be tagged yet" in told
+            assert tags["computed"] == tags["tagged"] > 0
+    below = "cams" if out == "cams" else ""
+    one, two, three = (contents(tmp_path / name / below) for name in ("one", "two", "three"))
+    assert one.keys() >= ({"labels.csv", "tags.json"} if out == "cams" else {"cams.labels.csv", "cams.tags.json"})
+    assert two == one
+    assert three == one
+
+    forbid_encoding(monkeypatch)  # the end is known to every shard
+    for k in (2, 1):
+        main(auto(scenes, tmp_path / "two" / out, "--shard", f"{k}/2"))
+    assert contents(tmp_path / "two" / below) == one
+
+
+def test_a_shard_that_never_ends(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other cuts, and a run of the whole, take over what it has tagged; an interrupted one says how much that is."""
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 2)
+    (tmp_path / "parts").mkdir()
+    encode, calls = features.image_features, []
+
+    def stop(clip: FrozenClip, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
+        calls.append(len(pixels))
+        if sum(calls) > 2:
+            raise KeyboardInterrupt
+        return encode(clip, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "image_features", stop)
+        assert main(auto(scenes, tmp_path / "parts" / "cams.h5", "--shard", "1/2")) == 130
+    part = tmp_path / "parts" / "cams.tags-1-of-2.json"
+    assert f"interrupted; 2 of 5 images are safe in {part}. Run" in capsys.readouterr().err
+    assert part.is_file()
+    assert not (tmp_path / "parts" / "cams.labels.csv").exists()
+    assert main(auto(scenes, tmp_path / "parts" / "cams.h5", "--shard", "2/3")) == 0
+    assert "3 images tagged by CLIP (3 now)" in capsys.readouterr().err
+    assert main(auto(scenes, tmp_path / "parts" / "cams.h5")) == 0
+    assert "9 images tagged by CLIP (4 now)" in capsys.readouterr().err
+    (tmp_path / "once").mkdir()
+    assert main(auto(scenes, tmp_path / "once" / "cams.h5")) == 0
+    assert contents(tmp_path / "once") == contents(tmp_path / "parts")
+
+
+def test_shards_keep_edited_tables_and_labels(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 2)
+    out, table = tmp_path / "cams.h5", tmp_path / "cams.labels.csv"
+    assert main(auto(scenes, out, "--shard", "1/2")) == 0
+    table.write_text("toy_000000,boat\n")
+    for shard in ("1/2", "2/2"):
+        assert main(auto(scenes, out, "--shard", shard)) == 1
+        assert "not as CLIP's tags left it" in capsys.readouterr().err
+    assert table.read_text() == "toy_000000,boat\n"
+    table.unlink()
+    assert main(auto(scenes, out, "--shard", "2/2")) == 0
+    assert len(read_labels(table, load_vocabulary("toy"))) == 9
+    assert [path.name for path in tmp_path.glob("*.tags*")] == ["cams.tags.json"]
+    table.unlink()  # tag them again: the maps of the other shard stay meanwhile
+    assert main(auto(scenes, out, "--shard", "1/2")) == 0
+    assert "5 images tagged by CLIP (5 now)" in capsys.readouterr().err
+    assert len(open_cams(out)) == 9
+    assert main(auto(scenes, out, "--shard", "2/2")) == 0
+    assert len(read_labels(table, load_vocabulary("toy"))) == 9
+
+
+def test_seconds_of_tagging_are_those_of_computing(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is loaded once, for tags and maps; that is counted apart."""
+    load, loaded = FrozenClip.load, []
+
+    def slowly(*words: Any, **options: Any) -> FrozenClip:
+        time.sleep(3)
+        loaded.append(words)
+        return load(*words, **options)
+
+    monkeypatch.setattr(FrozenClip, "load", slowly)
+    assert main(auto(scenes, tmp_path / "cams.h5", "--limit", 2, "--report", tmp_path / "r.json")) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(loaded) == 1
+    assert report["loading_seconds"] >= 3
+    assert report["seconds"] < 3
+    assert report["tags"]["seconds"] < 3

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import cv2  # noqa: F401
-import h5py
 import open_clip  # noqa: F401
 import segment_anything  # noqa: F401
 import torch
@@ -24,10 +23,12 @@ torch.set_num_threads(1)
 
 from clipseed.cli.main import main  # noqa: E402
 from clipseed.jobs import cam, crf, refine, sam_masks, sam_seed  # noqa: E402
+from clipseed.runtime import features  # noqa: E402
 from clipseed.runtime import images as engine  # noqa: E402
-from clipseed.store.cams import open_cams  # noqa: E402
+from clipseed.store import tags  # noqa: E402
 from clipseed.store.label_masks import read_label_mask  # noqa: E402
-from clipseed.store.segments import SegmentSet  # noqa: E402
+from clipseed.store.open import format_of  # noqa: E402
+from clipseed.store.record_file import RecordFile  # noqa: E402
 
 PAUSE = 0.02
 
@@ -45,6 +46,7 @@ def fork(words: list[str]) -> int:
     if child:
         return child
     descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     code = 70
     try:
@@ -65,9 +67,9 @@ def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
 
 
 def listing(folder: Path) -> list[Path]:
-    """Files under final names."""
-    found = (path for kind in ("*.h5", "*.png") for path in folder.rglob(kind))
-    return [path for path in found if not path.name.startswith(".tmp-")]
+    """Files under final names; folders may vanish meanwhile."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return [path for path in found if path.suffix in {".h5", ".png", ".csv"} and not path.name.startswith(".tmp-")]
 
 
 def check(folder: Path) -> int:
@@ -75,10 +77,8 @@ def check(folder: Path) -> int:
     files = listing(folder)
     for path in files:
         if path.suffix == ".h5":
-            with h5py.File(path) as file:
-                seeds = file.attrs["format"] == "clipseed-cams"
-            (open_cams if seeds else SegmentSet)(path, verify=True).close()
-        else:
+            RecordFile(path, format_of(path), verify=True).close()
+        elif path.suffix == ".png":
             read_label_mask(path)
     return len(files)
 
@@ -123,6 +123,8 @@ if __name__ == "__main__":
     engine._UNIT_SIZE["cpu"] = refine._PIXEL_UNIT = 3
     crf._UNIT_SIZE = sam_seed._UNIT_SIZE = sam_masks._UNIT_SIZE["cpu"] = 3
     cam.compute_cams = slowed(cam.compute_cams)
+    features.image_features = slowed(features.image_features)
+    tags._SAVE_EVERY = 0.0
     refine._Spreading.refined = slowed(refine._Spreading.refined)
     crf._CrfWork._solve = slowed(crf._CrfWork._solve)
     sam_masks.generate = slowed(sam_masks.generate)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,9 @@ from clipseed.data.types import Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary, load_vocabulary
 from clipseed.errors import InputError
 from clipseed.jobs.prompts import word_choices
+from clipseed.runtime import features as runtime
+from clipseed.runtime import images as engine
+from clipseed.store.features import FeatureSet
 
 from helpers.images import photo
 
@@ -158,11 +163,9 @@ def toy_scores(vocabulary: Vocabulary, samples: list[Sample], reader: Any) -> li
 def test_the_command_on_the_toy_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipseed.runtime import features
-
-    seen, encode = [], features.image_features
+    seen, encode = [], runtime.image_features
     monkeypatch.setattr(
-        features, "image_features", lambda clip, pixels: (seen.append(len(pixels)), encode(clip, pixels))[1]
+        runtime, "image_features", lambda clip, pixels: (seen.append(len(pixels)), encode(clip, pixels))[1]
     )
     words = ["prompts", "--dataset", "toy", "--limit", str(LIMIT), "--synonyms", "--device", "cpu"]
     assert main([*words, "--csv", str(tmp_path / "p.csv"), "--json", "--quiet"]) == 0
@@ -252,3 +255,167 @@ def test_what_it_refuses(photos: list[str], tmp_path: Path, capsys: pytest.Captu
     captured = capsys.readouterr()
     assert "none of its 3 images shows two classes or more" in captured.err
     assert captured.out == ""
+
+
+TOY = ["prompts", "--dataset", "toy", "--limit", "20", "--device", "cpu", "--max-side", "96"]
+
+
+def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("an image was encoded again")
+
+    monkeypatch.setattr(runtime, "image_features", refuse)
+
+
+def test_features_in_shards_and_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any cut gives the file of one run to the byte, and the ranking without a file; the last shard ranks."""
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 3)
+    monkeypatch.chdir(tmp_path)
+    assert main([*TOY, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["out"], plain["found"], plain["computed"]) == (None, 0, plain["images"])
+    for count in (1, 2, 3):
+        for k in reversed(range(1, count + 1)):
+            assert main([*TOY, "--features", f"{count}.h5", "--shard", f"{k}/{count}", "--json"]) == 0
+            captured = capsys.readouterr()
+            ranked = json.loads(captured.out)
+            assert (ranked["templates"] is None) == (k > 1)
+            assert ("nothing is ranked yet" in captured.err) == (k > 1)
+            assert ranked["open_shards"] == k - 1
+        assert ranked["templates"] == plain["templates"]
+        assert Path(f"{count}.h5").read_bytes() == Path("1.h5").read_bytes()
+
+    for k in (1, 2):  # on two disks
+        Path(f"disk-{k}").mkdir()
+        assert main([*TOY, "--features", f"disk-{k}/f.h5", "--shard", f"{k}/2"]) == 0
+    assert main(["merge", "disk-1/f.h5", "disk-2/f.h5", "--out", "merged.h5"]) == 0
+    with FeatureSet(Path("merged.h5"), verify=True) as merged, FeatureSet(Path("1.h5")) as whole:
+        assert set(merged) == set(whole)
+        assert all(np.array_equal(merged[key].values, whole[key].values) for key in whole)
+        assert all(merged[key].size == whole[key].size and merged[key].grid == whole[key].grid for key in whole)
+    capsys.readouterr()
+    forbid_encoding(monkeypatch)
+    assert main([*TOY, "--features", "merged.h5", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["templates"] == plain["templates"]
+    assert (again["found"], again["computed"], again["out"]) == (plain["images"], 0, "merged.h5")
+
+
+def test_features_rank_other_words_without_images(
+    photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [*photos, "--features", str(tmp_path / "f")]
+    assert main(kept) == 0
+    (tmp_path / "t.txt").write_text("a scan of a {}.\n")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        forbid_encoding(patch)
+        assert main([*kept, "--templates", str(tmp_path / "t.txt"), "--synonyms", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["words"] for row in found["templates"]] == ["a scan of a {}."]
+    assert found["classes"]
+    assert main([*photos, "--templates", str(tmp_path / "t.txt"), "--synonyms", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["templates"] == found["templates"]
+
+    photo(7, 48, 64).save(tmp_path / "photos" / "0.png")  # replaced
+    with (tmp_path / "labels.csv").open("a") as labels:
+        labels.write("2,crack\n")  # now one of them
+    assert main([*kept, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["computed"] == 3  # units go as a whole
+    assert "1 images were replaced (0)" in captured.err
+    with FeatureSet(tmp_path / "f") as stored:
+        assert set(stored) == {"0", "1", "2"}
+        for key in stored:
+            assert np.linalg.norm(stored[key].values) == pytest.approx(1, abs=1e-5)
+            assert stored[key].size == (48, 64)
+
+
+def test_features_files_that_do_not_fit(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "f.h5"
+    assert main([*photos, "--features", str(path)]) == 0
+    for words, code, message in (
+        ([*photos, "--features", str(path), "--max-side", "32"], 1, "--max-side 640 then, 32 now"),
+        ([*photos, "--features", str(path), "--max-side", "32"], 1, "choose another --features, or"),
+        ([*photos, "--features", str(tmp_path / "photos")], 2, "a folder that holds other things; choose a new one"),
+        ([*photos, "--shard", "1/2"], 2, "shards add up in a file; give --features FILE.h5"),
+        ([*photos, "--overwrite"], 2, "--overwrite: belongs to --features"),
+        (["refine", "caa", str(path)], 1, "a clipseed-features file, but not a clipseed CAM file"),
+        (["inspect", str(path), "--preview", str(tmp_path / "x.png")], 2, "features are nothing to look at"),
+    ):
+        capsys.readouterr()
+        assert main(words) == code
+        assert message in capsys.readouterr().err
+    assert main([*photos, "--features", str(path), "--max-side", "32", "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert "max_side 32" in text
+    assert "images           2\n" in text
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["length"]) == (2, found["manifest"]["model"]["embed_dim"])
+    with h5py.File(path, "r+") as file:
+        file["feature"][0] = 9
+    assert main([*photos, "--features", str(path)]) == 1
+    assert "delete it, or start again with --overwrite" in capsys.readouterr().err
+
+
+def test_an_interruption_says_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 3)
+    encode, calls = runtime.image_features, []
+
+    def stop(clip: FrozenClip, pixels: torch.Tensor) -> Any:
+        calls.append(len(pixels))
+        if sum(calls) > 6:
+            raise KeyboardInterrupt
+        return encode(clip, pixels)
+
+    path = tmp_path / "f.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "image_features", stop)
+        assert main([*TOY, "--features", str(path)]) == 130
+    told = capsys.readouterr().err
+    assert f"interrupted; 6 of 16 images are safe in {path}.parts. Run the same command again to go on" in told
+    assert main([*TOY, "--features", str(path)]) == 0
+    assert "10 images to do, 6 done already" in capsys.readouterr().err
+    assert main([*TOY, "--features", str(tmp_path / "once.h5")]) == 0
+    assert path.read_bytes() == (tmp_path / "once.h5").read_bytes()
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "image_features", stop)
+        assert main(TOY) == 130
+    assert "interrupted; nothing was kept" in capsys.readouterr().err
+
+
+def test_seconds_are_those_of_computing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is apart, whether images are encoded or only texts; and it is done once."""
+    load, loaded = FrozenClip.load, []
+
+    def slowly(*words: Any, **options: Any) -> FrozenClip:
+        time.sleep(3)
+        loaded.append(words)
+        return load(*words, **options)
+
+    monkeypatch.setattr(FrozenClip, "load", slowly)
+    words = [
+        *TOY,
+        "--limit",
+        "3",
+        "--quiet",
+        "--features",
+        str(tmp_path / "f.h5"),
+        "--report",
+        str(tmp_path / "r.json"),
+    ]
+    for times, computed in ((1, True), (2, False)):
+        assert main(words) == 0
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert len(loaded) == times
+        assert report["loading_seconds"] >= 3
+        assert report["seconds"] < 3
+        assert (report["computed"] > 0) == computed

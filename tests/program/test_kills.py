@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clipseed.cli.main import main
+from clipseed.store.toy_devkit import save_devkit
 
 from helpers.program import environment
 
@@ -18,19 +19,25 @@ BLOBS = ["--sam-factory", "helpers.sam:blobs", "--preset", "stock", "--points-pe
 COMMANDS = {
     "cam": [*CAM, "--out", "out/cams.h5"],
     "cam to shards": [*CAM, "--out", "out/cams"],
+    "tags": ["cam", "--dataset", "folder", "--images", "toy/JPEGImages", "--classes", "toy", "--weights", "toy",
+             "--labels", "auto", "--device", "cpu", "--max-side", "64", "--out", "out/cams.h5"],
+    "prompts": ["prompts", *CAM[1:], "--features", "out/features.h5"],
     "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
+    "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out/pseudo"],
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
     "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_25_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("refine", "crf", "sam-seed"):
+    if name in ("refine", "threshold", "crf", "sam-seed"):
         assert main([*CAM, "--limit", "45" if name == "refine" else "30", "--out", "cams.h5"]) == 0
+    if name == "tags":
+        save_devkit(tmp_path / "toy", 0, 30)
     if name == "sam-seed":
         assert main([*SAM, *BLOBS, "--out", "segments.h5"]) == 0
     done = subprocess.run(

@@ -30,9 +30,10 @@ GRID = ["--points-per-side", "2", "--crop-layers", "0", "--iou-threshold", "-9",
 SAM = ["--checkpoint", "sam.pth", "--device", "cpu", *GRID]
 REFINE = ["refine", "caa", "cams.h5", "--device", "cpu"]
 CRF = ["crf", "cams-caa.h5", "--device", "cpu"]
+THRESHOLD = ["threshold", "cams-caa.h5", "--threshold", "0.4", "--out", "pseudo-threshold"]
 SEGMENTS = ["sam-masks", "--seeds", "cams.h5", *SAM]
 SEED = ["sam-seed", "cams-caa.h5"]
-STAGES = {"cam": CAM, "refine": REFINE, "crf": CRF, "sam-masks": SEGMENTS, "sam-seed": SEED}
+STAGES = {"cam": CAM, "refine": REFINE, "crf": CRF, "threshold": THRESHOLD, "sam-masks": SEGMENTS, "sam-seed": SEED}
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], projec
     assert "1 images were replaced (a)" in found["err"]
     assert run(SEED)["computed"] == 0  # refine has not looked yet
     assert run(REFINE)["computed"] == 1
-    assert run(CRF)["computed"] == 1
+    assert run(CRF)["computed"] == run(THRESHOLD)["computed"] == 1
     skipped = run(SEED, 3)["skipped"]  # its segments are still those of the old image
     assert [item["id"] for item in skipped] == ["a"]
     assert "run clipseed sam-masks again" in skipped[0]["reason"] or size != (48, 64)
@@ -190,7 +191,9 @@ def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], projec
     assert new.size == size
     assert not np.array_equal(old.maps, new.maps)
     after = digests()
-    assert {key for key in before if before[key] != after[key]} <= {"pseudo/a.png", "pseudo-sam/a.png"}
+    assert {key for key in before if before[key] != after[key]} <= {
+        f"{out}/a.png" for out in ("pseudo", "pseudo-threshold", "pseudo-sam")
+    }
     # The same as if everything had been made of the new image in the first place.
     for words, out in ((CAM, "cams.h5"), (REFINE, "cams-caa.h5"), (SEGMENTS, "segments.h5")):
         there = Path(out).read_bytes()
@@ -306,12 +309,12 @@ def test_a_removed_label_row_leaves_everywhere(project: Path, run: Run) -> None:
     assert list(clipseed.open_cams("cams.h5")) == ["a", "b", "c", "d"]
     assert run(REFINE)["computed"] == 0
     assert list(clipseed.open_cams("cams-caa.h5")) == ["a", "b", "c", "d"]
-    for words, out in ((CRF, "pseudo"), (SEED, "pseudo-sam")):
+    for words, out in ((CRF, "pseudo"), (THRESHOLD, "pseudo-threshold"), (SEED, "pseudo-sam")):
         assert run(words)["computed"] == 0
         assert sorted(path.stem for path in Path(out).glob("*.png")) == ["a", "b", "c", "d"]
     write_labels(Path("labels.csv"), a="rust", b="rust|crack", c="crack", d="rust", e="rust")
     assert {name: count for name, count in computed(run).items() if name != "sam-masks"} == dict.fromkeys(
-        ("cam", "refine", "crf", "sam-seed"), 1
+        ("cam", "refine", "crf", "threshold", "sam-seed"), 1
     )
 
 

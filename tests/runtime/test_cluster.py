@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from clipseed.cli.main import main
+from clipseed.clip import FrozenClip
 from clipseed.data.types import Sample
 from clipseed.errors import ClipseedError, ImageError, UsageError, WeightsError
 from clipseed.runtime import cluster as runtime
 from clipseed.runtime.cluster import ClusterOptions, RayEngine, plan_workers
 from clipseed.runtime.stream import BatchSize, StreamStats
 from clipseed.runtime.work import Work
+from clipseed.store.toy_devkit import save_devkit
 from clipseed.store.units import Unit
 
 ray = pytest.importorskip("ray")
@@ -176,7 +178,7 @@ def test_a_node_is_lost(nodes: Any) -> None:
 def test_commands_give_the_output_of_one_process(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """cam, refine and crf; a node dies in the middle of cam."""
+    """cam, refine, threshold and crf; a node dies in the middle of cam."""
     cam = ["cam", "--dataset", "toy", "--limit", "80", "--device", "cpu", "--max-side", "128", "--workers", "0"]
     cam += ["--background", "none"]  # so that some maps are empty
     crf = ["crf", "--confidence", "0.9", "--soft", "soft.h5", "--device", "cpu", "--iterations", "1"]
@@ -195,13 +197,52 @@ def test_commands_give_the_output_of_one_process(
                 return found
 
             monkeypatch.setattr(runtime.RayEngine, "_get", first_result_costs_a_node)
-        for command in (cam, ["refine", "caa", "--device", "cpu"], crf):
+        plain = ["threshold", "--alpha", "2", "--out", "plain"]
+        for command in (cam, ["refine", "caa", "--device", "cpu"], plain, crf):
             assert main([*command, *more]) == 0, capsys.readouterr().err
-    here = {path.name: path.read_bytes() for path in (tmp_path / "here").rglob("*.*") if path.name != "manifest.json"}
-    there = {path.name: path.read_bytes() for path in (tmp_path / "there").rglob("*.*") if path.name != "manifest.json"}
+    here = outputs(tmp_path / "here")
+    there = outputs(tmp_path / "there")
     assert here.keys() == there.keys()
-    assert len([name for name in here if not name.endswith(".csv")]) == 80 + 3
-    assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "empty.csv"}
+    assert len([name for name in here if not name.endswith(".csv")]) == 2 * 80 + 3
+    assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "plain/empty.csv", "pseudo/empty.csv"}
+    assert [name for name in here if here[name] != there[name]] == []
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifests, which name their own places."""
+    files = [path for path in folder.rglob("*.*") if path.name != "manifest.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tags_and_prompts_give_the_output_of_one_process(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images are tagged and encoded by the workers; this process loads a model only where it ranks."""
+    save_devkit(tmp_path / "toy", 0, 70)
+    cam = ["cam", "--dataset", "folder", "--images", "../toy/JPEGImages", "--classes", "toy", "--weights", "toy",
+           "--labels", "auto", "--device", "cpu", "--max-side", "96", "--workers", "0"]  # fmt: skip
+    prompts = ["prompts", "--dataset", "toy", "--limit", "100", "--device", "cpu", "--max-side", "96", "--workers", "0"]
+    prompts += ["--features", "features.h5", "--csv", "prompts.csv"]
+    load, loaded = FrozenClip.load, []
+
+    def counted(*words: Any, **options: Any) -> FrozenClip:
+        loaded.append(words)
+        return load(*words, **options)
+
+    monkeypatch.setattr(FrozenClip, "load", counted)
+    for name, more, times in (("here", [], 2), ("there", ["--engine", "ray", "--ray-cpus", "1"], 1)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        loaded.clear()
+        for command in (cam, prompts):
+            assert main([*command, *more, "--quiet"]) == 0, capsys.readouterr().err
+        assert len(loaded) == times
+    here, there = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("here", "there")
+    )
+    assert here.keys() == there.keys() >= {"cams.h5", "cams.labels.csv", "cams.tags.json", "features.h5", "prompts.csv"}
     assert [name for name in here if here[name] != there[name]] == []
 
 

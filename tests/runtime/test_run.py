@@ -115,6 +115,8 @@ def test_nothing_but_skipped(tmp_path: Path) -> None:
     """The whole is refused, a shard reports that it is through."""
     with pytest.raises(InputError, match="none of the 10 images could be used; the first, 00: broken"):
         paint(tmp_path / "out", lambda: Painting(bad=IDS))
+    report = paint(tmp_path / "allowed", lambda: Painting(bad=IDS), may_be_empty=True)
+    assert [key for key, _ in report.stats.skipped] == IDS
     report = paint(tmp_path / "shards", lambda: Painting(bad=IDS), shard=Shard(0, 2))
     assert (report.stats.computed, report.open_shards) == (0, 1)
 
