@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipseed.data.dataset import DatasetOptions, image_finder, open_dataset
+from clipseed.data.dataset import DatasetOptions, image_finder, open_dataset, recorded_set
 from clipseed.data.toy.dataset import HELD_OUT_COUNT, toy_mask, toy_scene
 from clipseed.data.voc import object_names
 from clipseed.errors import ImageError, InputError, UsageError
@@ -211,3 +211,41 @@ def test_image_finder(devkit: Path) -> None:
     with pytest.raises(ImageError, match="not there any more"):
         find("2007_999999")
     assert image_finder({"name": "toy", "toy_seed": 0})("toy_000000").mode == "RGB"
+
+
+def test_images_alone(devkit: Path, tmp_path: Path) -> None:
+    """Neither labels nor classes are needed, and what is wrong with them does not matter."""
+    (devkit / "Annotations" / "2007_000001.xml").write_text("no XML")
+    found = voc(devkit, images_only=True, limit=3)
+    assert [(sample.id, sample.labels) for sample in found.samples] == [
+        ("2007_000001", None), ("2007_000002", None), ("2007_000003", None),
+    ]  # fmt: skip
+    assert found.manifest == {
+        "name": "voc", "root": str(devkit.resolve()), "split": "train", "ground_truth": None,
+        "images": str(devkit.resolve() / "JPEGImages"),
+    }  # fmt: skip
+    few = [{"id": 1, "name": "cat"}]
+    root = coco_folder(tmp_path / "coco", categories=few, annotations=[{"image_id": 139, "category_id": 1}])
+    with pytest.raises(InputError, match="1 categories, but vocabulary 'coco' has 80"):
+        open_dataset(DatasetOptions("coco", root=root))
+    found = open_dataset(DatasetOptions("coco", root=root, images_only=True))
+    assert [sample.labels for sample in found.samples] == [None] * 3
+    found = folder(tmp_path, "a.jpg,rust\n", labels=None, classes=None, images_only=True, exif=True, max_pixels=900)
+    assert [(sample.id, sample.labels) for sample in found.samples] == [("a", None), ("c", None), ("sub/b", None)]
+    assert (found.exif, found.max_pixels, found.reader.exif) == (True, 900, True)
+    found = open_dataset(DatasetOptions("toy", images_only=True, limit=2))
+    assert [(sample.id, sample.labels) for sample in found.samples] == [("toy_000000", None), ("toy_000001", None)]
+    assert found.manifest["ground_truth"] == "toy:0"
+
+
+def test_a_manifest_gives_its_data_set_back(devkit: Path, tmp_path: Path) -> None:
+    for found in (voc(devkit), folder(tmp_path, "a.jpg,rust\n"), open_dataset(DatasetOptions("toy", limit=2))):
+        manifest = {
+            "dataset": found.manifest, "vocabulary": found.vocabulary.as_dict(), "options": {"exif": False},
+            "max_pixels": found.max_pixels,
+        }  # fmt: skip
+        again = recorded_set(manifest, found.samples, found.reader, "x.h5")
+        assert again.manifest == found.manifest
+        assert (again.name, again.root, again.split, again.vocabulary) == (
+            found.name, found.root, found.split, found.vocabulary,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import h5py
@@ -32,7 +32,7 @@ from clipseed.sam.architecture import save_sam
 from clipseed.sam.backend import as_pixels
 from clipseed.sam.generator import generate
 from clipseed.sam.options import FMA, STOCK
-from clipseed.segments import Segments, from_masks
+from clipseed.segments import COLUMNS, SegmentColumns, Segments, from_masks, joined_columns
 from clipseed.store.cam_records import Cam
 from clipseed.store.segment_records import SegmentRecord, pack_segments, segment_format, unpack_segments
 from clipseed.store.segments import SegmentSet
@@ -586,6 +586,24 @@ def test_the_cache_can_be_read_without_clipseed(photos: Path, tmp_path: Path) ->
     ]
     assert done == expected
     assert len(done) > 5
+
+
+def test_what_need_not_be_imported(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "segments.h5"
+    assert masks_of("--dataset", "folder", "--images", photos, "--out", out, *FACTORY, *FEW) == 0
+    again = ("--dataset", "folder", "--images", photos, "--out", tmp_path / "again.h5", "--import", out)
+    assert masks_of(*again) == 2
+    assert f"--import {out}: is a segments file already; use it as it is" in capsys.readouterr().err
+
+
+def test_the_columns_of_segments_are_those_of_records_and_candidates() -> None:
+    names = {item.name for item in fields(SegmentColumns)}
+    assert names == set(COLUMNS)
+    segments = Segments(masks=np.ones((2, 3, 4), bool), **joined_columns([from_masks(np.ones((2, 3, 4), bool))]))
+    assert {name: (values.dtype.str[1:], values.shape[1:]) for name, values in segments.columns().items()} == COLUMNS
+    assert {name: values.dtype.str[1:] for name, values in joined_columns([]).items()} == {
+        name: kind for name, (kind, _) in COLUMNS.items()
+    }
 
 
 def test_proposals_keep_their_types() -> None:

@@ -25,6 +25,20 @@ def dying_load(sample: Sample) -> Item:
     return load(sample)
 
 
+class CountingLoader:
+    """Counts what it loads; a copy of it begins anew."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"calls": 0}
+
+    def __call__(self, sample: Sample) -> Item:
+        self.calls += 1
+        return Item(self.calls, 0)
+
+
 class Recorder:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -44,6 +58,13 @@ class Recorder:
 def run(recorder: Recorder, tasks: Sequence[Unit], batch: BatchSize, workers: int = 0, loader=load) -> StreamStats:  # type: ignore[no-untyped-def]
     with DecodePool(loader, workers, ahead=6) as pool:
         return run_stream(tasks, pool, recorder.compute, recorder.write, batch)
+
+
+def test_a_worker_gets_the_loader_once_and_keeps_it() -> None:
+    """So that what a loader opens stays open."""
+    with DecodePool(CountingLoader(), 1, ahead=2) as pool:
+        numbers = [item.number for _, item in pool.stream(samples(5)) if isinstance(item, Item)]
+    assert numbers == [1, 2, 3, 4, 5]
 
 
 def test_order_grouping_and_skipping() -> None:
