@@ -382,6 +382,29 @@ def test_shards_keep_edited_tables_and_labels(
     assert len(read_labels(table, load_vocabulary("toy"))) == 9
 
 
+def test_shards_on_two_disks(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their memories beside the merged maps: the label file of one run, and nothing is tagged again."""
+    monkeypatch.setitem(engine._UNIT_SIZE, "cpu", 2)
+    for name in ("one", "all", "disk-1", "disk-2"):
+        (tmp_path / name).mkdir()
+    assert main(auto(scenes, tmp_path / "one" / "cams.h5")) == 0
+    disks = [tmp_path / f"disk-{k}" for k in (1, 2)]
+    for k, disk in enumerate(disks, 1):
+        assert main(auto(scenes, disk / "cams.h5", "--shard", f"{k}/2")) == 0
+        (disk / f"cams.tags-{k}-of-2.json").rename(tmp_path / "all" / f"cams.tags-{k}-of-2.json")
+    out = tmp_path / "all" / "cams.h5"
+    assert main(["merge", *(str(disk / "cams.h5") for disk in disks), "--out", str(out)]) == 0
+    forbid_encoding(monkeypatch)
+    assert main(auto(scenes, out)) == 0
+    assert "0 to do, 9 done already" in capsys.readouterr().err
+    one, everything = contents(tmp_path / "one"), contents(tmp_path / "all")
+    assert everything.keys() == one.keys()
+    assert everything["cams.labels.csv"] == one["cams.labels.csv"]
+    assert everything["cams.tags.json"] == one["cams.tags.json"]
+
+
 def test_seconds_of_tagging_are_those_of_computing(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
