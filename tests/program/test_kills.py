@@ -1,4 +1,4 @@
-"""kill -9 at random moments of every long command, 8 or 25 of each: nothing is lost, and the end is that of an undisturbed run."""
+"""kill -9 at 8 or 25 random moments of every long command: nothing is lost, the end is that of an undisturbed run."""
 
 from __future__ import annotations
 
