@@ -286,7 +286,7 @@ def test_damaged_maps_are_skipped(folder: Path) -> None:
         (["--masks", "cams.h5"], 1, "cams.h5: a clipseed-cams file, but not a clipseed segments file"),
         (["segments.h5"], 1, "segments.h5: a clipseed-segments file, but not a clipseed CAM file"),
         (["--masks-kind", "sa-1b"], 2, "segments.h5 is a segments file"),
-        (["nowhere.h5"], 1, "nowhere.h5: no such file"),
+        (["nowhere.h5"], 1, "nowhere.h5: no such CAM file or mask folder"),
         (["labels", "--method", "fma"], 2, "only vote takes those"),
         (["labels", "--alpha", "1"], 2, "a label map has no scores"),
         (["labels", "--out", "labels"], 2, "--out labels: is the source as well"),
