@@ -64,7 +64,7 @@ bench-gpu: $(BIN)/clipseed  ## check and measure everything on a CUDA GPU, in ei
 results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; PHOTOS=DEVKIT or COCO=DIR SEGMENTS=PATH: on photographs)
 	$(BIN)/python tools/results.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(COCO),--coco $(COCO) --segments $(SEGMENTS))
 
-results-weclip: $(BIN)/clipseed  ## what WeCLIP learns on the toy world, into docs/results-weclip.md (an hour)
+results-weclip: $(BIN)/clipseed  ## what WeCLIP learns on the toy world, into docs/results-weclip.md (90 minutes)
 	$(BIN)/python tools/results_weclip.py
 
 toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)
