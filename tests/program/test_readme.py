@@ -64,7 +64,7 @@ def test_setup_commands_are_make_targets() -> None:
 
 @pytest.mark.slow
 def test_voc_commands(devkit: Path, weights: Path) -> None:
-    (script,) = [block for block in blocks("sh") if "--dataset voc" in block]
+    (script,) = [block for block in blocks("sh") if "cam --dataset voc" in block]
     assert [line.split()[1] for line in script.strip().splitlines()] == ["cam", "refine", "evaluate"]
     shown = run(script, devkit, weights)
     assert "6 of 6 images" in shown
@@ -75,6 +75,19 @@ def test_voc_commands(devkit: Path, weights: Path) -> None:
     lines = run("python read.py", devkit, weights).splitlines()
     assert lines[0].startswith("2007_000001 ['cat'] (1, 48, 64)")
     assert len(lines) == 6
+
+
+@pytest.mark.slow
+def test_segmenter(devkit: Path, weights: Path) -> None:
+    """As typed, but for one step of small crops."""
+    (script,) = [block for block in blocks("sh") if "train weclip" in block]
+    assert [line.split()[1] for line in script.strip().splitlines()] == ["train", "predict"]
+    lists = devkit / "ImageSets" / "Segmentation"
+    (lists / "trainaug.txt").write_text((lists / "val.txt").read_text())
+    (devkit / "photos").symlink_to(devkit / "JPEGImages")
+    shown = run(script.replace("trainaug", "trainaug --steps 1 --crop 64 --batch-size 2"), devkit, weights)
+    assert "weclip.safetensors: 1 steps" in shown
+    assert len(list((devkit / "predictions").glob("*.png"))) == len(list((devkit / "JPEGImages").iterdir()))
 
 
 @pytest.mark.slow
