@@ -122,7 +122,7 @@ def stages_of(
     """What is timed in one precision; the whole commands leave their reports, which do not count loading the model."""
     text = clip.encode_text(load_vocabulary("voc"))
     bare = BareEncoder(clip)
-    options = replace(options, precision=cast("Any", clip.precision))
+    options = replace(options, run=replace(options.run, precision=clip.precision))
 
     def cams() -> None:
         for batch in batches:
