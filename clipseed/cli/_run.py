@@ -82,7 +82,7 @@ class Running:
             report: Of the job.
             summary: The last line; `images/s` are filled in.
             facts: What ``--json`` and ``--report`` say besides what every command reports.
-            empty: LabelMask that came to nothing.
+            empty: Labels that came to nothing.
         """
         stats, console = report.stats, self.console
         for note in report.notes:

@@ -273,8 +273,8 @@ def _image_set(images: Path | None, truth: str, manifest: Manifest | None) -> di
         return {"images": str(images)}
     dataset = (manifest or {}).get("dataset")
     if isinstance(dataset, dict) and dataset.get("name") == "toy":
-        cam = str(dataset.get("toy_seed") or 0)
-        return {"name": "toy", "toy_seed": cam} if cam.isdecimal() and len(cam) < 20 else None
+        seed = str(dataset.get("toy_seed") or 0)
+        return {"name": "toy", "toy_seed": seed} if seed.isdecimal() and len(seed) < 20 else None
     if isinstance(dataset, dict) and dataset.get("images"):
         return dataset
     if truth.startswith("toy:"):

@@ -39,7 +39,7 @@ _CONSTANT = 1e-4
 
 @dataclass(frozen=True)
 class SeedingOptions:
-    """What decides a seed.
+    """What decides the labels.
 
     Attributes:
         background: Score of the background on each mask.
@@ -117,7 +117,7 @@ def seed_from_masks(
         cams: ``(K, h, w)`` on the patch grid, or at the image's size; any positive scale. NaN and infinities count
             as 0. With a ``given`` background ``(1 + K, h, w)``. K may be 0.
         proposals: Masks of the image; bare masks ``(S, H, W)`` are wholes. S may be 0.
-        classes: Class index of each of the K maps; the seed has no others.
+        classes: Class index of each of the K maps; no other gets a label.
         options: Default: VOC's coarse seeds (``PRESETS["voc-coarse"]``).
 
     Raises:

@@ -51,7 +51,7 @@ class PseudoLabels(Stacked):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def sample(self, index: int, cam: int) -> tuple[Tensor, ...]:
+    def sample(self, index: int, seed: int) -> tuple[Tensor, ...]:
         """One crop: pixels ``(3, S, S)`` uint8, labels ``(S, S)`` uint8; with scores, confidence ``(S, S)`` float32.
 
         The confidence is the score of the strongest class, or of the background, which is 1 less that (CLIP-ES).
@@ -68,7 +68,7 @@ class PseudoLabels(Stacked):
         parts = [Image(pixels), Mask(torch.from_numpy(labels.copy()))]
         if self._cams is not None:
             parts.append(Scores(torch.from_numpy(self.confidence(identifier))[None]))
-        cut = self._augmentation(cam, *parts)
+        cut = self._augmentation(seed, *parts)
         return (*cut[:2], *(scores[0].clamp(0, 1) for scores in cut[2:]))
 
     def confidence(self, identifier: str) -> npt.NDArray[np.float32]:
