@@ -172,6 +172,11 @@ class FrozenClip:
         return {**asdict(self.info), "precision": self.precision}
 
 
+def chosen_weights(named: str | None, dataset: str) -> str:
+    """Tag or file of the weights that are meant: those that were named, else the toy's own for the toy world."""
+    return named or (TOY_WEIGHTS if dataset == "toy" else WEIGHTS)
+
+
 def toy_weights_path() -> Path:
     """The tiny trained CLIP inside the package."""
     return Path(__file__).parent.parent / "data" / "toy" / "weights" / "clip.npz"

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import Method, compute_cams
-from clipseed.clip.model import TOY_WEIGHTS, model_name
+from clipseed.clip.model import chosen_weights, model_name
 from clipseed.clip.tagging import tag
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
-from clipseed.defaults import CAM_MAX_SIDE, TAG_THRESHOLD, WEIGHTS
+from clipseed.defaults import CAM_MAX_SIDE, TAG_THRESHOLD
 from clipseed.errors import UsageError
 from clipseed.jobs.refine import caa_manifest, caa_options, refine_manifest
 from clipseed.refine.caa import CaaOptions, caa
@@ -63,7 +63,7 @@ class CamOptions:
     @property
     def chosen_weights(self) -> str:
         """Tag or file of the model's weights."""
-        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else WEIGHTS)
+        return chosen_weights(self.weights, self.data.dataset)
 
     @property
     def model_name(self) -> str:

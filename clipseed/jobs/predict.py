@@ -22,17 +22,9 @@ from clipseed.defaults import EmptyPolicy
 from clipseed.errors import UsageError
 from clipseed.pseudo.posterior import posterior_labels
 from clipseed.refine.crf import WECLIP, clip_es_unary, dense_crf
-from clipseed.runtime.images import (
-    batches_in_flight,
-    dealt_unit,
-    decode_ahead,
-    default_workers,
-    token_budget,
-    unit_size_for,
-)
+from clipseed.runtime.clip_work import TokenWork
+from clipseed.runtime.images import dealt_unit, unit_size_for
 from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
-from clipseed.runtime.stream import BatchSize
-from clipseed.runtime.work import Work
 from clipseed.store.cam_records import Cam
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.scored_masks import ScoredMask, ScoredMaskWriter
@@ -93,7 +85,7 @@ def run_predict(options: PredictOptions, start: Start | None = None, loading: Lo
     _check(options)
     file = read_segmenter(options.segmenter, options.classes)
     image_set = open_dataset(replace(options.data, vocabulary=file.vocabulary, auto_labels=_free(options)))
-    recipe = PredictRecipe(options, image_set.reader)
+    recipe = PredictRecipe(options, image_set.reader, file)
     say = partial(loading, str(options.segmenter)) if loading else None
     samples = image_set.samples
     if not options.labels_known:
@@ -143,10 +135,7 @@ def _manifest(options: PredictOptions, image_set: ImageSet, file: SegmenterFile,
         "weights": about["weights"],
         "max_pixels": options.data.max_pixels,
         "vocabulary": file.vocabulary.as_dict(),
-        "dataset": {
-            "name": image_set.name, "root": str(image_set.root) if image_set.root else None,
-            "split": image_set.split, "ground_truth": image_set.ground_truth, **image_set.source,
-        },
+        "dataset": image_set.manifest,
         "input": str(options.segmenter.resolve()),
         "versions": package_versions(),
     }  # fmt: skip
@@ -200,36 +189,32 @@ class ShowingLoader:
 
 @dataclass(frozen=True)
 class PredictRecipe:
-    """Loads the segmenter that a run needs."""
+    """Puts the segmenter, which was read already, on its CLIP."""
 
     options: PredictOptions
     reader: ImageReader
+    file: SegmenterFile
 
     def __call__(self) -> PredictWork:
         """Load it."""
         return PredictWork(self)
 
 
-class PredictWork(Work[ShownImage, ScoredMask]):
+class PredictWork(TokenWork[ShownImage, ScoredMask]):
     """Images to label masks."""
 
     def __init__(self, recipe: PredictRecipe) -> None:
-        super().__init__()
         options = self._options = recipe.options
         self._reader = recipe.reader
         place = Placement(options.model, options.weights, options.run.device, options.run.precision)
-        self.segmenter = read_segmenter(options.segmenter, options.classes).on(place)
+        self.segmenter = recipe.file.on(place)
         network = self.segmenter.network
         if options.labels_known and not isinstance(network, WeclipNetwork):
             raise UsageError(f"--labels: {options.segmenter} is no WeCLIP, and makes no pseudo-labels")
         self._text: TextBank | None = None
         if isinstance(network, WeclipNetwork) and options.labels_known:
             self._text = network.clip.encode_text(self.segmenter.vocabulary)
-        device = network.device
-        self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
-        self.batch = BatchSize(options.run.batch_size, token_budget(device))
-        self.ahead = decode_ahead(device, self.workers) + 2 * (options.run.batch_size or 0)
-        self.queue = batches_in_flight(device)
+        super().__init__(network.device, options.run)
 
     def about(self) -> dict[str, Any]:
         """Model, where its weights are, device, and images per unit."""

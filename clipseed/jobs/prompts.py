@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name
+from clipseed.clip.model import FrozenClip, chosen_weights, model_name
 from clipseed.clip.sharpness import Sharpness, sharpness
 from clipseed.clip.text import TextBank, present_mask
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.templates import load_templates
 from clipseed.data.types import ImageSet, Sample
 from clipseed.data.vocabulary import ClassText, Vocabulary
-from clipseed.defaults import CAM_MAX_SIDE, WEIGHTS
+from clipseed.defaults import CAM_MAX_SIDE
 from clipseed.errors import InputError, UsageError
 from clipseed.jobs.cam import StartOn
 from clipseed.runtime.clip_work import ClipChoice, ClipWork
@@ -66,8 +66,7 @@ class PromptOptions:
     @property
     def choice(self) -> ClipChoice:
         """Which CLIP."""
-        weights = self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else WEIGHTS)
-        return ClipChoice(self.model, weights, self.run)
+        return ClipChoice(self.model, chosen_weights(self.weights, self.data.dataset), self.run)
 
 
 @dataclass(frozen=True)

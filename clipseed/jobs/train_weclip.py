@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from clipseed.clip.model import TOY_WEIGHTS, FrozenClip, model_name
+from clipseed.clip.model import FrozenClip, chosen_weights, model_name
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageSet, Sample
-from clipseed.defaults import WECLIP_BATCH, WEIGHTS, Precision
+from clipseed.defaults import WECLIP_BATCH, Precision
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.evaluate.confusion import check_labels, confusion, score
 from clipseed.evaluate.sources import MaskSource, find_ground_truth
@@ -89,7 +89,7 @@ class TrainOptions:
     @property
     def chosen_weights(self) -> str:
         """Tag or file of the model's weights."""
-        return self.weights or (TOY_WEIGHTS if self.data.dataset == "toy" else WEIGHTS)
+        return chosen_weights(self.weights, self.data.dataset)
 
     def check(self) -> None:
         """Refuse what cannot be.
@@ -243,13 +243,8 @@ def _masks(options: TrainWeclipOptions, image_set: ImageSet) -> GivenMasks | Non
         if options.soft is not None:
             raise UsageError("--soft belongs to --masks: the scores behind given masks")
         return None
-    source = find_ground_truth(options.masks, _places(image_set), "--masks")
+    source = find_ground_truth(options.masks, image_set.manifest, "--masks")
     return GivenMasks(source, len(image_set.vocabulary.classes) + 1, options.soft)
-
-
-def _places(image_set: ImageSet) -> dict[str, str | int | None]:
-    root = None if image_set.root is None else str(image_set.root)
-    return {"root": root, "ground_truth": image_set.ground_truth, **image_set.source}
 
 
 def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None]:
@@ -270,7 +265,7 @@ def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None
 
 def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
     image_set = open_dataset(replace(options.data, split=options.val, limit=options.val_limit))
-    truth = find_ground_truth(options.gt, _places(image_set))
+    truth = find_ground_truth(options.gt, image_set.manifest)
     if not any(truth.has(sample.id) for sample in image_set.samples):
         raise InputError(f"--val {options.val}: none of its {len(image_set.samples)} images has a mask in {truth.name}")
     return image_set, truth

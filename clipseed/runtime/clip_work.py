@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from clipseed.clip.model import FrozenClip, same_model, weights_location
 from clipseed.device import pick_device
 from clipseed.runtime.images import (
@@ -17,10 +19,11 @@ from clipseed.runtime.images import (
     unit_size_for,
 )
 from clipseed.runtime.run import RunOptions
-from clipseed.runtime.stream import BatchSize
+from clipseed.runtime.stream import BatchSize, Loaded
 from clipseed.runtime.work import Work
 from clipseed.store.writer import recorded_manifest
 
+T = TypeVar("T", bound=Loaded)
 R = TypeVar("R")
 
 
@@ -57,17 +60,25 @@ class ClipChoice:
         }
 
 
-class ClipWork(Work[LoadedViews, R]):
-    """Images, as views of whole patches, to anything that CLIP says of them."""
+class TokenWork(Work[T, R]):
+    """Work of a network whose cost is counted in tokens: how many images are decoded ahead and computed together."""
 
-    def __init__(self, choice: ClipChoice) -> None:
+    def __init__(self, device: torch.device, run: RunOptions) -> None:
         super().__init__()
-        self.clip = choice.load()
-        device, run = self.clip.tower.device, choice.run
         self.workers = run.workers if run.workers is not None else default_workers(device)
         self.batch = BatchSize(run.batch_size, token_budget(device))
         self.ahead = decode_ahead(device, self.workers) + 2 * (run.batch_size or 0)
-        self.queue, self.lanes = batches_in_flight(device), 2
+        self.queue = batches_in_flight(device)
+
+
+class ClipWork(TokenWork[LoadedViews, R]):
+    """Images, as views of whole patches, to anything that CLIP says of them."""
+
+    lanes = 2
+
+    def __init__(self, choice: ClipChoice) -> None:
+        self.clip = choice.load()
+        super().__init__(self.clip.tower.device, choice.run)
 
     def about(self) -> dict[str, Any]:
         """Model, where its weights are, device, and images per unit."""

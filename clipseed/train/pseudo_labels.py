@@ -16,6 +16,7 @@ from clipseed.data.listing import list_images
 from clipseed.errors import InputError
 from clipseed.pseudo.background import Background
 from clipseed.pseudo.pixels import label_scores
+from clipseed.store.cam_records import Cam
 from clipseed.store.cams import open_cams
 from clipseed.store.label_masks import read_label_mask
 from clipseed.train.augment import Augmentation, Scores
@@ -74,10 +75,7 @@ class PseudoLabels(Stacked):
     def confidence(self, identifier: str) -> npt.NDArray[np.float32]:
         """Score ``(H, W)`` of what a mask says about each pixel of an image."""
         assert self._cams is not None
-        cam = self._cams[identifier]
-        return label_scores(cam.upsampled(), cam.classes, Background("power", 1.0)).confidence.astype(
-            np.float32, copy=False
-        )
+        return confidence_of(self._cams[identifier])
 
     def digest(self) -> str:
         """Digest of all masks and scores and of the images' names and sizes: what a resumed run must find again."""
@@ -88,3 +86,9 @@ class PseudoLabels(Stacked):
         if self._soft is not None and self._soft.is_file():
             digest.update(hashlib.blake2b(self._soft.read_bytes(), digest_size=16).digest())
         return digest.hexdigest()
+
+
+def confidence_of(cam: Cam) -> npt.NDArray[np.float32]:
+    """Score ``(H, W)`` of each pixel's strongest class, or of the background, which is 1 less that (CLIP-ES)."""
+    found = label_scores(cam.upsampled(), cam.classes, Background("power", 1.0)).confidence
+    return found.astype(np.float32, copy=False)

@@ -19,6 +19,7 @@ from clipseed.evaluate.confusion import check_labels
 from clipseed.evaluate.sources import MaskSource
 from clipseed.store.cams import CamSet, open_cams
 from clipseed.train.augment import Augmentation, Scores
+from clipseed.train.pseudo_labels import confidence_of
 
 
 @dataclass
@@ -142,7 +143,7 @@ class LabelledCrops:
         return torch.from_numpy(mask.copy())
 
     def _confidence(self, sample: Sample, size: tuple[int, int]) -> Tensor:
-        """Score ``(1, H, W)`` of what the strongest class, or the background, says about each pixel."""
+        """Confidence ``(1, H, W)`` of a given mask's pixels."""
         assert self._masks is not None
         assert self._masks.soft is not None
         if self._soft is None:
@@ -150,8 +151,7 @@ class LabelledCrops:
         cam = self._soft[sample.id]
         if cam.size != size:
             raise InputError(f"{self._masks.soft}: the scores of {sample.id} are those of an image of another size")
-        best = cam.upsampled().max(axis=0, initial=0)
-        return torch.from_numpy(np.maximum(best, 1 - best).astype(np.float32))[None]
+        return torch.from_numpy(confidence_of(cam))[None]
 
     def collate(self, samples: Sequence[_Known]) -> Crops:
         """A batch of crops."""
