@@ -6,10 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
-
-from filelock import FileLock
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import Sample, check_id
@@ -28,8 +25,9 @@ from clipseed.store.label_mask_folder import MANIFEST, read_label_mask_manifest
 from clipseed.store.label_masks import LabelMaskNote, label_mask_note, write_label_mask
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
 from clipseed.store.places import noted
-from clipseed.store.shards import WHOLE, Empty, Shard, ShardReports, lock_output
-from clipseed.store.units import Unit, missing_units, own_items
+from clipseed.store.shards import WHOLE, Empty, Shard
+from clipseed.store.shared_output import SharedOutput
+from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
 from clipseed.types import LabelMask
 
@@ -52,7 +50,7 @@ class Labelled:
     stamp: FileStamp = UNKNOWN
 
 
-class LabelMaskWriter:
+class LabelMaskWriter(SharedOutput):
     """Writes masks below a folder, the id being the path without suffix. Use as a context manager: it holds a lock.
 
     Masks appear under their name only when they are complete, so those that are there are done.
@@ -77,28 +75,20 @@ class LabelMaskWriter:
         self, folder: Path, manifest: Manifest, unit_size: int, *, overwrite: bool = False, shard: Shard = WHOLE,
         empty: EmptyPolicy = "background", earlier: Earlier = nothing_earlier,
     ) -> None:  # fmt: skip
-        self.out = self.folder = folder
-        self._unit_size = unit_size
+        super().__init__(folder, folder, unit_size, shard)
         self._policy, self._empty = empty, EmptyList(folder, manifest, earlier=earlier)
         self._without_mask: Empty = {}
         self.ignored = 0
-        self._manifest, self._overwrite, self._shard = noted(manifest, folder), overwrite, shard
-        self._reports = ShardReports(folder, shard)
-        self._lock: FileLock | None = None
+        self._manifest, self._overwrite = noted(manifest, folder), overwrite
         self._same_input = False
         self.done: set[str] = set()
-        self.notes: list[str] = []
 
     def __enter__(self) -> LabelMaskWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder}: is a file; masks go to a folder")
         if self._overwrite and not self._shard.whole:
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {self.folder} first")
-        with storage_errors(self.folder):
-            if not self.folder.parent.is_dir():
-                raise StoreError(f"{self.folder}: the folder {self.folder.parent} does not exist")
-            self.folder.mkdir(exist_ok=True)
-            self._lock = lock_output(self.folder, self.folder, self._shard)
+        self._acquire()
         try:
             self._prepare()
         except BaseException:
@@ -177,10 +167,6 @@ class LabelMaskWriter:
             raise StoreError(f"{plan}: damaged; start again with --overwrite") from error
         return stored
 
-    def own(self, items: Sequence[T]) -> list[T]:
-        """Those of the data set's samples, or of their ids, that are this run's to do."""
-        return own_items(items, self._unit_size, self._shard)
-
     def units(self, samples: Sequence[Sample]) -> list[Unit]:
         """This run's units, without what is done (:func:`~clipseed.store.units.missing_units`)."""
         return missing_units(samples, self._unit_size, self._shard, self.done)
@@ -250,13 +236,3 @@ class LabelMaskWriter:
                 note = label_mask_note(self._path(key))
                 if note.classes is not None:
                     self._empty.add(key, note.classes, note.empty)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._release()

@@ -13,26 +13,25 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import h5py
-from filelock import FileLock
 
 from clipseed.data.paths import is_file
 from clipseed.data.stamps import FileStamp, replaced
 from clipseed.data.types import Sample
 from clipseed.errors import StoreError, UsageError
 from clipseed.store.empty import EmptyLabels
-from clipseed.store.files import remove_leftovers, remove_leftovers_of, storage_errors, write_skipped, write_text_once
+from clipseed.store.files import remove_leftovers, remove_leftovers_of, write_skipped, write_text_once
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
 from clipseed.store.names import is_portable, parts_of, unit_files
 from clipseed.store.places import located, noted, same_places
 from clipseed.store.record_file import RecordFile, write_portable, write_unit
-from clipseed.store.shards import WHOLE, Shard, ShardReports, Skipped, lock_output, unit_number
-from clipseed.store.units import Unit, missing_units, own_items
+from clipseed.store.shards import WHOLE, Shard, Skipped, lock_output, unit_number
+from clipseed.store.shared_output import SharedOutput
+from clipseed.store.units import Unit, missing_units
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ T = TypeVar("T")
 W = TypeVar("W", bound="RecordWriter[Any]")
 
 
-class RecordWriter(Generic[R]):
+class RecordWriter(SharedOutput, Generic[R]):
     """The output of one command. Use as a context manager: it holds the output's lock.
 
     Args:
@@ -75,16 +74,11 @@ class RecordWriter(Generic[R]):
         self, out: Path, manifest: Manifest, form: RecordFormat[R], unit_size: int, *, overwrite: bool = False,
         shard: Shard = WHOLE, option: str = "--out",
     ) -> None:  # fmt: skip
-        self.out = out
         self.portable = is_portable(out)
-        self.folder = parts_of(out) if self.portable else out
+        super().__init__(out, parts_of(out) if self.portable else out, unit_size, shard)
         self.manifest = noted(manifest, out)
         self._text = dumps(self.manifest)
-        self._form, self._unit_size, self._shard = form, unit_size, shard
-        self._overwrite, self._option = overwrite, option
-        self._lock: FileLock | None = None
-        self._reports = ShardReports(self.folder, shard)
-        self.notes: list[str] = []
+        self._form, self._overwrite, self._option = form, overwrite, option
         self._done: dict[str, Path] = {}
         self._stamps: dict[str, bytes] = {}
         self._outdated = False
@@ -100,11 +94,7 @@ class RecordWriter(Generic[R]):
             raise UsageError(f"--overwrite cannot be used by one of several runs; delete {out} first")
 
     def __enter__(self: W) -> W:
-        with storage_errors(self.folder, self._option):
-            if not self.out.parent.is_dir():
-                raise StoreError(f"{self.out}: the folder {self.out.parent} does not exist")
-            self.folder.mkdir(exist_ok=True)
-            self._lock = lock_output(self.folder, self.out, self._shard)
+        self._acquire(self._option)
         try:
             self._prepare()
         except BaseException:
@@ -229,10 +219,6 @@ class RecordWriter(Generic[R]):
         """Results that were not stored, with reasons: none."""
         return []
 
-    def own(self, items: Sequence[T]) -> list[T]:
-        """Those of the data set's samples, or of their ids, that are this run's to do."""
-        return own_items(items, self._unit_size, self._shard)
-
     def units(self, samples: Sequence[Sample]) -> list[Unit]:
         """This run's units, without what is done (:func:`~clipseed.store.units.missing_units`)."""
         return missing_units(samples, self._unit_size, self._shard, self._done)
@@ -306,16 +292,6 @@ class RecordWriter(Generic[R]):
     def _empty_labels(self, *, write: bool = False) -> EmptyLabels | None:
         """Labels that came to nothing, for records that have labels; ``write``: the output is whole, list them."""
         return None
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._release()
 
 
 def recorded_manifest(out: Path) -> Manifest | None:
