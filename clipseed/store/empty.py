@@ -24,7 +24,7 @@ from clipseed.defaults import EmptyPolicy
 from clipseed.errors import StoreError
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest
-from clipseed.store.names import is_portable
+from clipseed.store.names import list_beside
 
 if TYPE_CHECKING:
     from clipseed.store.cam_records import Cam
@@ -204,7 +204,7 @@ class EmptyList:
     def __init__(
         self, out: Path, manifest: Manifest, stage: Stage | None = None, earlier: Earlier = nothing_earlier
     ) -> None:
-        self.path = empty_file(out)
+        self.path = list_beside(out, "empty")
         self.classes: dict[str, tuple[int, ...]] = {}
         """Classes of every image that is known, by id."""
         self._names, self._stage, self._earlier = _names(manifest), stage or stage_of(manifest), earlier
@@ -265,15 +265,10 @@ class EmptyList:
         return EmptyLabels(found.labels, found.of, found.masks, self.path)
 
 
-def empty_file(out: Path) -> Path:
-    """Where an output's empty labels are listed: ``NAME.empty.csv`` beside ``NAME.h5``, or ``DIR/empty.csv``."""
-    return out.with_name(f"{out.stem}.empty.csv") if is_portable(out) else out / "empty.csv"
-
-
 def read_empty(out: Path) -> list[EmptyLabel]:
     """What is listed beside an output; nothing where there is no list, or none of ours."""
     try:
-        with empty_file(out).open(encoding="utf-8", newline="") as file:
+        with list_beside(out, "empty").open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
     except (OSError, ValueError, csv.Error):
         return []

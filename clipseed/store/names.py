@@ -21,6 +21,11 @@ def parts_of(out: Path) -> Path:
     return out.with_name(out.name + _PARTS)
 
 
+def list_beside(out: Path, what: str) -> Path:
+    """Where an output's list of ``what`` is, ``skipped`` or ``empty``: ``NAME.what.csv`` beside ``NAME.h5``, else in it."""
+    return out.with_name(f"{out.stem}.{what}.csv") if is_portable(out) else out / f"{what}.csv"
+
+
 def is_in_parts(path: Path) -> bool:
     """Whether a unit file belongs to a portable file that is not finished."""
     return path.parent.name.endswith(_PARTS)

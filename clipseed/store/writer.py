@@ -26,7 +26,7 @@ from clipseed.store.files import remove_leftovers, remove_leftovers_of, write_sk
 from clipseed.store.gather import gathered
 from clipseed.store.layout import R, RecordFormat
 from clipseed.store.manifest import Manifest, OtherSettings, dumps, refuse_differences
-from clipseed.store.names import is_portable, parts_of, unit_files
+from clipseed.store.names import is_portable, list_beside, parts_of, unit_files
 from clipseed.store.places import located, noted, same_places
 from clipseed.store.record_file import RecordFile, write_portable, write_unit
 from clipseed.store.shards import WHOLE, Shard, Skipped, lock_output, unit_number
@@ -106,8 +106,8 @@ class RecordWriter(SharedOutput, Generic[R]):
 
     def _prepare(self) -> None:
         remove_leftovers(self.folder, self._is_ours)
-        if self.portable and self._shard.whole:
-            remove_leftovers_of(self.out)
+        if self._shard.whole:
+            self._remove_leftovers_beside()
         self._reports.take_back()
         if self._overwrite:
             for path in (*unit_files(self.folder), self.folder / "manifest.json"):
@@ -129,6 +129,12 @@ class RecordWriter(SharedOutput, Generic[R]):
         # Written once nothing is to be refused any more; of several runs the first one's counts.
         write_text_once(plan, json.dumps({"unit_size": self._unit_size, "manifest": self.manifest}, indent=1))
         self._read_plan(plan)
+
+    def _remove_leftovers_beside(self) -> None:
+        """Delete what killed runs left of the files that only the end of the whole output writes."""
+        if self.portable:
+            for path in (self.out, list_beside(self.out, "skipped"), list_beside(self.out, "empty")):
+                remove_leftovers_of(path)
 
     def _is_ours(self, leftover: Path) -> bool:
         """Whether no other run can be writing this temporary file: with shards, those of other units may be alive."""
@@ -270,8 +276,7 @@ class RecordWriter(SharedOutput, Generic[R]):
         return self._end(ids, everything)
 
     def _end(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Finished:
-        if self.portable:
-            remove_leftovers_of(self.out)
+        self._remove_leftovers_beside()
         fresh = any(path != self.out for path in self._done.values())
         if self.portable and (fresh or self._outdated or not self.out.is_file()):
             wanted = dict.fromkeys(key for key in ids if key in self._done)
@@ -279,8 +284,7 @@ class RecordWriter(SharedOutput, Generic[R]):
             size = sum(path.stat().st_size for path in set(self._done.values()))
             records = gathered(order, self._done, self._form)
             write_portable(self.out, self._text, records, self._form, order, size)
-        path = self.out.with_name(f"{self.out.stem}.skipped.csv") if self.portable else self.out / "skipped.csv"
-        listed = write_skipped(path, skipped)
+        listed = write_skipped(list_beside(self.out, "skipped"), skipped)
         empty = self._empty_labels(write=True)
         if self.portable:
             shutil.rmtree(self.folder, ignore_errors=True)

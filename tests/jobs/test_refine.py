@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -268,48 +263,3 @@ def _checksum(file: h5py.File) -> str:
     for name in cam_format().datasets:
         checksum.add(name, file[name][:])
     return checksum.hexdigest(str(file.attrs["manifest"]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["refine", "crf"])
-def test_kill_dash_nine(stage: str, tmp_path: Path) -> None:
-    """Killed in the middle, the same command goes on, and the result is that of an undisturbed run."""
-    cams = refined_cams(tmp_path, 24)
-    code = (
-        "import sys, time, clipseed.jobs.crf as crf, clipseed.jobs.refine as refine\n"
-        "import clipseed.runtime.images as engine\n"
-        "from clipseed.cli.main import main\n"
-        "engine._UNIT_SIZE['cpu'] = 4\n"
-        "def slow(function):\n"
-        "    return lambda *words: (time.sleep(0.1), function(*words))[1]\n"
-        "crf.dense_crf, refine.patch_attention = slow(crf.dense_crf), slow(refine.patch_attention)\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    kind = ["refine", "caa"] if stage == "refine" else ["crf"]
-    names = {"refine": ("killed.h5", "whole.h5"), "crf": ("killed", "whole")}[stage]
-
-    def command(name: str) -> list[str]:
-        words = [*kind, cams, "--out", tmp_path / name, "--device", "cpu", "--batch-size", "2"]
-        if stage == "crf":
-            words = [*words[:-2], "--iterations", "2"]
-        return [sys.executable, "-c", code, *map(str, words)]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(names[1]), env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(command(names[0]), env=environment, stderr=subprocess.DEVNULL)
-    folder = tmp_path / (f"{names[0]}.parts" if stage == "refine" else names[0])
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("unit-*.h5" if stage == "refine" else "*.png"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(command(names[0]), env=environment, check=True, capture_output=True, text=True)
-    assert "done already" in done.stderr
-    if stage == "refine":
-        assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
-    else:
-        for mask in sorted((tmp_path / names[1]).glob("*.png")):
-            assert (tmp_path / names[0] / mask.name).read_bytes() == mask.read_bytes()
-        assert len(list((tmp_path / names[0]).glob("*.png"))) == 24

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -40,7 +38,6 @@ from clipseed.store.units import Unit
 from clipseed.store.writer import RecordWriter
 
 from helpers.images import photo
-from helpers.program import environment
 from helpers.records import bump, small_manifest, write_seeds
 from helpers.sam import SWAY, backend_of, blob_sam, tiny_sam, tiny_sam_config
 from helpers.samples import samples
@@ -507,41 +504,6 @@ def test_what_is_no_cache(cache_file: Path, prompted: Path, tmp_path: Path) -> N
     ):  # fmt: skip
         with pytest.raises(StoreError, match=message):
             SegmentSet(tmp_path / name)
-
-
-@pytest.mark.slow
-def test_kill_dash_nine(tmp_path: Path) -> None:
-    """Killed in the middle, the same command goes on, and the bytes are those of an undisturbed run."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for number in range(14):
-        photo(number, 40 + number % 3 * 10, 48).save(photos / f"{number:02d}.png")
-    code = (
-        "import sys\n"
-        "import clipseed.jobs.sam_masks as job\n"
-        "from clipseed.cli.main import main\n"
-        "job._UNIT_SIZE['cpu'] = 3\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-
-    def command(name: str) -> list[str]:
-        words = ["sam-masks", "--dataset", "folder", "--images", photos, "--out", tmp_path / name, "--device", "cpu",
-                 "--sam-factory", "helpers.sam:slow_blobs", *FEW]  # fmt: skip
-        return [sys.executable, "-c", code, *map(str, words)]
-
-    subprocess.run(command("whole.h5"), env=environment(), check=True, capture_output=True)
-    process = subprocess.Popen(command("killed.h5"), env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "killed.h5.parts").glob("unit-*.h5"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed.h5").exists()
-    done = subprocess.run(command("killed.h5"), env=environment(), check=True, capture_output=True, text=True)
-    assert "done already" in done.stderr
-    assert (tmp_path / "killed.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
 # Looking at a cache ---------------------------------------------------------------------------------------------------

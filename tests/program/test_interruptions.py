@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -63,27 +62,6 @@ def finish(command: list[str], out: Path) -> str:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return errors
-
-
-@pytest.mark.slow
-def test_kill_dash_nine(command: list[str], tmp_path: Path) -> None:
-    """After each kill: no partial file under a final name; in the end the same bytes as an undisturbed run."""
-    whole, out = tmp_path / "whole.h5", tmp_path / "cams.h5"
-    finish(command, whole)
-    chance = random.Random(0)
-    for attempt in range(4):
-        process = start(command, out)
-        wait_for_units(out, 1 + attempt, process)
-        time.sleep(chance.random() * 0.3)
-        process.kill()
-        process.wait()
-        assert not out.exists()
-        parts = tmp_path / "cams.h5.parts"
-        assert len(open_cams(parts, verify=True)) >= 5 * (1 + attempt)  # every file under a final name is whole
-    errors = finish(command, out)
-    assert "done already" in errors
-    assert out.read_bytes() == whole.read_bytes()
-    assert not parts.exists()
 
 
 @pytest.mark.slow

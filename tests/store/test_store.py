@@ -306,10 +306,15 @@ def test_two_runs_on_one_output(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_disappear(tmp_path: Path) -> None:
     parts = tmp_path / "cams.h5.parts"
     parts.mkdir()
-    (parts / ".tmp-123-unit-000000.h5").write_bytes(b"half a shard")
+    (parts / ".tmp-123-unit-000000.h5").write_bytes(b"half a unit")
+    beside = [tmp_path / f".tmp-123-cams.{what}" for what in ("h5", "skipped.csv", "empty.csv")]
+    others = tmp_path / ".tmp-123-other.empty.csv"
+    for path in (*beside, others):
+        path.write_text("half")
     with CamWriter(tmp_path / "cams.h5", MANIFEST, "float16", 3) as writer:
         assert writer.done == frozenset()
     assert not list(parts.glob(".tmp-*"))
+    assert [path for path in tmp_path.glob(".tmp-*") if path.is_file()] == [others]
 
 
 def test_impossible_outputs(tmp_path: Path) -> None:
