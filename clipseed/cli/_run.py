@@ -200,6 +200,13 @@ def rate(report: RunReport) -> str:
     return f" in {report.seconds:.1f} s, {speed(computed / max(1e-9, report.seconds))}"
 
 
+def made(report: RunReport, what: str, verb: str = "made") -> str:
+    """The last line of a command: how many of its ``what`` are there now, and what this run did."""
+    there, computed = report.done_before + report.stats.computed, report.stats.computed
+    ignored = f", {100 * report.ignored_share:.1f} % of the pixels are 255" if report.ignored_share else ""
+    return f"{report.out}: {there} of {report.total} {what}, {computed} {verb} now{rate(report)}{ignored}"
+
+
 def timings(report: RunReport) -> dict[str, Any]:
     """Seconds of computing, and images/s in them."""
     speed = round(report.stats.computed / report.seconds, 3) if report.seconds else None
@@ -225,6 +232,7 @@ def _common(report: RunReport, run: Running) -> dict[str, Any]:
         "recomputed_in_fp32": stats.counters["recomputed"],
         "out_of_memory": list(stats.out_of_memory) if stats.out_of_memory else None,
         **timings(report),
+        **({} if report.ignored_share is None else {"ignored_share": report.ignored_share}),
         "loading_seconds": round(report.loading, 3),
         "waits": {stage: round(seconds, 3) for stage, seconds in stats.waits.items()},
         "bottleneck": stats.bottleneck if stats.computed else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, prepare, rate, timings, warn_of_toy_weights
+from clipseed.cli._run import Running, made, prepare, timings, warn_of_toy_weights
 from clipseed.data.vocabulary import GENERAL
 from clipseed.defaults import TAG_THRESHOLD, CamMethod
 from clipseed.errors import UsageError
@@ -108,12 +108,8 @@ def cam(
         )
     if done.tags is not None:
         _tell_tags(console, done.tags)
-    computed, used = done.stats.computed, done.model
-    summary = (
-        f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} computed now{rate(done)} "
-        f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
-    )
-    code = run.finish(done, summary, _facts(done), done.empty)
+    used = f"({done.model['model']} {done.model['weights']}, {done.device}, {done.model['precision']})"
+    code = run.finish(done, f"{made(done, 'images', 'computed')} {used}", _facts(done), done.empty)
     if done.empty is None or not done.empty.most or run.launch.source == "torchrun":
         return code
     console.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")

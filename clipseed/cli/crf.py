@@ -10,7 +10,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import prepare, rate
+from clipseed.cli._run import made, prepare
 from clipseed.defaults import CRF_ALPHA, CrfPreset, CrfSolver
 
 _kernel_option = partial(typer.Option, rich_help_panel="Kernels (default: the preset's)")
@@ -66,10 +66,5 @@ def crf(
     )  # fmt: skip
     with run.console:
         done = run_crf(options, run.start)
-    computed = done.stats.computed
-    unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
-    summary = (
-        f"{done.out}: {done.done_before + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
-    )
-    facts = {"source": str(done.source), "ignored_share": done.unsure, "solver": done.solver}
-    return run.finish(done, summary, facts, done.empty)
+    facts = {"source": str(done.source), "solver": done.solver}
+    return run.finish(done, made(done, "masks"), facts, done.empty)

@@ -9,7 +9,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import prepare, rate
+from clipseed.cli._run import made, prepare
 from clipseed.defaults import PREDICT_MAX_SIDE, DatasetName
 from clipseed.errors import UsageError
 
@@ -98,8 +98,6 @@ def predict(
     )  # fmt: skip
     with run.console:
         done = run_predict(options, run.start, run.loading)
-    computed = done.stats.computed
-    what = "pseudo-labels" if labels is not None else "masks"
-    summary = f"{done.out}: {done.done_before + computed} of {done.total} {what}, {computed} made now{rate(done)}"
+    summary = made(done, "pseudo-labels" if labels is not None else "masks")
     facts = {"segmenter": str(segmenter), "model": done.model, "device": done.device}
     return run.finish(done, summary, facts, done.empty if labels is not None else None)

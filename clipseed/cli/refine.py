@@ -10,7 +10,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import prepare, rate
+from clipseed.cli._run import made, prepare
 from clipseed.defaults import (
     BOX_THRESHOLD,
     CAA_LAYERS,
@@ -145,9 +145,5 @@ def _run(
     )
     with run.console:
         report = run_refine(chosen, run.start, run.loading)
-    computed = report.stats.computed
-    summary = (
-        f"{report.out}: {report.done_before + computed} of {report.total} images, {computed} computed now"
-        f"{rate(report)} ({report.device})"
-    )
+    summary = f"{made(report, 'images', 'computed')} ({report.device})"
     return run.finish(report, summary, {"source": str(report.source), "device": report.device}, report.empty)

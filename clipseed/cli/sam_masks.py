@@ -11,7 +11,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, prepare, rate
+from clipseed.cli._run import Running, made, prepare
 from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError
 
@@ -144,23 +144,13 @@ def _refuse_without_dataset(**given: Any) -> None:
 
 
 def _finish(run: Running, done: SamMasksReport) -> int:
-    stats = done.stats
-    computed, counters = stats.computed, stats.counters
-    summary = f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} done now{rate(done)}"
-    if computed:
+    counters, summary = done.stats.counters, made(done, "images", "done")
+    if done.stats.computed:
         empty = f", {counters['without']} images without any" if counters["without"] else ""
-        bytes_each = counters["bytes"] / max(1, done.masks)
-        summary += (
-            f"; {done.masks} masks, {done.per_image:.1f} per image, "
-            f"{bytes_each:.0f} bytes each{empty}; "
-            f"limited by {stats.bottleneck} ({done.device})"
-        )
+        size = f"{counters['bytes'] / max(1, done.masks):.0f} bytes each"
+        summary += f"; {done.masks} masks, {done.per_image:.1f} per image, {size}{empty} ({done.device})"
     facts = {
-        "masks": done.masks,
-        "masks_per_image": round(done.per_image, 3),
-        "without_masks": counters["without"],
-        "mask_bytes": counters["bytes"],
-        "model": done.model,
-        "device": done.device,
-    }
+        "masks": done.masks, "masks_per_image": round(done.per_image, 3), "without_masks": counters["without"],
+        "mask_bytes": counters["bytes"], "model": done.model, "device": done.device,
+    }  # fmt: skip
     return run.finish(done, summary, facts)

@@ -9,7 +9,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import prepare, rate
+from clipseed.cli._run import made, prepare
 from clipseed.defaults import PIXEL_ALPHA, SeedMethod, SeedPreset, SegmentFormat, UncoveredPolicy
 
 
@@ -92,15 +92,11 @@ def sam_seed(
             f"{done.missing} images are not in {masks} and were labelled without masks (--without-masks); they are "
             f"listed in {done.missing_file}"
         )
-    computed, without = done.stats.computed, done.stats.counters["without"]
-    there = f"{done.done_before + computed} of {done.total} masks"
-    summary = f"{done.out}: {there}, {computed} made now{rate(done)} ({done.method})"
+    without = done.stats.counters["without"]
+    summary = f"{made(done, 'masks')} ({done.method})"
     if done.method != "pixel" and without:
         summary += f", {without} of them from no segment"
-    if done.unsure:
-        summary += f", {100 * done.unsure:.1f} % of the pixels are 255"
     facts = {
-        "source": str(done.source), "method": done.method, "ignored_share": done.unsure, "missing": done.missing,
-        "without_masks": without,
+        "source": str(done.source), "method": done.method, "missing": done.missing, "without_masks": without,
     }  # fmt: skip
     return run.finish(done, summary, facts, done.empty)

@@ -9,7 +9,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import prepare, rate
+from clipseed.cli._run import made, prepare
 
 
 @grouped
@@ -47,12 +47,5 @@ def threshold(
     )  # fmt: skip
     with run.console:
         done = run_threshold(options, run.start)
-    computed = done.stats.computed
-    unsure = f", {100 * done.unsure:.1f} % of the pixels are 255" if done.unsure else ""
-    summary = (
-        f"{done.out}: {done.done_before + computed} of {done.total} masks, {computed} made now{rate(done)}{unsure}"
-    )
-    facts = {
-        "source": str(done.source), "threshold": threshold, "alpha": alpha, "ignored_share": done.unsure,
-    }  # fmt: skip
-    return run.finish(done, summary, facts, done.empty)
+    facts = {"source": str(done.source), "threshold": threshold, "alpha": alpha}
+    return run.finish(done, made(done, "masks"), facts, done.empty)

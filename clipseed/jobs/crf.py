@@ -42,7 +42,6 @@ from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet
 from clipseed.store.manifest import Manifest, label_manifest
 from clipseed.store.scored_masks import ScoredMask, ScoredMaskWriter
-from clipseed.types import IGNORE
 
 _UNIT_SIZE = 16
 _PIXEL_BUDGET = {"cpu": 200_000}
@@ -158,7 +157,6 @@ def run_crf(options: CrfOptions, start: Start | None = None) -> CrfReport:
             writer.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
             samples = [cam_sample(cams, key) for key in cams]
             done = run(engine, writer, samples, start, shard=options.run.shard)
-            done.stats.counters["unsure"] += writer.masks.ignored
         return CrfReport(**vars(done), source=options.source, solver=options.solver)
 
 
@@ -259,8 +257,5 @@ class _CrfWork(Work[Any, ScoredMask]):
 
     def _labelled(self, cam: Cam, posterior: Floats) -> ScoredMask:
         labels = posterior_labels(posterior, cam.classes, self.options.confidence)
-        if self.options.confidence is not None:
-            self.counters["unsure"] += int(np.count_nonzero(labels == IGNORE))
-        self.counters["pixels"] += labels.size
         soft = replace(cam, maps=posterior[1:]) if self.options.soft else None
         return ScoredMask(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, soft)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipseed.cam.dense import dense_features, similarities
 from clipseed.clip.attention import patch_attention
-from clipseed.clip.model import FrozenClip, model_name, same_model, weights_location
+from clipseed.clip.model import FrozenClip, model_name
 from clipseed.data.dataset import relocated
 from clipseed.data.vocabulary import parse_vocabulary
 from clipseed.defaults import (
@@ -32,34 +32,28 @@ from clipseed.refine.affinity import balance
 from clipseed.refine.caa import CaaOptions, caa, spread_within_boxes
 from clipseed.refine.distribution import distribution_affinity
 from clipseed.refine.par import refine_par
+from clipseed.runtime.clip_work import ClipChoice, TokenWork, about_clip
 from clipseed.runtime.images import (
     LARGE_IMAGE,
     ImageLoader,
     LoadedImage,
     LoadedViews,
     ViewLoader,
-    batches_in_flight,
     cam_sample,
     dealt_unit,
-    decode_ahead,
-    default_workers,
     earlier_in_cams,
     misfit,
     one_by_one,
     recorded_reader,
     stacked,
-    token_budget,
-    unit_size_for,
 )
 from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_engine, run
-from clipseed.runtime.stream import BatchSize
-from clipseed.runtime.work import Deferred, Work
+from clipseed.runtime.work import Deferred
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import CamSet
 from clipseed.store.files import freshen
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.writer import recorded_manifest
 
 Method = Literal["caa", "js", "par"]
 
@@ -217,59 +211,44 @@ def _open(options: RefineOptions, out: Path, cams: CamSet, loading: Loading | No
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
     if options.method == "par":
         return open_engine(partial(_Par, options, cams), options.run.cluster)
-    about = None if options.run.overwrite else _known(options, out, cams.manifest)
-    _, name, weights = _settings(options, cams.manifest)
-    say = partial(loading, model_name(name, weights)) if loading else None
+    choice = _choice(options, cams.manifest)
+    about = choice.known(out)
+    if about is not None:
+        same = about["model"].get("sha256") == cams.manifest["model"].get("sha256")
+        about = about | {"constants": _constants(options, cams.manifest)} if same else None
+    say = partial(loading, model_name(choice.model, choice.weights)) if loading else None
     return open_engine(partial(_Spreading, options, cams), options.run.cluster, about, say)
 
 
-def _known(options: RefineOptions, out: Path, source: Manifest) -> dict[str, Any] | None:
-    """What :class:`_Spreading` would say of itself, if the output that is there was made with the same model."""
-    there = recorded_manifest(out)
-    if there is None or not isinstance(there.get("model"), dict):
-        return None
-    paper, name, weights = _settings(options, source)
-    recorded = there["model"]
-    if recorded.get("sha256") != source["model"].get("sha256") or not same_model(
-        recorded, name, weights, options.run.device, options.run.precision, released_rounding=paper
-    ):
-        return None
-    device = pick_device(options.run.device)
-    return {
-        "constants": _constants(options, source, paper),
-        "model": recorded,
-        "weights": weights_location(weights),
-        "device": str(device),
-        "unit": unit_size_for(device),
-    }
-
-
-def _settings(options: RefineOptions, source: Manifest) -> tuple[bool, str | None, str]:
-    """Whether the released code is wanted, and name and weights of the model."""
-    paper = bool(source["options"].get("paper")) if options.paper is None else options.paper
+def _choice(options: RefineOptions, source: Manifest) -> ClipChoice:
+    """The model that made the CAMs, from where its weights are now."""
     model = source["model"]
     name = None if model["model"] == "inferred" else model["model"]
-    return paper, name, options.weights or source.get("weights") or model["weights"]
+    weights = options.weights or source.get("weights") or model["weights"]
+    return ClipChoice(name, weights, options.run, _released(options, source))
 
 
-def _constants(options: RefineOptions, source: Manifest, paper: bool) -> dict[str, Any]:
-    caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
-    return caa_manifest(caa) | ({"temperature": options.temperature} if options.method == "js" else {})
+def _released(options: RefineOptions, source: Manifest) -> bool:
+    return bool(source["options"].get("paper")) if options.paper is None else options.paper
 
 
-class _Refinement(Work[Any, Cam]):
+def _chosen(options: RefineOptions, source: Manifest) -> CaaOptions:
+    name = str(source["vocabulary"].get("name"))
+    return caa_options(options.caa, options.box_threshold, name, _released(options, source))
+
+
+def _constants(options: RefineOptions, source: Manifest) -> dict[str, Any]:
+    caa = caa_manifest(_chosen(options, source))
+    return caa | ({"temperature": options.temperature} if options.method == "js" else {})
+
+
+class _Refinement(TokenWork[Any, Cam]):
     """What the refinements share: streaming the images of stored CAMs."""
 
-    device: torch.device
-
     def __init__(self, options: RefineOptions, cams: CamSet, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(device, options.run)
         self.options, self.cams, self.device = options, cams, device
         self.reader = recorded_reader(relocated(self.cams.manifest, options.images, options.root))
-        self.workers = options.run.workers if options.run.workers is not None else default_workers(device)
-        self.ahead = decode_ahead(device, self.workers)
-        self.queue = batches_in_flight(device)
-        self.batch = BatchSize(options.run.batch_size, token_budget(device))
 
     def refined(self, items: Sequence[Any], cams: list[Cam]) -> list[Cam]:
         """Refine images that fit their CAMs."""
@@ -294,25 +273,18 @@ class _Spreading(_Refinement):
 
     def __init__(self, options: RefineOptions, cams: CamSet) -> None:
         source = cams.manifest
-        paper, name, weights = _settings(options, source)
-        self.caa = caa_options(options.caa, options.box_threshold, str(source["vocabulary"].get("name")), paper)
-        self._constants = _constants(options, source, paper)
-        self.clip = FrozenClip.load(name, weights, options.run.device, options.run.precision, released_rounding=paper)
+        choice = _choice(options, source)
+        self.caa, self._constants = _chosen(options, source), _constants(options, source)
+        self.clip = choice.load()
         if self.clip.info.sha256 != source["model"]["sha256"]:
-            raise WeightsError(f"--weights {weights}: not the weights that {options.source} was made with")
+            raise WeightsError(f"--weights {choice.weights}: not the weights that {options.source} was made with")
         super().__init__(options, cams, self.clip.tower.device)
         if options.method == "js":
             self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
 
     def about(self) -> dict[str, Any]:
         """Constants, model and where its weights are, device, and images per unit."""
-        return {
-            "constants": self._constants,
-            "model": self.clip.manifest(),
-            "weights": self.clip.location,
-            "device": str(self.device),
-            "unit": unit_size_for(self.device),
-        }
+        return about_clip(self.clip) | {"constants": self._constants}
 
     @property
     def loader(self) -> ViewLoader:

@@ -110,7 +110,6 @@ def run_sam_seed(options: SamSeedOptions, start: Start | None = None) -> SamSeed
         listed = write_skipped(options.out / MISSING_LIST, [(key, f"not in {options.masks}") for key in missing])
         samples = [Sample(key, Path(key), classes) for key, classes in inputs.classes.items()]
         done = run(engine, writer, samples, start, shard=options.run.shard)
-        done.stats.counters["unsure"] += writer.ignored
     return SamSeedReport(
         **vars(done), source=options.source, method=rules.method, missing=len(missing), missing_file=listed
     )
@@ -331,8 +330,6 @@ class _SeedWork(Work[Any, Seeded]):
                 item = self._seeder(item).result
             except ImageError as error:
                 return error
-        self.counters["pixels"] += item.labels.size
-        self.counters["unsure"] += int(np.count_nonzero(item.labels == IGNORE))
         self.counters["masks"] += item.masks
         self.counters["without"] += int(not item.masks)
         return item

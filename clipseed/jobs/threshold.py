@@ -79,7 +79,6 @@ def run_threshold(options: ThresholdOptions, start: Start | None = None) -> Thre
             writer.follow({key: tuple(cams.classes(key).tolist()) for key in cams}, cams.stamp)
             samples = [cam_sample(cams, key) for key in cams]
             done = run(engine, writer, samples, start, shard=options.run.shard)
-            done.stats.counters["unsure"] += writer.ignored
         return ThresholdReport(**vars(done), source=options.source)
 
 
@@ -143,6 +142,4 @@ class _ThresholdWork(Work[Done[Sample], Labelled]):
         problem = misfit(cam, cam.size)
         if problem is not None:
             return problem
-        labels = label_mask(cam, self.rules)
-        self.counters["pixels"] += labels.size
-        return Labelled(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp)
+        return Labelled(cam.id, label_mask(cam, self.rules), tuple(cam.classes.tolist()), cam.stamp)

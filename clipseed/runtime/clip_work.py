@@ -60,6 +60,17 @@ class ClipChoice:
         }
 
 
+def about_clip(clip: FrozenClip) -> dict[str, Any]:
+    """What work says of its CLIP: model, where its weights are, device, and images per unit."""
+    device = clip.tower.device
+    return {
+        "model": clip.manifest(),
+        "weights": clip.location,
+        "device": str(device),
+        "unit": unit_size_for(device),
+    }
+
+
 class TokenWork(Work[T, R]):
     """Work of a network whose cost is counted in tokens: how many images are decoded ahead and computed together."""
 
@@ -81,11 +92,5 @@ class ClipWork(TokenWork[LoadedViews, R]):
         super().__init__(self.clip.tower.device, choice.run)
 
     def about(self) -> dict[str, Any]:
-        """Model, where its weights are, device, and images per unit."""
-        device = self.clip.tower.device
-        return {
-            "model": self.clip.manifest(),
-            "weights": self.clip.location,
-            "device": str(device),
-            "unit": unit_size_for(device),
-        }
+        """As :func:`about_clip`."""
+        return about_clip(self.clip)

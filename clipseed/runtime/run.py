@@ -77,6 +77,7 @@ class RunReport:
         skipped_file: List of what was left out; ``None`` when nothing was.
         open_shards: How many other runs' shards are still missing.
         empty: Labels that came to nothing; ``None`` where results have no labels.
+        ignored_share: Of the pixels in this run's label masks, how many are 255; ``None`` where it makes none.
         model, device: What computed; ``None`` where there was no model, or where it does not matter.
     """
 
@@ -90,6 +91,7 @@ class RunReport:
     skipped_file: Path | None = None
     open_shards: int = 0
     empty: EmptyLabels | None = None
+    ignored_share: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
 
@@ -97,11 +99,6 @@ class RunReport:
     def recomputed(self) -> int:
         """Images that gave NaN or infinity in half precision."""
         return self.stats.counters["recomputed"]
-
-    @property
-    def unsure(self) -> float:
-        """Share of pixels that became 255 in this run."""
-        return self.stats.counters["unsure"] / max(1, self.stats.counters["pixels"])
 
 
 class Output(Protocol[R_contra]):
@@ -229,6 +226,7 @@ def run(
         skipped_file=finished.skipped_file,
         open_shards=finished.open_shards,
         empty=finished.empty,
+        ignored_share=finished.ignored_share,
         model=about.get("model") or {},
         device=about.get("device"),
     )

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import Sample, check_id
@@ -29,9 +28,7 @@ from clipseed.store.shards import WHOLE, Empty, Shard
 from clipseed.store.shared_output import SharedOutput
 from clipseed.store.units import Unit, missing_units
 from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
-from clipseed.types import LabelMask
-
-T = TypeVar("T")
+from clipseed.types import IGNORE, LabelMask
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class LabelMaskWriter(SharedOutput):
         super().__init__(folder, folder, unit_size, shard)
         self._policy, self._empty = empty, EmptyList(folder, manifest, earlier=earlier)
         self._without_mask: Empty = {}
-        self.ignored = 0
+        self._pixels = self._ignored = 0
         self._manifest, self._overwrite = noted(manifest, folder), overwrite
         self._same_input = False
         self.done: set[str] = set()
@@ -187,8 +184,9 @@ class LabelMaskWriter(SharedOutput):
                 self._without_mask[identifier] = (classes, gone)
                 return
         if gone and self._policy == "ignore":
-            self.ignored += int((labels == 0).sum())
             labels = background_to_ignore(labels)
+        self._pixels += labels.size
+        self._ignored += int((labels == IGNORE).sum())
         write_label_mask(path, labels, LabelMaskNote(classes, gone, image))
         self.done.add(identifier)
 
@@ -212,10 +210,10 @@ class LabelMaskWriter(SharedOutput):
             report = self._reports.report(skipped, self._without_mask)
             reported = self._reports.reported()
             if not reported:  # two were last at once, and the other one is through with it
-                return Finished(None, empty=self._empty_of(self.own(ids)))
+                return self._finished(None, 0, self._empty_of(self.own(ids)))
             missing = self._shard.count - reported
             if missing:
-                return Finished(report if skipped else None, missing, self._empty_of(self.own(ids)))
+                return self._finished(report if skipped else None, missing, self._empty_of(self.own(ids)))
             listed = self._reports.skipped()
             for key, (classes, gone) in self._reports.empty().items():
                 self._empty.add(key, classes, gone)
@@ -223,7 +221,10 @@ class LabelMaskWriter(SharedOutput):
         self._look(self._masks())
         empty = self._empty.write()
         self._reports.remove()
-        return Finished(path, empty=empty)
+        return self._finished(path, 0, empty)
+
+    def _finished(self, skipped_file: Path | None, open_shards: int, empty: EmptyLabels) -> Finished:
+        return Finished(skipped_file, open_shards, empty, self._ignored / max(1, self._pixels))
 
     def _empty_of(self, ids: Collection[str]) -> EmptyLabels:
         self._look(self.done.intersection(ids))

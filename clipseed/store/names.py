@@ -22,7 +22,7 @@ def parts_of(out: Path) -> Path:
 
 
 def list_beside(out: Path, what: str) -> Path:
-    """Where an output lists what was ``skipped`` or is ``empty``: ``NAME.what.csv`` beside ``NAME.h5``, or in the folder."""
+    """Where an output lists what was ``skipped`` or is ``empty``: ``NAME.what.csv`` beside ``NAME.h5``, or in it."""
     return out.with_name(f"{out.stem}.{what}.csv") if is_portable(out) else out / f"{what}.csv"
 
 

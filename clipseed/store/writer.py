@@ -42,11 +42,13 @@ class Finished:
         skipped_file: List of what was left out; ``None`` when nothing was.
         open_shards: How many other runs' shards are still missing; the last of them finishes the output.
         empty: Labels that came to nothing, of the whole output or of the shard; ``None`` where records have no labels.
+        ignored_share: Of the pixels that this run wrote, how many are 255; ``None`` where they are no label masks.
     """
 
     skipped_file: Path | None
     open_shards: int = 0
     empty: EmptyLabels | None = None
+    ignored_share: float | None = None
 
 
 T = TypeVar("T")
