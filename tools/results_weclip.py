@@ -134,13 +134,14 @@ def parts(study: Study, seeds: Sequence[int]) -> tuple[list[str], dict[str, list
         "on CAM + CAA + CRF labels (two stages)": {"masks": str(study.labels("train", study.scenes)["crf"])},
     }
     scores: dict[str, list[float]] = {}
-    for number, (name, given) in enumerate(variants.items()):
-        used = seeds if number < 2 else seeds[:1]
-        scores[name] = [study.score(study.train(f"variant{number}", seed, **given)) for seed in used]
-        log(f"{name}: {scores[name]}")
-    scores["WeCLIP + CRF"] = [
-        study.score(study.folder / f"variant0-{seed}.safetensors", crf=True) for seed in seeds[:1]
-    ]
+    # Seed by seed: a study that is cut short has all rows.
+    for seed in seeds:
+        for number, (name, given) in enumerate(variants.items()):
+            scores.setdefault(name, []).append(study.score(study.train(f"variant{number}", seed, **given)))
+            log(f"{name}: {scores[name]}")
+        scores.setdefault("WeCLIP + CRF", []).append(
+            study.score(study.folder / f"variant0-{seed}.safetensors", crf=True)
+        )
     rows = ["| trained | mIoU |", "| --- | --- |"]
     rows += [f"| {name} | {spread(found)} |" for name, found in scores.items()]
     return rows, scores
