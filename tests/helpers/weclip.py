@@ -22,6 +22,11 @@ from helpers.golden import WECLIP_DATA, arrays
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+TINY = ["train", "weclip", "--dataset", "toy", "--split", "train", "--limit", "12", "--device", "cpu", "--crop", "64",
+        "--width", "16", "--heads", "2", "--blocks", "1", "--par-iterations", "2", "--steps", "6", "-q"]  # fmt: skip
+"""The command line that trains a segmenter in seconds; ``--out`` is to be added."""
+
+
 def stored(name: str) -> dict[str, np.ndarray]:
     return arrays(WECLIP_DATA / f"{name}.npz")
 

@@ -20,16 +20,15 @@ from clipseed.store.toy_devkit import save_devkit
 from clipseed.train.inference import ViewOptions
 
 from helpers.images import photo
+from helpers.weclip import TINY
 
-TRAIN = ["train", "weclip", "--dataset", "toy", "--split", "train", "--limit", "12", "--device", "cpu", "--crop", "64",
-         "--width", "16", "--heads", "2", "--blocks", "1", "--par-iterations", "2", "--steps", "6", "-q"]  # fmt: skip
 PREDICT = ["predict", "w.safetensors", "--dataset", "toy", "--limit", "5", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "w.safetensors"
-    assert main([*TRAIN, "--out", str(path)]) == 0
+    assert main([*TINY, "--out", str(path)]) == 0
     return path
 
 

@@ -12,6 +12,7 @@ from clipseed.cli.main import main
 from clipseed.store.toy_devkit import save_devkit
 
 from helpers.program import environment
+from helpers.weclip import TINY
 
 CAM = ["cam", "--dataset", "toy", "--limit", "45", "--device", "cpu", "--max-side", "64"]
 SAM = ["sam-masks", "--dataset", "toy", "--limit", "30", "--device", "cpu"]
@@ -25,10 +26,12 @@ COMMANDS = {
     "refine": ["refine", "caa", "cams.h5", "--out", "out/cams-caa.h5", "--device", "cpu"],
     "crf": ["crf", "cams.h5", "--out", "out/pseudo", "--soft", "out/soft.h5", "--device", "cpu", "--iterations", "1"],
     "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out/pseudo"],
+    "predict": ["predict", "w.safetensors", "--dataset", "toy", "--limit", "30", "--device", "cpu", "--out",
+                "out/predictions", "--soft", "out/soft.h5"],
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
     "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
 }  # fmt: skip
-FEWER = {"tags": 8, "prompts": 8, "threshold": 8}
+FEWER = {"tags": 8, "prompts": 8, "threshold": 8, "predict": 8}
 """Of commands that store through the same writers as the others."""
 
 
@@ -40,6 +43,8 @@ def test_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert main([*CAM, "--limit", "45" if name == "refine" else "30", "--out", "cams.h5"]) == 0
     if name == "tags":
         save_devkit(tmp_path / "toy", 0, 30)
+    if name == "predict":
+        assert main([*TINY, "--out", "w.safetensors"]) == 0
     if name == "sam-seed":
         assert main([*SAM, *BLOBS, "--out", "segments.h5"]) == 0
     kills = FEWER.get(name, 25)

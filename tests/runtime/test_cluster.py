@@ -22,6 +22,8 @@ from clipseed.runtime.work import Work
 from clipseed.store.toy_devkit import save_devkit
 from clipseed.store.units import Unit
 
+from helpers.weclip import TINY
+
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -178,10 +180,12 @@ def test_a_node_is_lost(nodes: Any) -> None:
 def test_commands_give_the_output_of_one_process(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """cam, refine, threshold and crf; a node dies in the middle of cam."""
-    cam = ["cam", "--dataset", "toy", "--limit", "80", "--device", "cpu", "--max-side", "128", "--workers", "0"]
+    """cam, refine, threshold, crf and predict; a node dies in the middle of cam."""
+    cam = ["cam", "--dataset", "toy", "--limit", "48", "--device", "cpu", "--max-side", "96", "--workers", "0"]
     cam += ["--background", "none"]  # so that some maps are empty
     crf = ["crf", "--confidence", "0.9", "--soft", "soft.h5", "--device", "cpu", "--iterations", "1"]
+    assert main([*TINY, "--out", str(tmp_path / "w.safetensors")]) == 0
+    predict = ["predict", "../w.safetensors", "--dataset", "toy", "--limit", "48", "--device", "cpu", "--workers", "0"]
     for name, more in (("here", []), ("there", ["--engine", "ray", "--ray-cpus", "1"])):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -198,12 +202,12 @@ def test_commands_give_the_output_of_one_process(
 
             monkeypatch.setattr(runtime.RayEngine, "_get", first_result_costs_a_node)
         plain = ["threshold", "--alpha", "2", "--out", "plain"]
-        for command in (cam, ["refine", "caa", "--device", "cpu"], plain, crf):
+        for command in (cam, ["refine", "caa", "--device", "cpu"], plain, crf, predict):
             assert main([*command, *more]) == 0, capsys.readouterr().err
     here = outputs(tmp_path / "here")
     there = outputs(tmp_path / "there")
     assert here.keys() == there.keys()
-    assert len([name for name in here if not name.endswith(".csv")]) == 2 * 80 + 3
+    assert len([name for name in here if not name.endswith(".csv")]) == 3 * 48 + 3
     assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "plain/empty.csv", "pseudo/empty.csv"}
     assert [name for name in here if here[name] != there[name]] == []
 
