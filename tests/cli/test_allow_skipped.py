@@ -118,7 +118,7 @@ def test_a_damaged_image_does_not_jam_the_voc_pipeline(scenes: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("toy_000001,")
     for name in ("cams", "cams-caa", "pseudo"):
         score = json.loads((scenes / "run" / f"{name}.json").read_text())
-        assert (score["images"], score["missing_predictions"]) == (4, ["toy_000001"])
+        assert (score["split"], score["images"], score["missing_predictions"]) == ("val", 4, ["toy_000001"])
     assert len(list((scenes / "run" / "pseudo").glob("*.png"))) == 4
     assert "Nothing to be done" in make("voc", *words).stdout
     # Mended, and taken up.

@@ -125,16 +125,6 @@ def test_own_images(tmp_path: Path, weights: Path) -> None:
     assert not (tmp_path / "cams.empty.csv").exists()
 
 
-@pytest.mark.slow
-def test_example_pipeline(devkit: Path, tmp_path: Path, weights: Path) -> None:
-    """The example Makefile goes from the devkit to a score, and does nothing when it is run again."""
-    words = f"make -f {ROOT}/examples/voc/Makefile ROOT={devkit} SPLIT=val OUT={tmp_path}/run"
-    run(words, tmp_path, weights)
-    for name in ("cams", "cams-caa", "pseudo"):
-        assert '"split": "val"' in (tmp_path / "run" / f"{name}.json").read_text()
-    assert "Nothing to be done" in run(words, tmp_path, weights)
-
-
 def test_every_command_is_in_the_table() -> None:
     from clipseed.cli.main import app
 
