@@ -18,10 +18,11 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import confusion, score
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
+from clipseed.formats.palette import voc_palette
 from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.label_masks import voc_palette, write_label_mask
+from clipseed.store.label_masks import write_label_mask
 from clipseed.store.units import Unit
 
 VOC = load_vocabulary("voc")
