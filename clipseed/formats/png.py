@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,36 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> npt.NDArray[
         ImageError: missing, or of another size.
         InputError: not an image, or damaged.
     """
+    with _opened(path) as image:
+        if size is not None and image.size != (size[1], size[0]):
+            raise ImageError(
+                f"{path}: masks of {image.size[0]}x{image.size[1]} pixels for an image of {size[1]}x{size[0]}"
+            )
+        image.load()
+        if image.mode in {"RGB", "RGBA"}:
+            return np.asarray(image.convert("RGB"))
+        if image.mode == "LA":
+            return np.asarray(image)[..., 0]
+        return np.asarray(image)
+
+
+def read_colors(path: Path) -> npt.NDArray[np.uint8]:
+    """Colors ``(H, W, 3)`` of a PNG; palettes are looked up, grey becomes three equal channels.
+
+    Raises:
+        ImageError: missing.
+        InputError: not an image, or damaged.
+    """
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A PNG, open; what goes wrong inside is told with its name."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            if size is not None and image.size != (size[1], size[0]):
-                raise ImageError(
-                    f"{path}: masks of {image.size[0]}x{image.size[1]} pixels for an image of {size[1]}x{size[0]}"
-                )
-            image.load()
-            if image.mode in {"RGB", "RGBA"}:
-                return np.asarray(image.convert("RGB"))
-            if image.mode == "LA":
-                return np.asarray(image)[..., 0]
-            return np.asarray(image)
+            yield image
     except ImageError:
         raise
     except FileNotFoundError as error:

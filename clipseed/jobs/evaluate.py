@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +17,7 @@ from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion,
 from clipseed.evaluate.sources import MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
 from clipseed.pseudo.rules import label_mask, thresholding
+from clipseed.runtime.threads import ahead
 from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet
 from clipseed.store.label_mask_folder import LabelMaskFolder
@@ -101,9 +98,6 @@ class EvaluateReport:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
-
-
-T = TypeVar("T")
 
 
 Advance = Callable[[int], None]
@@ -230,7 +224,7 @@ def _evaluate_cams(
             cam = Cam(cam.id, cam.classes, cam.maps, (mask.shape[0], mask.shape[1]))
         return cam, mask
 
-    for cam, mask in _ahead(load, match.ids):
+    for cam, mask in ahead(load, match.ids):
         sweep.update(cam, mask)
         advance(1)
     matrices = sweep.matrices()
@@ -244,7 +238,7 @@ def _evaluate_cams(
         report.threshold = sweep.settings[best]
     if each:
         rules = thresholding(threshold=report.threshold, alpha=report.alpha, released=half)
-        for cam, mask in _ahead(load, match.ids):
+        for cam, mask in ahead(load, match.ids):
             labels = label_mask(cam, rules)
             each(cam.id, confusion(mask, labels, len(names)), mask, labels)
             advance(1)
@@ -295,7 +289,7 @@ def _evaluate_masks(
         return prediction, mask
 
     # The data come back in the order of the ids.
-    for identifier, (prediction, mask) in zip(match.ids, _ahead(load, match.ids), strict=True):
+    for identifier, (prediction, mask) in zip(match.ids, ahead(load, match.ids), strict=True):
         unsure, scored = prediction == IGNORE, mask
         if options.pred_ignore == "exclude":
             excluded += int((unsure & (mask != IGNORE)).sum())
@@ -322,18 +316,3 @@ def _resized(labels: LabelMask, shape: tuple[int, ...]) -> LabelMask:
     from PIL import Image
 
     return np.asarray(Image.fromarray(labels).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
-
-
-def _ahead(load: Callable[[str], T], ids: Sequence[str]) -> Iterator[T]:
-    """Load in a few threads, a bounded number ahead of the consumer."""
-    threads = min(8, os.cpu_count() or 1)
-    source = iter(ids)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[T]] = deque(pool.submit(load, key) for key in islice(source, 2 * threads))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(load, key) for key in islice(source, 1))
-        finally:
-            for future in waiting:
-                future.cancel()
