@@ -14,6 +14,7 @@ from clipseed.cli.crf import crf
 from clipseed.cli.demo import demo
 from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
+from clipseed.cli.export import export
 from clipseed.cli.inspect import inspect
 from clipseed.cli.merge import merge
 from clipseed.cli.predict import predict
@@ -64,6 +65,7 @@ app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)
 app.command("report")(report)
+app.command("export")(export)
 app.command("inspect")(inspect)
 app.command("prompts")(prompts)
 app.command("demo")(demo)

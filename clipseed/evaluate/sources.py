@@ -1,4 +1,4 @@
-"""Where true masks come from: folders of PNG files, the toy world, and finding the folder that the user means."""
+"""Where true masks come from: folders of PNG, annotation tools, the toy world; and finding what the user means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Protocol
 from clipseed.data.listing import read_split
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_mask
+from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError
+from clipseed.formats.cvat import CvatMasks, is_cvat_folder
+from clipseed.formats.label_studio import LabelStudioMasks
 from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.types import LabelMask
 
@@ -74,12 +77,20 @@ class ToyTruth:
 
 
 def find_ground_truth(
-    given: str | None, dataset: Mapping[str, str | int | None] | None, option: str = "--gt"
+    given: str | None,
+    dataset: Mapping[str, str | int | None] | None,
+    option: str = "--gt",
+    vocabulary: Vocabulary | None = None,
 ) -> MaskSource:
     """The ground truth the user means.
 
-    ``given`` is a folder below the working folder, below the data set's root or below ``$CLIPSEED_VOC``, or ``toy``;
-    without it the data set's own is taken. ``option`` is what messages call it.
+    Args:
+        given: A folder below the working folder, below the data set's root or below ``$CLIPSEED_VOC``: masks, or an
+            unpacked "Segmentation mask 1.1" of CVAT; a JSON export of Label Studio; or ``toy``. Without it the data
+            set's own is taken.
+        dataset: Of a manifest.
+        option: What messages call it.
+        vocabulary: Classes that the labels of an annotation tool are names of.
 
     Raises:
         InputError: nothing is found there.
@@ -99,8 +110,13 @@ def find_ground_truth(
     bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
     for base in bases:
         if is_folder(base / given):
-            return LabelMaskFolder(base / given)
+            folder = base / given
+            return CvatMasks(folder, vocabulary) if vocabulary and is_cvat_folder(folder) else LabelMaskFolder(folder)
+        if vocabulary and given.lower().endswith(".json") and is_file(base / given):
+            return LabelStudioMasks(base / given, vocabulary)
     looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
+    if given.lower().endswith(".zip") and is_file(Path(given)):
+        raise InputError(f"{option} {given}: unpack it, and name the folder")
     raise InputError(f"{option} {given}: no such folder (looked for {looked})")
 
 

@@ -47,7 +47,7 @@ class IrnWriter(Writer):
             "keys": classes.astype(np.int64), "cam": torch.from_numpy(strided), "high_res": fine, "attn_highres": fine,
         }  # fmt: skip
         buffer = io.BytesIO()
-        np.save(buffer, found, allow_pickle=True)
+        np.save(buffer, np.array(found, object), allow_pickle=True)
         return Encoded({f"{item.id}.npy": buffer.getvalue()})
 
 

@@ -204,7 +204,7 @@ def _evaluate_cams(
         raise UsageError(f"--classes {options.classes}: the CAMs were made with other classes ({vocabulary.name})")
     names = ("background", *vocabulary.class_names)
     dataset = manifest.get("dataset")
-    truth = find_ground_truth(options.gt, dataset)
+    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary)
     match = _match(options, list(cams), truth, dataset)
     half = bool(manifest.get("options", {}).get("paper"))
     sweep: _Sweep
@@ -266,7 +266,7 @@ def _evaluate_masks(
     if not predicted:
         raise InputError(f"{options.prediction}: neither CAMs nor PNG masks in this folder")
     names = ("background", *vocabulary.class_names)
-    truth = find_ground_truth(options.gt, dataset)
+    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary)
     match = _match(options, predicted, truth, dataset)
     advance = start(len(match.ids)) if start else (lambda count: None)
     counts = np.zeros((len(names), len(names)), np.int64)
