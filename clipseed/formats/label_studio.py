@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +18,7 @@ from clipseed.data.vocabulary import Vocabulary
 from clipseed.errors import InputError
 from clipseed.formats.brush import brush_code, brush_mask
 from clipseed.formats.palette import css_color
+from clipseed.formats.polygons import filled
 from clipseed.formats.values import value_of
 from clipseed.formats.writing import Encoded, Item, TextFile, Writer, compact, regions
 from clipseed.types import IGNORE, LabelMask
@@ -35,6 +35,7 @@ class LabelStudioWriter(Writer):
 
     placements = ("reference", "copy", "link")
     turned = True
+    addresses = True
     ignores = ("keep", "background", "drop")
     background = None
 
@@ -166,10 +167,4 @@ def _pixels(value: dict[str, Any], kind: str, size: tuple[int, int], where: str)
         along = np.array([[0, 0], [wide * width, 0], [wide * width, high * height], [0, high * height]])
         turned = along @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
         corners = turned / (width, height) + (left, top)
-    # A pixel belongs to it when its center does: corners are shifted by half a pixel, in sixteenths.
-    fixed = np.rint((corners / 100 * (width, height) - 0.5) * 16)
-    if np.abs(fixed).max() > 16 * (4 * max(size) + 100):
-        raise InputError(f"{where}: a region lies far outside of its image")
-    canvas = np.zeros(size, np.uint8)
-    cv2.fillPoly(canvas, [fixed.astype(np.int32)], 1, shift=4)
-    return canvas.astype(bool)
+    return filled(corners / 100 * (width, height), size)

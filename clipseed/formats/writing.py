@@ -101,6 +101,7 @@ class Writer:
         background: What 0 is called unless the user says otherwise; ``None``: it is not annotated.
         smallest: Sides below this are refused by the reader.
         jpeg: Every image must be a JPEG (``always``), or all must have one suffix (``mixed``: JPEG where they do not).
+        addresses: Images are named by address, with the whole path of those that stay where they are.
         cams: Holds CAMs, and neither masks nor images.
         lost: What the format cannot say.
     """
@@ -111,6 +112,7 @@ class Writer:
     background: ClassVar[str | None] = "background"
     smallest: ClassVar[int] = 1
     jpeg: ClassVar[str] = "never"
+    addresses: ClassVar[bool] = False
     cams: ClassVar[bool] = False
     lost: ClassVar[str] = ""
 

@@ -204,7 +204,7 @@ def _export(
     settings = {
         "format": options.format, "images": placement, "orient": orient, "ignore": _ignore(options, kind),
         "background_class": table.background, "classes": list(table.names), "threshold": options.threshold,
-        "alpha": options.alpha, "image_url": options.image_url if options.format == "labelstudio" else None,
+        "alpha": options.alpha, "image_url": options.image_url if kind.addresses else None,
     }  # fmt: skip
     texts = [*writer.texts()]
     if not kind.cams:
@@ -358,7 +358,7 @@ class _Maker:
     def _with_image(self, finder: ImageFinder, number: int, identifier: str, labels: LabelMask) -> _Made:
         path = self.files[identifier]
         if path is None and finder.folder is not None:
-            finder(identifier)  # says where it should be
+            raise _Unusable(f"{finder.folder / identifier}: no image there; name their folder with --image-folder")
         header = ImageHeader(labels.shape[:2]) if path is None else read_header(path)
         labels = self._oriented(labels, header)
         self._check_values(labels, identifier)
@@ -389,7 +389,7 @@ class _Maker:
         """An image that stays where it is: below its folder, or for formats of addresses in the file system."""
         assert path is not None
         assert finder.folder is not None
-        if self.writer.url:
+        if self.writer.addresses:
             return path.resolve().as_posix()
         return path.relative_to(finder.folder).as_posix()
 

@@ -213,7 +213,7 @@ class _List:
 
     def __init__(self, between: str) -> None:
         self._between, self._empty = between, True
-        self._file = tempfile.SpooledTemporaryFile(
+        self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115
             _IN_MEMORY, "w+", encoding="utf-8", errors="surrogateescape", newline="\n"
         )
 
