@@ -16,10 +16,10 @@ from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.formats.palette import css_color, voc_palette
 from clipseed.formats.png import color_png, read_colors
 from clipseed.formats.values import value_of
+from clipseed.formats.voc import LABEL_MAP, fits_label_map, label_map
 from clipseed.formats.writing import Encoded, Item, TextFile, Writer, compact
 from clipseed.types import LabelMask
 
-LABEL_MAP = "labelmap.txt"
 _MASKS = "SegmentationClass"
 _LIST = "ImageSets/Segmentation/default.txt"
 
@@ -36,8 +36,7 @@ class CvatWriter(Writer):
 
     def encode(self, item: Item) -> Encoded:
         """Mask, and line of the list."""
-        name = f'"{item.id}"' if " " in item.id else item.id
-        return Encoded({f"{_MASKS}/{item.id}.png": color_png(item.labels, voc_palette())}, {_LIST: (name,)})
+        return Encoded({f"{_MASKS}/{item.id}.png": color_png(item.labels, voc_palette())}, {_LIST: (item.id,)})
 
     def texts(self) -> list[TextFile]:
         """Label map, list and labels.
@@ -46,18 +45,14 @@ class CvatWriter(Writer):
             UsageError: a class's name cannot stand in a label map.
         """
         declared = self.table.annotated
-        for name in declared.values():
-            if ":" in name or name.startswith("#"):
-                raise UsageError(
-                    f"class {name!r}: labelmap.txt of CVAT has no names with ':' or '#' in front; rename it"
-                )
-        lines = [f"{name}:{','.join(map(str, voc_palette()[value].tolist()))}::" for value, name in declared.items()]
+        unfit = [name for name in declared.values() if not fits_label_map(name)]
+        if unfit:
+            raise UsageError(f"class {unfit[0]!r}: {LABEL_MAP} has no names with ':' or '#' in front; rename it")
         labels = [
             {"name": name, "color": css_color(value), "attributes": []} for value, name in declared.items() if value
         ]
-        head = "# label:color_rgb:parts:actions\n"
         return [
-            TextFile(LABEL_MAP, (head + "\n".join(lines) + "\n",)),
+            TextFile(LABEL_MAP, (label_map(declared),)),
             TextFile(_LIST, ("", "\n"), "\n"),
             TextFile("labels.json", (compact(labels) + "\n",)),
         ]

@@ -1,4 +1,4 @@
-"""``clipseed export``: every format read back by its consumer's own reader, or by its written rules, pixel for pixel."""
+"""``clipseed export``: every format read back by its consumer's own reader or its written rules, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def as_label_studio(root: Path) -> Found:
 def as_cvat(root: Path) -> Found:
     source = CvatMasks(root, load_vocabulary("classes.txt"))
     listed = (root / "ImageSets/Segmentation/default.txt").read_text().splitlines()
-    assert {name.strip('"') for name in listed} == source.ids()
+    assert set(listed) == source.ids()
     assert {label["name"] for label in json.loads((root / "labels.json").read_text())} == {*NAMES, "ignore"}
     plain = Image.open(root / "SegmentationClass/plain.png")
     assert plain.mode == "RGB"
