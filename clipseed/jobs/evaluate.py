@@ -14,6 +14,7 @@ from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
+from clipseed.evaluate.per_image import ImageScores
 from clipseed.evaluate.sources import MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
 from clipseed.pseudo.rules import label_mask, thresholding
@@ -49,7 +50,11 @@ class EvaluateOptions:
 
 @dataclass
 class EvaluateReport:
-    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction."""
+    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction.
+
+    ``coverage`` is the share of pixels with a ground truth that the prediction labels, anything but 255, and
+    ``labelled`` are the scores there: the same as ``scores`` unless a predicted 255 counts as background.
+    """
 
     prediction: str
     ground_truth: str
@@ -65,6 +70,8 @@ class EvaluateReport:
     missing_ground_truth: list[str] = field(default_factory=list)
     split_given: bool = False
     excluded_pixels: int = 0
+    coverage: float = 1.0
+    labelled: Scores | None = None
 
     @property
     def unscored(self) -> int:
@@ -82,6 +89,8 @@ class EvaluateReport:
             "pixel_accuracy": _number(scores.pixel_accuracy),
             "mean_accuracy": _number(scores.mean_accuracy),
             "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
+            "coverage": _number(self.coverage),
+            "miou_labelled": _number((self.labelled or scores).miou),
             "images": self.images,
             "pixels": scores.pixels,
             "excluded_pixels": self.excluded_pixels,
@@ -103,9 +112,15 @@ def _number(value: float) -> float | None:
 Advance = Callable[[int], None]
 StartScoring = Callable[[int], Advance]
 Each = Callable[[str, Counts, LabelMask, LabelMask], None]
+NamedEach = Callable[[str, Counts, LabelMask, LabelMask, Sequence[str]], None]
 
 
-def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: Each | None = None) -> EvaluateReport:
+def evaluate(
+    options: EvaluateOptions,
+    start: StartScoring | None = None,
+    each: Each | None = None,
+    images: ImageScores | None = None,
+) -> EvaluateReport:
     """Score a CAMs output or a folder of masks.
 
     Args:
@@ -113,6 +128,7 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
         start: Called with the number of images; returns the progress callback.
         each: Called for every scored image with its id, its own confusion matrix, truth and prediction, at the
             reported setting. CAMs are read a second time for it, as the best setting is known only after the first.
+        images: Takes in the score of every image, the same way.
 
     Raises:
         UsageError: an option is missing or impossible.
@@ -121,9 +137,23 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
     _check(options)
     prediction = open_prediction(options.prediction)
     if isinstance(prediction, LabelMaskFolder):
-        return _evaluate_masks(options, prediction, start, each)
+        return _evaluate_masks(options, prediction, start, _both(each, images))
     with prediction as cams:
-        return _evaluate_cams(options, cams, start, each)
+        return _evaluate_cams(options, cams, start, _both(each, images))
+
+
+def _both(each: Each | None, images: ImageScores | None) -> NamedEach | None:
+    """One callback for both, which gets the names of the classes as well."""
+    if each is None and images is None:
+        return None
+
+    def call(identifier: str, counts: Counts, truth: LabelMask, prediction: LabelMask, names: Sequence[str]) -> None:
+        if each is not None:
+            each(identifier, counts, truth, prediction)
+        if images is not None:
+            images.add(identifier, counts, truth, prediction, names)
+
+    return call
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -196,7 +226,7 @@ class _Sweep(Protocol):
 
 
 def _evaluate_cams(
-    options: EvaluateOptions, cams: CamSet, start: StartScoring | None, each: Each | None
+    options: EvaluateOptions, cams: CamSet, start: StartScoring | None, each: NamedEach | None
 ) -> EvaluateReport:
     manifest: Manifest = cams.manifest
     vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(cams.path), "classes")
@@ -240,13 +270,13 @@ def _evaluate_cams(
         rules = thresholding(threshold=report.threshold, alpha=report.alpha, released=half)
         for cam, mask in ahead(load, match.ids):
             labels = label_mask(cam, rules)
-            each(cam.id, confusion(mask, labels, len(names)), mask, labels)
+            each(cam.id, confusion(mask, labels, len(names)), mask, labels, names)
             advance(1)
     return report
 
 
 def _evaluate_masks(
-    options: EvaluateOptions, predictions: LabelMaskFolder, start: StartScoring | None, each: Each | None
+    options: EvaluateOptions, predictions: LabelMaskFolder, start: StartScoring | None, each: NamedEach | None
 ) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
         raise UsageError(f"--threshold and --alpha apply to CAMs; {options.prediction} holds finished masks")
@@ -269,8 +299,7 @@ def _evaluate_masks(
     truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary)
     match = _match(options, predicted, truth, dataset)
     advance = start(len(match.ids)) if start else (lambda count: None)
-    counts = np.zeros((len(names), len(names)), np.int64)
-    excluded = 0
+    tally = _Tally(len(names), options.pred_ignore == "exclude")
 
     def load(identifier: str) -> tuple[LabelMask, LabelMask]:
         prediction, mask = predictions.read(identifier), truth.read(identifier)
@@ -290,18 +319,43 @@ def _evaluate_masks(
 
     # The data come back in the order of the ids.
     for identifier, (prediction, mask) in zip(match.ids, ahead(load, match.ids), strict=True):
-        unsure, scored = prediction == IGNORE, mask
-        if options.pred_ignore == "exclude":
-            excluded += int((unsure & (mask != IGNORE)).sum())
-            scored = np.where(unsure, np.uint8(IGNORE), mask)
-        image_counts = confusion(scored, np.where(unsure, np.uint8(0), prediction), len(names))
-        counts += image_counts
+        image_counts = tally.add(mask, prediction)
         if each:
-            each(identifier, image_counts, mask, prediction)
+            each(identifier, image_counts, mask, prediction, names)
         advance(1)
-    report = _report(options, truth, match, names, counts)
-    report.excluded_pixels = excluded
+    report = _report(options, truth, match, names, tally.counts)
+    report.excluded_pixels = tally.unlabelled if tally.exclude else 0
+    report.labelled, report.coverage = score(tally.labelled), tally.coverage
     return report
+
+
+class _Tally:
+    """Confusion matrices of masks in which 255 is left out, or counts as background; beside them those without 255."""
+
+    def __init__(self, classes: int, exclude: bool) -> None:
+        self.classes, self.exclude = classes, exclude
+        self.counts = np.zeros((classes, classes), np.int64)
+        self.labelled = self.counts.copy()
+        self.unlabelled = 0
+
+    def add(self, truth: LabelMask, prediction: LabelMask) -> Counts:
+        """Take in one image, and give its own matrix."""
+        unsure = prediction == IGNORE
+        certain = np.where(unsure, np.uint8(0), prediction)
+        known = np.where(unsure, np.uint8(IGNORE), truth)
+        labelled = confusion(known, certain, self.classes)
+        counts = labelled if self.exclude else confusion(truth, certain, self.classes)
+        self.counts += counts
+        self.labelled += labelled
+        self.unlabelled += int((unsure & (truth != IGNORE)).sum())
+        return counts
+
+    @property
+    def coverage(self) -> float:
+        """Share of the pixels with a ground truth that are labelled."""
+        labelled = int(self.labelled.sum())
+        total = labelled + self.unlabelled
+        return labelled / total if total else math.nan
 
 
 def _size_error(identifier: str, predicted: Sequence[int], truth: Sequence[int]) -> InputError:
