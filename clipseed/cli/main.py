@@ -17,6 +17,7 @@ from clipseed.cli.evaluate import evaluate
 from clipseed.cli.export import export
 from clipseed.cli.inspect import inspect
 from clipseed.cli.merge import merge
+from clipseed.cli.models import models
 from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
 from clipseed.cli.refine import caa, js, par
@@ -69,6 +70,7 @@ app.command("export")(export)
 app.command("inspect")(inspect)
 app.command("prompts")(prompts)
 app.command("demo")(demo)
+app.command("models")(models)
 app.command("doctor")(doctor)
 
 
