@@ -234,7 +234,7 @@ def _evaluate_cams(
         raise UsageError(f"--classes {options.classes}: the CAMs were made with other classes ({vocabulary.name})")
     names = ("background", *vocabulary.class_names)
     dataset = manifest.get("dataset")
-    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary)
+    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary, exif=_exif(manifest))
     match = _match(options, list(cams), truth, dataset)
     half = bool(manifest.get("options", {}).get("paper"))
     sweep: _Sweep
@@ -296,7 +296,7 @@ def _evaluate_masks(
     if not predicted:
         raise InputError(f"{options.prediction}: neither CAMs nor PNG masks in this folder")
     names = ("background", *vocabulary.class_names)
-    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary)
+    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary, exif=_exif(manifest))
     match = _match(options, predicted, truth, dataset)
     advance = start(len(match.ids)) if start else (lambda count: None)
     tally = _Tally(len(names), options.pred_ignore == "exclude")
@@ -356,6 +356,12 @@ class _Tally:
         labelled = int(self.labelled.sum())
         total = labelled + self.unlabelled
         return labelled / total if total else math.nan
+
+
+def _exif(manifest: Manifest) -> bool:
+    """Whether what a manifest describes lies on images as their EXIF turns them."""
+    made = manifest.get("options")
+    return isinstance(made, dict) and bool(made.get("exif"))
 
 
 def _size_error(identifier: str, predicted: Sequence[int], truth: Sequence[int]) -> InputError:
