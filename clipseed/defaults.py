@@ -32,6 +32,17 @@ SeedPreset = Literal["voc-coarse", "voc-fine", "coco-coarse", "coco-fine"]
 UncoveredPolicy = Literal["background", "ignore", "cam"]
 """What pixels become that no segment covers."""
 
+ExportFormat = Literal[
+    "voc", "mmseg", "ultralytics", "yolo-polygons", "hf", "fiftyone", "coco", "coco-panoptic", "labelstudio", "cvat",
+    "irn", "lightly",
+]  # fmt: skip
+ImagePlacement = Literal["copy", "link", "reference"]
+"""What an export does with the images: copies, links, or only their names."""
+Orientation = Literal["stored", "exif"]
+"""Masks lie on the pixels as the image file stores them, or as viewers turn them."""
+IgnoreExport = Literal["keep", "background", "drop"]
+"""What 255 becomes in another format: what that ignores, background, or nothing that is annotated."""
+
 PredIgnore = Literal["error", "background", "exclude"]
 """What a predicted 255 counts as."""
 

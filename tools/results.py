@@ -19,6 +19,7 @@ from PIL import Image
 
 from clipseed.data.dataset import DatasetOptions, image_finder, open_dataset
 from clipseed.data.vocabulary import load_vocabulary
+from clipseed.formats.palette import voc_palette
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.demo import GRID
@@ -32,7 +33,7 @@ from clipseed.runtime.run import RunOptions
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import open_cams
-from clipseed.store.label_masks import read_label_mask, voc_palette
+from clipseed.store.label_masks import read_label_mask
 from clipseed.store.manifest import package_versions
 from clipseed.store.units import Unit
 

@@ -54,6 +54,9 @@ Background = Annotated[
     ),
 ]
 Template = Annotated[Optional[list[str]], data_option(help="Prompt with one {}; several are averaged.")]
+Permissive = Annotated[
+    bool, model_option("--permissive", help="Refuse weights that are not known to be free for commercial use.")
+]
 Device = Annotated[str, run_option(help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionOption = Annotated[Precision, run_option("--precision", help="Numbers that the model computes with.")]
 BatchSize = Annotated[str, run_option(help="auto, or images per batch.")]

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipseed.cli._console import Console, print_json, some, speed
-from clipseed.cli._options import OutputArguments, RunArguments, allowed_skips, auto_or_number, workers_of
+from clipseed.cli._options import (
+    OutputArguments,
+    RunArguments,
+    TowerArguments,
+    allowed_skips,
+    auto_or_number,
+    workers_of,
+)
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -190,6 +197,18 @@ def warn_of_toy_weights(console: Console, weights: str | None, image_set: ImageS
     # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
     if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):
         console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
+
+
+def refuse_restricted(tower: TowerArguments, dataset: str) -> None:
+    """``--permissive``: refuse weights that are not known to be free for commercial use.
+
+    Raises:
+        UsageError: they are not.
+    """
+    from clipseed.clip.licenses import refuse_restricted as refuse
+    from clipseed.clip.model import chosen_weights
+
+    refuse(tower.model, chosen_weights(tower.weights, dataset))
 
 
 def rate(report: RunReport) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, made, prepare, timings, warn_of_toy_weights
+from clipseed.cli._run import Running, made, prepare, refuse_restricted, timings, warn_of_toy_weights
 from clipseed.data.vocabulary import GENERAL
 from clipseed.defaults import TAG_THRESHOLD, CamMethod
 from clipseed.errors import UsageError
@@ -53,6 +53,7 @@ def cam(
     template: shared.Template = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
+    permissive: shared.Permissive = False,
     method: Annotated[
         CamMethod, shared.model_option(metavar="METHOD", help=f"{shared.listed(CamMethod)}; the first is CLIP-ES's.")
     ] = "softmax-gradcam",
@@ -92,6 +93,8 @@ def cam(
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")
+    if permissive:
+        refuse_restricted(model, where.dataset)
     run = prepare("cam", running, output)
     options = CamOptions(
         data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), method=method, refine=refine,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -13,6 +15,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code
 
 if TYPE_CHECKING:
+    from clipseed.evaluate.per_image import ImageScore
     from clipseed.jobs.evaluate import EvaluateReport
 
 
@@ -25,6 +28,11 @@ def evaluate(
     ] = None,
     scoring: shared.ScoringArguments,
     csv: Annotated[Optional[Path], shared.output_option(help="Also write the table to this file.")] = None,
+    per_image: Annotated[
+        Optional[Path],
+        shared.output_option(help="CSV of every image: mIoU, coverage, classes missed and invented, the worst first."),
+    ] = None,
+    worst: Annotated[int, shared.output_option(help="List so many of the worst images.", min=0)] = 0,
     allow_skipped: shared.AllowSkipped = None,
     output: shared.OutputArguments,
 ) -> int:
@@ -34,24 +42,34 @@ def evaluate(
 
       clipseed evaluate --gt SegmentationClass
     """
+    from clipseed.evaluate.per_image import ImageScores
     from clipseed.jobs.evaluate import evaluate as run_evaluate
-    from clipseed.store.files import refuse_unwritable
+    from clipseed.store.files import refuse_unwritable, write_text
     from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")
+    refuse_unwritable(per_image, "--per-image")
+    images = ImageScores()
     chosen = prediction or newest_output(Path())
     if prediction is None:
         console.note(f"scoring {chosen}")
     with console:
-        report = run_evaluate(scoring.of(chosen), lambda total: console.track("evaluate", total))
+        report = run_evaluate(
+            scoring.of(chosen), lambda total: console.track("evaluate", total),
+            images=images if per_image is not None or worst else None,
+        )  # fmt: skip
     _warn(console, report)
     if csv is not None:
         _write_csv(csv, report)
+    if per_image is not None:
+        write_text(per_image, images.csv())
     if output.json:
-        print_json(report.as_dict())
+        print_json({**report.as_dict(), **({"worst": [asdict(item) for item in images.worst(worst)]} if worst else {})})
     else:
         _print(report)
+        if worst:
+            _print_worst(images.worst(worst))
     return exit_code(console, report.unscored, allowed)
 
 
@@ -68,12 +86,20 @@ def _warn(console: Console, report: EvaluateReport) -> None:
         console.warn(f"{percent(share)} % of the pixels were left out because the prediction is 255 there")
 
 
+def _print_worst(found: Sequence[ImageScore]) -> None:
+    rows = [(item.id, percent(item.miou), percent(item.coverage), ", ".join(item.missed), ", ".join(item.invented))
+            for item in found]  # fmt: skip
+    print_table((f"the {len(found)} worst images", "mIoU %", "coverage %", "missed", "invented"), rows)
+
+
 def _rows(report: EvaluateReport) -> list[tuple[str, float]]:
     scores = report.scores
     rows = list(zip(report.names, map(float, scores.class_iou), strict=True))
     rows += [("mean IoU", scores.miou), ("mean IoU without background", scores.miou_foreground)]
     if abs(scores.miou_all - scores.miou) > 1e-12:
         rows.append(("mean IoU over all predicted classes", scores.miou_all))
+    if report.coverage < 1 and report.labelled is not None:
+        rows += [("coverage", report.coverage), ("mean IoU where it is labelled", report.labelled.miou)]
     rows += [("pixel accuracy", scores.pixel_accuracy), ("mean accuracy", scores.mean_accuracy)]
     return rows
 

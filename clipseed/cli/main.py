@@ -14,8 +14,10 @@ from clipseed.cli.crf import crf
 from clipseed.cli.demo import demo
 from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
+from clipseed.cli.export import export
 from clipseed.cli.inspect import inspect
 from clipseed.cli.merge import merge
+from clipseed.cli.models import models
 from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
 from clipseed.cli.refine import caa, js, par
@@ -64,9 +66,11 @@ app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)
 app.command("report")(report)
+app.command("export")(export)
 app.command("inspect")(inspect)
 app.command("prompts")(prompts)
 app.command("demo")(demo)
+app.command("models")(models)
 app.command("doctor")(doctor)
 
 

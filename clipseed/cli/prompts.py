@@ -11,7 +11,7 @@ import typer
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_table
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, prepare, rate, warn_of_toy_weights
+from clipseed.cli._run import Running, prepare, rate, refuse_restricted, warn_of_toy_weights
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
@@ -42,6 +42,7 @@ def prompts(
     ] = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
+    permissive: shared.Permissive = False,
     compute: shared.ComputeArguments,
     csv: Annotated[Optional[Path], shared.output_option(help="Write all numbers to this CSV file.")] = None,
     features: Annotated[
@@ -73,6 +74,8 @@ def prompts(
     data = DatasetOptions(
         **vars(where), **vars(reading), labels=labels, classes=classes, templates=tuple(template or ())
     )
+    if permissive:
+        refuse_restricted(model, where.dataset)
     run = prepare("prompts", running, output)
     options = PromptOptions(
         data=data, templates=templates, synonyms=synonyms, csv=csv, features=features, **vars(model),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_json, some
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code
+from clipseed.cli._run import exit_code, refuse_restricted
 from clipseed.defaults import (
     BOX_THRESHOLD,
     CAA_LAYERS,
@@ -131,6 +131,7 @@ def weclip(
     template: shared.Template = None,
     reading: shared.ReadingArguments,
     tower: shared.TowerArguments,
+    permissive: shared.Permissive = False,
     out: Annotated[Path, shared.output_option(help="NAME.safetensors; the run itself goes to NAME-training.")] = Path(
         "weclip.safetensors"
     ),
@@ -159,6 +160,8 @@ def weclip(
     from clipseed.device import pick_device
     from clipseed.jobs.train_weclip import TrainWeclipOptions, run_train_weclip
 
+    if permissive:
+        refuse_restricted(tower, where.dataset)
     data = DatasetOptions(
         **vars(where), **vars(reading), labels=labels, classes=classes, templates=tuple(template or ()),
         background=background,

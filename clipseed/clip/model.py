@@ -22,6 +22,7 @@ from clipseed.clip.architecture import (
     round_linear_weights,
 )
 from clipseed.clip.checkpoint import Activation, Checkpoint, read_checkpoint
+from clipseed.clip.licenses import license_of
 from clipseed.clip.text import (
     PromptEmbeddings,
     TextBank,
@@ -54,6 +55,8 @@ class ModelInfo:
     heads: int
     embed_dim: int
     train_grid: int
+    license: str
+    """Of the weights, as their publisher states it; ``unknown`` for files."""
 
 
 class FrozenClip:
@@ -128,6 +131,7 @@ class FrozenClip:
             heads=tower.blocks[0].heads,
             embed_dim=config["embed_dim"],
             train_grid=vision["image_size"] // tower.patch,
+            license=license_of(model, weights).name,
         )
         location = weights_location(weights) if by_name else str(checkpoint.path.resolve())
         return cls(network.to(device), _tokenizer(model, config), tower, info, dtype_name(dtype), location)

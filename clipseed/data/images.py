@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,20 +60,29 @@ def read_image(path: Path, *, exif: bool = False, max_pixels: int = MAX_PIXELS) 
     Raises:
         ImageError: missing, empty, truncated, not an image, or larger than ``max_pixels``.
     """
+    with opened_image(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(f"{path}: {width}x{height} pixels are more than the limit of {max_pixels} (--max-pixels)")
+        image.load()
+        turned = ImageOps.exif_transpose(image) if exif else image
+        return to_rgb(turned)
+
+
+@contextlib.contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, open, nothing decoded yet; what goes wrong inside is an :class:`ImageError` that says why.
+
+    Raises:
+        ImageError: missing, empty, truncated, or not an image.
+    """
     if never_ends(path):
         raise ImageError(f"{path}: a pipe or a device, not an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels decides instead.
             with Image.open(path, formats=_formats()) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(
-                        f"{path}: {width}x{height} pixels are more than the limit of {max_pixels} (--max-pixels)"
-                    )
-                image.load()
-                turned = ImageOps.exif_transpose(image) if exif else image
-                return to_rgb(turned)
+                yield image
     except ImageError:
         raise
     except FileNotFoundError as error:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from clipseed.data import cvat_images, label_studio
 from clipseed.data.listing import clean_id
 from clipseed.data.text_files import read_text
 from clipseed.data.vocabulary import Vocabulary
@@ -22,11 +23,13 @@ _FALSE = {"0", "0.0", "false", "no", "", "-1"}
 
 
 def read_labels(path: Path, vocabulary: Vocabulary) -> Labels:
-    """Read a label file; the suffix decides the format (``.csv``/``.tsv``, ``.json``, anything else plain text).
+    """Read a label file; the suffix decides: ``.csv``/``.tsv``, ``.json``, ``.xml``, anything else plain text.
 
     - CSV rows ``id,label[,label…]``; an id may have several rows, a cell several labels separated by ``;`` or ``|``.
     - One-hot CSV: the header names the classes, the cells are 0 or 1 (VOC's -1 counts as 0).
     - JSON ``{"id": ["cat", 3], …}``, or a list of ``{"id"|"image"|"file_name": …, "labels": […]}``.
+    - What annotation tools export: tasks of Label Studio (``.json``; choices, and labels of regions), "CVAT for images"
+      (``.xml``; tags, and labels of shapes).
     - Text ``id label label …``, CLIP-ES's format for COCO; names with blanks are written ``traffic_light``.
 
     Labels are class names or indices. Ids may carry an image suffix. An id without labels is kept, with none.
@@ -44,6 +47,11 @@ def read_labels(path: Path, vocabulary: Vocabulary) -> Labels:
         return _read_csv(content, path, vocabulary, "\t" if tabs else ",")
     if suffix == ".json":
         return _read_json(content, path, vocabulary)
+    if suffix == ".xml":
+        labels: Labels = {}
+        for identifier, names, where in annotated(cvat_images.image_labels(path), vocabulary):
+            _add(labels, clean_id(identifier, where), vocabulary.indices(names, where))
+        return labels
     return _read_lines(content, path, vocabulary)
 
 
@@ -124,7 +132,9 @@ def _read_json(content: str, path: Path, vocabulary: Vocabulary) -> Labels:
         return found
 
     data = _parse_json(content, path, each_key_once)
-    if isinstance(data, dict):
+    if label_studio.is_tasks(data):
+        pairs: list[tuple[str, Any, str]] = annotated(label_studio.image_labels(data, path), vocabulary)
+    elif isinstance(data, dict):
         pairs = [(key, value, f"{path}: {key[:80]!r}") for key, value in data.items()]
     elif isinstance(data, list):
         pairs = [_json_record(item, f"{path}: entry {number}") for number, item in enumerate(data)]
@@ -137,6 +147,13 @@ def _read_json(content: str, path: Path, vocabulary: Vocabulary) -> Labels:
             raise InputError(f"{where}: labels must be class names or indices")
         _add(labels, clean_id(identifier, where), vocabulary.indices(values, where))
     return labels
+
+
+def annotated(found: Iterable[tuple[str, list[str], str]], vocabulary: Vocabulary) -> list[tuple[str, list[str], str]]:
+    """Ids, class names and places out of an annotation tool; labels that mean background or ignored are left out."""
+    known = {name.lower() for name in vocabulary.class_names}
+    meant = {"background", "ignore"} - known
+    return [(key, [name for name in names if name.strip().lower() not in meant], where) for key, names, where in found]
 
 
 def _json_record(item: Any, where: str) -> tuple[str, Any, str]:

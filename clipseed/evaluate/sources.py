@@ -1,16 +1,21 @@
-"""Where true masks come from: folders of PNG files, the toy world, and finding the folder that the user means."""
+"""Where true masks come from: folders of PNG, annotation tools, the toy world; and finding what the user means."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from clipseed.data.dataset import ImageFinder, image_finder
 from clipseed.data.listing import read_split
+from clipseed.data.orientation import read_header, turned_back
 from clipseed.data.paths import is_file, is_folder
 from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_mask
-from clipseed.errors import InputError
+from clipseed.data.vocabulary import Vocabulary
+from clipseed.errors import ImageError, InputError
+from clipseed.formats.cvat import CvatMasks, is_cvat_folder
+from clipseed.formats.label_studio import LabelStudioMasks
 from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.types import LabelMask
 
@@ -73,13 +78,60 @@ class ToyTruth:
         return f"{self.name} {identifier}".encode()
 
 
+class AsStored:
+    """Masks of an annotation tool on the pixels as image files store them.
+
+    Such tools show photos turned as their EXIF says, and that is how their masks lie.
+
+    Args:
+        source: The masks.
+        find: Where images are, by id.
+    """
+
+    def __init__(self, source: MaskSource, find: ImageFinder) -> None:
+        self.name, self._source, self._find = source.name, source, find
+
+    def ids(self) -> frozenset[str]:
+        """Ids that have a mask."""
+        return self._source.ids()
+
+    def has(self, identifier: str) -> bool:
+        """Whether this id has a mask."""
+        return self._source.has(identifier)
+
+    def read(self, identifier: str) -> LabelMask:
+        """The mask; as the tool gave it where the image is not there, or where it fits the stored one alone."""
+        mask, path = self._source.read(identifier), self._find.path(identifier)
+        if path is None:
+            return mask
+        try:
+            header = read_header(path)
+        except ImageError:  # whoever needs the image says so
+            return mask
+        return turned_back(mask, header.orientation) if mask.shape == header.shown else mask
+
+    def content(self, identifier: str) -> bytes:
+        """What the mask follows from, besides its image."""
+        return self._source.content(identifier)
+
+
 def find_ground_truth(
-    given: str | None, dataset: Mapping[str, str | int | None] | None, option: str = "--gt"
+    given: str | None,
+    dataset: Mapping[str, str | int | None] | None,
+    option: str = "--gt",
+    vocabulary: Vocabulary | None = None,
+    exif: bool = False,
 ) -> MaskSource:
     """The ground truth the user means.
 
-    ``given`` is a folder below the working folder, below the data set's root or below ``$CLIPSEED_VOC``, or ``toy``;
-    without it the data set's own is taken. ``option`` is what messages call it.
+    Args:
+        given: A folder below the working folder, below the data set's root or below ``$CLIPSEED_VOC``: masks, or an
+            unpacked "Segmentation mask 1.1" of CVAT; a JSON export of Label Studio; or ``toy``. Without it the data
+            set's own is taken.
+        dataset: Of a manifest.
+        option: What messages call it.
+        vocabulary: Classes that the labels of an annotation tool are names of.
+        exif: Images are turned as their EXIF says, and masks of an annotation tool are wanted like that.
 
     Raises:
         InputError: nothing is found there.
@@ -99,9 +151,20 @@ def find_ground_truth(
     bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
     for base in bases:
         if is_folder(base / given):
+            if vocabulary and is_cvat_folder(base / given):
+                return _lying(CvatMasks(base / given, vocabulary), recorded, exif)
             return LabelMaskFolder(base / given)
+        if vocabulary and given.lower().endswith(".json") and is_file(base / given):
+            return _lying(LabelStudioMasks(base / given, vocabulary), recorded, exif)
     looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
+    if given.lower().endswith(".zip") and is_file(Path(given)):
+        raise InputError(f"{option} {given}: unpack it, and name the folder")
     raise InputError(f"{option} {given}: no such folder (looked for {looked})")
+
+
+def _lying(source: MaskSource, dataset: Mapping[str, Any], exif: bool) -> MaskSource:
+    """Masks of an annotation tool as the images of a data set are read."""
+    return source if exif or not dataset.get("images") else AsStored(source, image_finder(dataset))
 
 
 def find_split(given: str, truth: MaskSource, dataset: Mapping[str, str | int | None] | None) -> tuple[str, list[str]]:

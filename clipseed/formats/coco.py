@@ -1,4 +1,4 @@
-"""COCO instances: one JSON file with polygons or run-length masks."""
+"""COCO instances: one JSON file with polygons or run-length masks; read as segments, written from label masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from clipseed.data.json_fields import integer, numbers, records
 from clipseed.data.labels import read_json
 from clipseed.data.listing import clean_id
 from clipseed.errors import ImageError, InputError, UsageError
-from clipseed.formats.rle import decode_counts, unpack_counts
+from clipseed.formats.rle import compress, decode_counts, unpack_counts
+from clipseed.formats.writing import SPLIT, ClassTable, Encoded, Item, TextFile, Writer, compact, regions
 from clipseed.segments import Segments, from_masks, room_for
 
 
@@ -103,3 +104,56 @@ def _fill(polygons: list[Any], size: tuple[int, int], where: str) -> npt.NDArray
         raise UsageError(f"{where}: polygons need pycocotools; pip install 'clipseed[sam]'") from error
     filled: npt.NDArray[np.bool_] = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
     return filled
+
+
+class CocoWriter(Writer):
+    """``annotations/instances_train.json``: for each class of an image one run-length mask with box and area.
+
+    Category ids are mask values; the background, where it is annotated, has the one behind the last class, and 255 is a
+    category of its own.
+    """
+
+    placements = ("reference", "copy", "link")
+    ignores = ("keep", "background", "drop")
+    background = None
+    _path = f"annotations/instances_{SPLIT}.json"
+
+    def image_path(self, identifier: str, suffix: str) -> str:
+        """In ``images/train``."""
+        return f"images/{SPLIT}/{identifier}{suffix}"
+
+    def encode(self, item: Item) -> Encoded:
+        """The image's record and its annotations."""
+        height, width = item.size
+        name = item.image.removeprefix(f"images/{SPLIT}/")
+        image = {"id": item.number, "file_name": name, "height": height, "width": width}
+        found = [
+            compact({
+                "id": item.number * 256 + value, "image_id": item.number,
+                "category_id": category_id(value, self.table), "iscrowd": 0, "area": int(pixels.sum()),
+                "bbox": box(pixels), "segmentation": {"size": [height, width], "counts": compress(pixels).decode()},
+            })
+            for value, _, pixels in regions(item.labels, self.table)
+        ]  # fmt: skip
+        return Encoded({}, {self._path: (compact(image), ",\n".join(found))})
+
+    def texts(self) -> list[TextFile]:
+        """The annotation file."""
+        categories = [
+            {"id": category_id(value, self.table), "name": name, "supercategory": ""}
+            for value, name in self.table.annotated.items()
+        ]
+        head = f'{{"info":{{}},"licenses":[],"categories":{compact(categories)},\n"images":[\n'
+        return [TextFile(self._path, (head, '\n],\n"annotations":[\n', "\n]}\n"))]
+
+
+def category_id(value: int, table: ClassTable) -> int:
+    """Category of a mask value: itself, and for the background the number behind the last class, as 0 is no id."""
+    return value or len(table.names) + 1
+
+
+def box(pixels: npt.NDArray[np.bool_]) -> list[int]:
+    """Left, top, width and height around the pixels of a mask that is not empty."""
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

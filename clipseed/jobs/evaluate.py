@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,9 +14,11 @@ from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import PredIgnore
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import Counts, Scores, check_labels, confusion, score
+from clipseed.evaluate.per_image import ImageScores
 from clipseed.evaluate.sources import MaskSource, find_ground_truth, find_split
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
 from clipseed.pseudo.rules import label_mask, thresholding
+from clipseed.runtime.threads import ahead
 from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet
 from clipseed.store.label_mask_folder import LabelMaskFolder
@@ -52,7 +50,11 @@ class EvaluateOptions:
 
 @dataclass
 class EvaluateReport:
-    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction."""
+    """Scores and what they were made from; ``counts`` is the confusion matrix, rows truth, columns prediction.
+
+    ``coverage`` is the share of pixels with a ground truth that the prediction labels, anything but 255, and
+    ``labelled`` are the scores there: the same as ``scores`` unless a predicted 255 counts as background.
+    """
 
     prediction: str
     ground_truth: str
@@ -68,6 +70,8 @@ class EvaluateReport:
     missing_ground_truth: list[str] = field(default_factory=list)
     split_given: bool = False
     excluded_pixels: int = 0
+    coverage: float = 1.0
+    labelled: Scores | None = None
 
     @property
     def unscored(self) -> int:
@@ -85,6 +89,8 @@ class EvaluateReport:
             "pixel_accuracy": _number(scores.pixel_accuracy),
             "mean_accuracy": _number(scores.mean_accuracy),
             "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
+            "coverage": _number(self.coverage),
+            "miou_labelled": _number((self.labelled or scores).miou),
             "images": self.images,
             "pixels": scores.pixels,
             "excluded_pixels": self.excluded_pixels,
@@ -103,15 +109,18 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-T = TypeVar("T")
-
-
 Advance = Callable[[int], None]
 StartScoring = Callable[[int], Advance]
 Each = Callable[[str, Counts, LabelMask, LabelMask], None]
+NamedEach = Callable[[str, Counts, LabelMask, LabelMask, Sequence[str]], None]
 
 
-def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: Each | None = None) -> EvaluateReport:
+def evaluate(
+    options: EvaluateOptions,
+    start: StartScoring | None = None,
+    each: Each | None = None,
+    images: ImageScores | None = None,
+) -> EvaluateReport:
     """Score a CAMs output or a folder of masks.
 
     Args:
@@ -119,6 +128,7 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
         start: Called with the number of images; returns the progress callback.
         each: Called for every scored image with its id, its own confusion matrix, truth and prediction, at the
             reported setting. CAMs are read a second time for it, as the best setting is known only after the first.
+        images: Takes in the score of every image, the same way.
 
     Raises:
         UsageError: an option is missing or impossible.
@@ -127,9 +137,23 @@ def evaluate(options: EvaluateOptions, start: StartScoring | None = None, each: 
     _check(options)
     prediction = open_prediction(options.prediction)
     if isinstance(prediction, LabelMaskFolder):
-        return _evaluate_masks(options, prediction, start, each)
+        return _evaluate_masks(options, prediction, start, _both(each, images))
     with prediction as cams:
-        return _evaluate_cams(options, cams, start, each)
+        return _evaluate_cams(options, cams, start, _both(each, images))
+
+
+def _both(each: Each | None, images: ImageScores | None) -> NamedEach | None:
+    """One callback for both, which gets the names of the classes as well."""
+    if each is None and images is None:
+        return None
+
+    def call(identifier: str, counts: Counts, truth: LabelMask, prediction: LabelMask, names: Sequence[str]) -> None:
+        if each is not None:
+            each(identifier, counts, truth, prediction)
+        if images is not None:
+            images.add(identifier, counts, truth, prediction, names)
+
+    return call
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -202,7 +226,7 @@ class _Sweep(Protocol):
 
 
 def _evaluate_cams(
-    options: EvaluateOptions, cams: CamSet, start: StartScoring | None, each: Each | None
+    options: EvaluateOptions, cams: CamSet, start: StartScoring | None, each: NamedEach | None
 ) -> EvaluateReport:
     manifest: Manifest = cams.manifest
     vocabulary = parse_vocabulary(manifest.get("vocabulary"), str(cams.path), "classes")
@@ -210,7 +234,7 @@ def _evaluate_cams(
         raise UsageError(f"--classes {options.classes}: the CAMs were made with other classes ({vocabulary.name})")
     names = ("background", *vocabulary.class_names)
     dataset = manifest.get("dataset")
-    truth = find_ground_truth(options.gt, dataset)
+    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary, exif=_exif(manifest))
     match = _match(options, list(cams), truth, dataset)
     half = bool(manifest.get("options", {}).get("paper"))
     sweep: _Sweep
@@ -230,7 +254,7 @@ def _evaluate_cams(
             cam = Cam(cam.id, cam.classes, cam.maps, (mask.shape[0], mask.shape[1]))
         return cam, mask
 
-    for cam, mask in _ahead(load, match.ids):
+    for cam, mask in ahead(load, match.ids):
         sweep.update(cam, mask)
         advance(1)
     matrices = sweep.matrices()
@@ -244,15 +268,15 @@ def _evaluate_cams(
         report.threshold = sweep.settings[best]
     if each:
         rules = thresholding(threshold=report.threshold, alpha=report.alpha, released=half)
-        for cam, mask in _ahead(load, match.ids):
+        for cam, mask in ahead(load, match.ids):
             labels = label_mask(cam, rules)
-            each(cam.id, confusion(mask, labels, len(names)), mask, labels)
+            each(cam.id, confusion(mask, labels, len(names)), mask, labels, names)
             advance(1)
     return report
 
 
 def _evaluate_masks(
-    options: EvaluateOptions, predictions: LabelMaskFolder, start: StartScoring | None, each: Each | None
+    options: EvaluateOptions, predictions: LabelMaskFolder, start: StartScoring | None, each: NamedEach | None
 ) -> EvaluateReport:
     if options.threshold is not None or options.alphas:
         raise UsageError(f"--threshold and --alpha apply to CAMs; {options.prediction} holds finished masks")
@@ -272,11 +296,10 @@ def _evaluate_masks(
     if not predicted:
         raise InputError(f"{options.prediction}: neither CAMs nor PNG masks in this folder")
     names = ("background", *vocabulary.class_names)
-    truth = find_ground_truth(options.gt, dataset)
+    truth = find_ground_truth(options.gt, dataset, vocabulary=vocabulary, exif=_exif(manifest))
     match = _match(options, predicted, truth, dataset)
     advance = start(len(match.ids)) if start else (lambda count: None)
-    counts = np.zeros((len(names), len(names)), np.int64)
-    excluded = 0
+    tally = _Tally(len(names), options.pred_ignore == "exclude")
 
     def load(identifier: str) -> tuple[LabelMask, LabelMask]:
         prediction, mask = predictions.read(identifier), truth.read(identifier)
@@ -295,19 +318,50 @@ def _evaluate_masks(
         return prediction, mask
 
     # The data come back in the order of the ids.
-    for identifier, (prediction, mask) in zip(match.ids, _ahead(load, match.ids), strict=True):
-        unsure, scored = prediction == IGNORE, mask
-        if options.pred_ignore == "exclude":
-            excluded += int((unsure & (mask != IGNORE)).sum())
-            scored = np.where(unsure, np.uint8(IGNORE), mask)
-        image_counts = confusion(scored, np.where(unsure, np.uint8(0), prediction), len(names))
-        counts += image_counts
+    for identifier, (prediction, mask) in zip(match.ids, ahead(load, match.ids), strict=True):
+        image_counts = tally.add(mask, prediction)
         if each:
-            each(identifier, image_counts, mask, prediction)
+            each(identifier, image_counts, mask, prediction, names)
         advance(1)
-    report = _report(options, truth, match, names, counts)
-    report.excluded_pixels = excluded
+    report = _report(options, truth, match, names, tally.counts)
+    report.excluded_pixels = tally.unlabelled if tally.exclude else 0
+    report.labelled, report.coverage = score(tally.labelled), tally.coverage
     return report
+
+
+class _Tally:
+    """Confusion matrices of masks in which 255 is left out, or counts as background; beside them those without 255."""
+
+    def __init__(self, classes: int, exclude: bool) -> None:
+        self.classes, self.exclude = classes, exclude
+        self.counts = np.zeros((classes, classes), np.int64)
+        self.labelled = self.counts.copy()
+        self.unlabelled = 0
+
+    def add(self, truth: LabelMask, prediction: LabelMask) -> Counts:
+        """Take in one image, and give its own matrix."""
+        unsure = prediction == IGNORE
+        certain = np.where(unsure, np.uint8(0), prediction)
+        known = np.where(unsure, np.uint8(IGNORE), truth)
+        labelled = confusion(known, certain, self.classes)
+        counts = labelled if self.exclude else confusion(truth, certain, self.classes)
+        self.counts += counts
+        self.labelled += labelled
+        self.unlabelled += int((unsure & (truth != IGNORE)).sum())
+        return counts
+
+    @property
+    def coverage(self) -> float:
+        """Share of the pixels with a ground truth that are labelled."""
+        labelled = int(self.labelled.sum())
+        total = labelled + self.unlabelled
+        return labelled / total if total else math.nan
+
+
+def _exif(manifest: Manifest) -> bool:
+    """Whether what a manifest describes lies on images as their EXIF turns them."""
+    made = manifest.get("options")
+    return isinstance(made, dict) and bool(made.get("exif"))
 
 
 def _size_error(identifier: str, predicted: Sequence[int], truth: Sequence[int]) -> InputError:
@@ -322,18 +376,3 @@ def _resized(labels: LabelMask, shape: tuple[int, ...]) -> LabelMask:
     from PIL import Image
 
     return np.asarray(Image.fromarray(labels).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
-
-
-def _ahead(load: Callable[[str], T], ids: Sequence[str]) -> Iterator[T]:
-    """Load in a few threads, a bounded number ahead of the consumer."""
-    threads = min(8, os.cpu_count() or 1)
-    source = iter(ids)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[T]] = deque(pool.submit(load, key) for key in islice(source, 2 * threads))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(load, key) for key in islice(source, 1))
-        finally:
-            for future in waiting:
-                future.cancel()

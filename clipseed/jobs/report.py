@@ -222,6 +222,9 @@ def _notes(report: EvaluateReport, gallery: Gallery) -> list[str]:
     if report.excluded_pixels:
         share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)
         notes.append(f"{100 * share:.2f} % of the pixels were left out because the prediction is 255 there")
+    if report.coverage < 1 and report.labelled is not None:
+        there = report.labelled.miou
+        notes.append(f"{100 * report.coverage:.2f} % of the pixels are labelled; mean IoU there {100 * there:.2f} %")
     if gallery.unscored:
         notes.append(f"{gallery.unscored} images have no score of their own, as all their ground truth is ignored")
     return notes

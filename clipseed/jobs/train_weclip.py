@@ -243,7 +243,7 @@ def _masks(options: TrainWeclipOptions, image_set: ImageSet) -> GivenMasks | Non
         if options.soft is not None:
             raise UsageError("--soft belongs to --masks: the scores behind given masks")
         return None
-    source = find_ground_truth(options.masks, image_set.manifest, "--masks")
+    source = find_ground_truth(options.masks, image_set.manifest, "--masks", image_set.vocabulary, image_set.exif)
     return GivenMasks(source, len(image_set.vocabulary.classes) + 1, options.soft)
 
 
@@ -265,7 +265,7 @@ def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None
 
 def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
     image_set = open_dataset(replace(options.data, split=options.val, limit=options.val_limit))
-    truth = find_ground_truth(options.gt, image_set.manifest)
+    truth = find_ground_truth(options.gt, image_set.manifest, vocabulary=image_set.vocabulary, exif=image_set.exif)
     if not any(truth.has(sample.id) for sample in image_set.samples):
         raise InputError(f"--val {options.val}: none of its {len(image_set.samples)} images has a mask in {truth.name}")
     return image_set, truth

@@ -25,7 +25,7 @@ def heat_overlay(image: Pixels, heat: npt.NDArray[np.float32], strength: float =
 
 def label_overlay(image: Pixels, labels: Pixels, strength: float = 0.6) -> Pixels:
     """Blend a mask ``(H, W)`` in VOC colours over an image; the background stays as it is."""
-    from clipseed.store.label_masks import voc_palette
+    from clipseed.formats.palette import voc_palette
 
     blended = image * (1 - strength) + voc_palette()[labels] * strength + 0.5
     return np.where((labels > 0)[..., None], blended, image).astype(np.uint8)
@@ -46,7 +46,7 @@ def maps_overlay(
 
     ``classes`` ``(K,)`` are class indices; colours are those of :func:`label_overlay`.
     """
-    from clipseed.store.label_masks import voc_palette
+    from clipseed.formats.palette import voc_palette
 
     if not len(maps):
         return image

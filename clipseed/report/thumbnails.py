@@ -8,8 +8,9 @@ import io
 import numpy as np
 from PIL import Image
 
+from clipseed.formats.palette import css_color
+from clipseed.formats.png import index_image
 from clipseed.report.overlay import Pixels
-from clipseed.store.label_masks import voc_palette
 from clipseed.types import LabelMask
 
 THUMBNAIL = 360
@@ -44,15 +45,12 @@ def photo_uri(pixels: Pixels) -> str:
 
 def mask_uri(labels: LabelMask) -> str:
     """A mask ``(H, W)`` in VOC colours as a PNG data URI."""
-    image = Image.fromarray(labels)
-    image.putpalette(voc_palette().tobytes())
-    return _uri(image, "PNG", optimize=True)
+    return _uri(index_image(labels), "PNG", optimize=True)
 
 
 def colour(label: int) -> str:
     """VOC colour of a label as CSS."""
-    red, green, blue = voc_palette()[label].tolist()
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    return css_color(label)
 
 
 def _uri(image: Image.Image, kind: str, **options: int) -> str:

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from threading import Barrier, Lock
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What decides how OpenMP's threads wait: the standard's, GNU's, and LLVM's and Intel's own."""
@@ -63,3 +69,18 @@ def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def ahead(load: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Load in a few threads, a bounded number ahead of the consumer; results come in the order of the items."""
+    threads = min(8, os.cpu_count() or 1)
+    source = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[T]] = deque(pool.submit(load, item) for item in islice(source, 2 * threads))
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(load, item) for item in islice(source, 1))
+        finally:
+            for future in waiting:
+                future.cancel()

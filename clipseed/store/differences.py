@@ -126,7 +126,7 @@ def _model(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         found.append(f"other weights: {_weights(then)} then, {_weights(now)} now")
     if then.get("precision") != now.get("precision"):
         found.append(_entry("precision", then.get("precision"), now.get("precision")))
-    told = {"sha256", "precision", "weights"}
+    told = {"sha256", "precision", "weights", "license"}  # what is known of a license decides nothing
     if then.get("model") != now.get("model"):
         found.append(f"--model {_value(then.get('model'))} then, {_value(now.get('model'))} now")
         told.add("model")

@@ -207,7 +207,7 @@ class EmptyList:
         self.path = list_beside(out, "empty")
         self.classes: dict[str, tuple[int, ...]] = {}
         """Classes of every image that is known, by id."""
-        self._names, self._stage, self._earlier = _names(manifest), stage or stage_of(manifest), earlier
+        self._names, self._stage, self._earlier = class_names(manifest), stage or stage_of(manifest), earlier
         self._empty: dict[str, tuple[int, ...]] = {}
         self._elsewhere: list[EmptyLabel] = []
 
@@ -277,11 +277,11 @@ def read_empty(out: Path) -> list[EmptyLabel]:
 
 def listed_earlier(listed: Iterable[EmptyLabel], manifest: Manifest) -> Earlier:
     """Answers from lists that were written before, of outputs with the same classes."""
-    known, names = {(item.id, item.label): (item.stage, item.reason) for item in listed}, _names(manifest)
+    known, names = {(item.id, item.label): (item.stage, item.reason) for item in listed}, class_names(manifest)
     return lambda identifier, class_id: known.get((identifier, _name(names, class_id)))
 
 
-def _names(manifest: Manifest) -> tuple[str, ...]:
+def class_names(manifest: Manifest) -> tuple[str, ...]:
     """Class names, where a manifest has any."""
     words = manifest.get("vocabulary")
     classes = words.get("classes") if isinstance(words, dict) else None

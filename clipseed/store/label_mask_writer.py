@@ -16,12 +16,14 @@ from clipseed.store.empty import (
     EmptyLabels,
     EmptyList,
     background_to_ignore,
+    class_names,
     nothing_earlier,
     without_pixel,
 )
 from clipseed.store.files import remove_leftovers, storage_errors, write_skipped, write_text
 from clipseed.store.label_mask_folder import MANIFEST, read_label_mask_manifest
 from clipseed.store.label_masks import LabelMaskNote, label_mask_note, write_label_mask
+from clipseed.store.legend import write_legend
 from clipseed.store.manifest import Manifest, dumps, refuse_differences
 from clipseed.store.places import noted
 from clipseed.store.shards import WHOLE, Empty, Shard
@@ -50,7 +52,8 @@ class Labelled:
 class LabelMaskWriter(SharedOutput):
     """Writes masks below a folder, the id being the path without suffix. Use as a context manager: it holds a lock.
 
-    Masks appear under their name only when they are complete, so those that are there are done.
+    Masks appear under their name only when they are complete, so those that are there are done. ``classes.csv`` says
+    what their values mean.
 
     Args:
         folder: Made when missing.
@@ -115,6 +118,9 @@ class LabelMaskWriter(SharedOutput):
             if found and not self._same_input:
                 self._manifest = without_input(self._manifest)
         write_text(plan, dumps(self._manifest) + "\n")
+        names = class_names(self._manifest)
+        if names:
+            write_legend(self.folder, names)
         self.done = {key for key, path in found.items() if not path.name.startswith(".") and path.exists()}
 
     def _masks(self) -> dict[str, Path]:

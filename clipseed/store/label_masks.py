@@ -14,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from clipseed.data.paths import never_ends
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.errors import InputError
+from clipseed.formats.palette import voc_palette
+from clipseed.formats.png import index_image
 from clipseed.store.files import replacing
 from clipseed.types import LabelMask
 
@@ -21,17 +23,6 @@ _CLASSES, _EMPTY, _IMAGE = "clipseed-classes", "clipseed-empty", "clipseed-image
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _ROWS = 1 << 22
 """Pixels whose colours are looked up at once."""
-
-
-@lru_cache(maxsize=1)
-def voc_palette() -> npt.NDArray[np.uint8]:
-    """The PASCAL VOC colour map: ``(256, 3)`` uint8, bits of the label spread over the channels' high bits."""
-    labels = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((labels >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
 
 
 @dataclass(frozen=True)
@@ -60,8 +51,6 @@ def write_label_mask(path: Path, labels: LabelMask, note: LabelMaskNote = NO_NOT
     Raises:
         StoreError: it cannot be written.
     """
-    image = Image.fromarray(labels, mode="P")
-    image.putpalette(voc_palette().tobytes())
     chunks = PngInfo()
     if note.classes is not None:
         chunks.add_text(_CLASSES, " ".join(map(str, note.classes)))
@@ -70,7 +59,7 @@ def write_label_mask(path: Path, labels: LabelMask, note: LabelMaskNote = NO_NOT
     if note.empty:
         chunks.add_text(_EMPTY, " ".join(map(str, note.empty)))
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunks)
+        index_image(labels).save(temporary, format="PNG", pnginfo=chunks)
 
 
 def label_mask_note(path: Path) -> LabelMaskNote:

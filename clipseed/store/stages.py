@@ -15,6 +15,8 @@ PREDICT_OUTPUT = "predictions"
 _REFINED = "cams-*.h5"
 _READ_BY: dict[str, tuple[str, ...]] = {
     "evaluate": (PREDICT_OUTPUT, SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
+    "export": (PREDICT_OUTPUT, SEED_OUTPUT, CRF_OUTPUT),
+    "irn": (_REFINED, CAM_OUTPUT),
     "crf": (_REFINED, CAM_OUTPUT),
     "threshold": (_REFINED, CAM_OUTPUT),
     "sam-seed": (_REFINED, CAM_OUTPUT),
@@ -24,7 +26,15 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "js": (CAM_OUTPUT,),
 }
 """What each command reads when it is not told, the most refined first."""
-_DOES = {"evaluate": "score", "crf": "label", "threshold": "label", "sam-seed": "label", "sam-masks": "segment"}
+_DOES = {
+    "evaluate": "score",
+    "export": "export",
+    "irn": "export",
+    "crf": "label",
+    "threshold": "label",
+    "sam-seed": "label",
+    "sam-masks": "segment",
+}
 
 
 def newest_output(folder: Path, command: str = "evaluate") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from clipseed.data.vocabulary import load_vocabulary
 from clipseed.errors import InputError, UsageError
 from clipseed.evaluate.confusion import confusion, score
 from clipseed.evaluate.sweep import DEFAULT_THRESHOLDS, PowerSweep, ThresholdSweep
+from clipseed.formats.palette import voc_palette
 from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.label_masks import voc_palette, write_label_mask
+from clipseed.store.label_masks import read_label_mask, write_label_mask
 from clipseed.store.units import Unit
 
 VOC = load_vocabulary("voc")
@@ -371,7 +373,7 @@ def test_which_output_is_scored_by_default(
 
 def test_memory_does_not_grow(folders: tuple[Path, Path]) -> None:
     """Masks are read a bounded number ahead of the matrix they are added to."""
-    from clipseed.jobs.evaluate import _ahead
+    from clipseed.runtime.threads import ahead
 
     alive: set[int] = set()
     most = 0
@@ -386,6 +388,65 @@ def test_memory_does_not_grow(folders: tuple[Path, Path]) -> None:
         def __del__(self) -> None:
             alive.discard(self.key)
 
-    for _ in _ahead(Mask, [str(k) for k in range(500)]):
+    for _ in ahead(Mask, [str(k) for k in range(500)]):
         pass
     assert most <= 40
+
+
+def test_coverage_and_single_images(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What 255 costs, and which images are bad: against loops over the pixels."""
+    prediction, truth = folders
+    rng = np.random.default_rng(5)
+    ids = ["a", "b", "sub/c", "d", "e"]
+    for key in ids:
+        mask = read_label_mask(prediction / f"{key}.png").copy()
+        mask[rng.random(mask.shape) < 0.3] = 255
+        write_label_mask(prediction / f"{key}.png", mask)
+    write_label_mask(truth / "b.png", np.full((20, 30), 255, np.uint8))
+    write_label_mask(prediction / "b.png", np.full((20, 30), 4, np.uint8))
+    pairs = {key: (read_label_mask(truth / f"{key}.png"), read_label_mask(prediction / f"{key}.png")) for key in ids}
+    certain = [(np.where(guess == 255, 255, mask), guess) for mask, guess in pairs.values()]
+    known = sum(int((mask != 255).sum()) for mask, _ in pairs.values())
+    covered = sum(int((mask != 255).sum()) for mask, _ in certain)
+    for policy in ("exclude", "background"):
+        report = run(prediction, truth, pred_ignore=policy)
+        assert report.coverage == covered / known
+        assert report.labelled.miou == pytest.approx(plain_scores(certain, 21)["miou"], abs=1e-9)
+        whole = certain if policy == "exclude" else [(m, np.where(p == 255, 0, p)) for m, p in pairs.values()]
+        assert report.scores.miou == pytest.approx(plain_scores(whole, 21)["miou"], abs=1e-9)
+    words = ["evaluate", str(prediction), "--gt", str(truth), "--classes", "voc", "--pred-ignore", "background"]
+    table = tmp_path / "images.csv"
+    assert main([*words, "--per-image", str(table), "--worst", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "coverage" in said
+    assert "the 1 worst images" in said
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows][-1] == "b"
+    assert (rows[-1]["miou"], rows[-1]["coverage"], rows[-1]["missed"], rows[-1]["invented"]) == ("", "", "", "")
+    assert float(rows[0]["miou"]) <= float(rows[1]["miou"])
+    for row in rows[:-1]:
+        mask, guess = pairs[row["id"]]
+        alone = plain_scores([(mask, np.where(guess == 255, 0, guess))], 21)
+        assert float(row["miou"]) == pytest.approx(alone["miou"], abs=1e-6)
+        there, said_there = ({int(v) for v in np.unique(part[mask != 255])} - {0, 255} for part in (mask, guess))
+        assert row["missed"] == ";".join(NAMES[k] for k in sorted(there - said_there))
+        assert row["invented"] == ";".join(NAMES[k] for k in sorted(said_there - there))
+        assert float(row["coverage"]) == pytest.approx((guess[mask != 255] != 255).mean(), abs=1e-6)
+    assert main([*words, "--worst", "2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [item["id"] for item in data["worst"]] == [row["id"] for row in rows[:2]]
+    assert data["coverage"] == covered / known
+
+
+def test_maps_cover_everything(seeds: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, root, cases = seeds
+    words = ["evaluate", str(path), "--gt", str(root / "truth"), "--threshold", "0.3"]
+    assert main([*words, "--per-image", str(tmp_path / "x.csv"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["coverage"], data["miou_labelled"]) == (1.0, data["miou"])
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == len(cases) + 1
+    assert main(words) == 0
+    assert "coverage" not in capsys.readouterr().out

@@ -15,12 +15,13 @@ from PIL import Image
 import clipseed
 from clipseed.cli.main import main
 from clipseed.data.types import Sample
+from clipseed.formats.palette import voc_palette
 from clipseed.jobs.crf import NativeSolver, Problem
 from clipseed.refine.crf import CLIP_ES, PRESETS, CrfParameters, clip_es_unary, crf_parameters, dense_crf
 from clipseed.refine.permutohedral import build_lattice
 from clipseed.runtime.decode import DecodePool
 from clipseed.store.label_mask_folder import read_label_mask_manifest
-from clipseed.store.label_masks import read_label_mask, voc_palette
+from clipseed.store.label_masks import read_label_mask
 
 from helpers.images import photo
 

@@ -21,6 +21,7 @@ from PIL import Image
 from clipseed.cli.main import main
 from clipseed.errors import InputError, StoreError, UsageError
 from clipseed.evaluate.confusion import confusion, score
+from clipseed.formats.palette import voc_palette
 from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.jobs.report import ReportOptions, ReportResult, write_report
 from clipseed.report.charts import HUES, confusion_chart, curve_chart
@@ -30,7 +31,7 @@ from clipseed.report.text import escaped, percent
 from clipseed.report.thumbnails import THUMBNAIL
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.label_masks import voc_palette, write_label_mask
+from clipseed.store.label_masks import write_label_mask
 from clipseed.store.units import Unit
 
 from helpers.images import photo

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 import clipseed
 from clipseed.errors import StoreError, UsageError
+from clipseed.formats.palette import voc_palette
 from clipseed.store.cam_records import Cam, cam_format
 from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import CamFile, CamSet, open_cams
 from clipseed.store.files import replacing, storage_errors
-from clipseed.store.label_masks import read_label_mask, voc_palette, write_label_mask
+from clipseed.store.label_masks import read_label_mask, write_label_mask
 from clipseed.store.manifest import differences
 from clipseed.store.record_file import write_unit
 from clipseed.store.units import Unit
