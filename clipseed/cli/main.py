@@ -15,6 +15,7 @@ from clipseed.cli.demo import demo
 from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
 from clipseed.cli.inspect import inspect
+from clipseed.cli.label import label
 from clipseed.cli.merge import merge
 from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
@@ -49,6 +50,7 @@ app = typer.Typer(
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
 _train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
 
+app.command("label")(label)
 app.command("cam")(cam)
 app.add_typer(_refine, name="refine")
 _refine.command("caa")(caa)
