@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from clipseed.errors import WeightsError
 from clipseed.weights import file_sha256
 
 TOY_WEIGHTS = "toy"
+Loaded = TypeVar("Loaded", bound="FrozenClip")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,14 @@ class FrozenClip:
 
     @classmethod
     def load(
-        cls,
+        cls: type[Loaded],
         model: str | None = None,
         weights: str | Path = WEIGHTS,
         device: str | torch.device = "auto",
         precision: Precision = "auto",
         *,
         released_rounding: bool = False,
-    ) -> FrozenClip:
+    ) -> Loaded:
         """Load a frozen CLIP.
 
         Args:

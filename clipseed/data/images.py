@@ -87,6 +87,30 @@ def read_image(path: Path, *, exif: bool = False, max_pixels: int = MAX_PIXELS) 
         raise ImageError(f"{path}: damaged or truncated ({type(error).__name__}: {error})") from error
 
 
+AnyImage = Image.Image | str | Path | npt.NDArray[np.generic]
+"""An image as people have it in Python: Pillow's, a path, or an array ``(H, W, 3)`` or ``(H, W)``."""
+
+
+def opened(image: AnyImage) -> Image.Image:
+    """Any image as 8-bit RGB; see :func:`read_image` for files and :func:`to_rgb` for what becomes of the rest.
+
+    Raises:
+        ImageError: it cannot be read, or the array is none of an image.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    array = np.asarray(image)
+    if array.ndim == 2 and array.dtype == np.uint8:
+        return Image.fromarray(array).convert("RGB")
+    if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
+        return to_rgb(Image.fromarray(array))
+    raise ImageError(
+        f"an array {array.shape} of {array.dtype} is no image; give (H, W, 3) of uint8, the channels red, green, blue"
+    )
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size

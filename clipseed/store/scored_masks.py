@@ -51,8 +51,14 @@ class ScoredMaskWriter:
         self._shard, self._unit_size = shard, unit_size
         self._soft = (
             CamWriter(
-                soft, soft_manifest or manifest, "float16", unit_size, overwrite=overwrite, shard=shard,
-                stage=soft_stage, earlier=earlier,
+                soft,
+                soft_manifest or manifest,
+                "float16",
+                unit_size,
+                overwrite=overwrite,
+                shard=shard,
+                stage=soft_stage,
+                earlier=earlier,
             )
             if soft
             else None
