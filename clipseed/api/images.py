@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from clipseed.data.background import choose_background
 from clipseed.data.images import AnyImage, opened
 from clipseed.data.types import Sample
-from clipseed.data.vocabulary import ClassText, Vocabulary, checked, load_vocabulary, with_general_background
+from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary, named_vocabulary
 from clipseed.errors import ImageError, UsageError
 from clipseed.runtime.work import Work
 from clipseed.store.units import Unit
@@ -124,5 +124,4 @@ def _vocabulary(classes: Classes | None, rows: Sequence[Sequence[str]]) -> Vocab
     if isinstance(classes, str | Path):
         return load_vocabulary(classes)
     names = list(dict.fromkeys(label for row in rows for label in row)) if classes is None else list(classes)
-    listed = Vocabulary("given", tuple(ClassText(name) for name in names))
-    return with_general_background(checked(listed, "labels" if classes is None else "classes"))
+    return named_vocabulary(names, "given", "labels" if classes is None else "classes")

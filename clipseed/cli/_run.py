@@ -189,7 +189,12 @@ def warn_of_toy_weights(console: Console, weights: str | None, image_set: ImageS
 
     # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
     if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):
-        console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
+        say_toy_is_no_photo(console)
+
+
+def say_toy_is_no_photo(console: Console) -> None:
+    """Say that the built-in weights were trained on drawings."""
+    console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
 
 
 def rate(report: RunReport) -> str:

@@ -25,6 +25,7 @@ from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
 from clipseed.cli.train import weclip
+from clipseed.cli.try_photo import try_photo
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__
 
@@ -51,6 +52,7 @@ _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along c
 _train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
 
 app.command("label")(label)
+app.command("try")(try_photo)
 app.command("cam")(cam)
 app.add_typer(_refine, name="refine")
 _refine.command("caa")(caa)

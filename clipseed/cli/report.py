@@ -16,7 +16,7 @@ from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.report import ReportResult
+    from clipseed.jobs.report import ReportResult, SurveyResult
 
 _page_option = partial(typer.Option, rich_help_panel="Page")
 
@@ -48,11 +48,13 @@ def report(
 ) -> int:
     """Write one self-contained HTML page: scores, confusion, and the best and worst images.
 
-    Example:
+    Without ground truth: areas of the classes, and the images most worth a look with their maps and labels. Examples:
 
       clipseed report cams.h5 --gt SegmentationClass
+
+      clipseed report pseudo
     """
-    from clipseed.jobs.report import ReportOptions, write_report
+    from clipseed.jobs.report import ReportOptions, SurveyResult, write_report
     from clipseed.store.files import refuse_unwritable
     from clipseed.store.stages import newest_output
 
@@ -68,10 +70,24 @@ def report(
         console.warn(f"{name}: {note}")
     if output.json:
         print_json(result.as_dict())
-    else:
+    if isinstance(result, SurveyResult):
+        if not output.json:
+            _print_survey(result)
+        console.note(f"{out}: the page; without ground truth (--gt) it has no scores")
+        return 0
+    if not output.json:
         _print(result)
     console.note(f"{out}: the page")
     return exit_code(console, result.unscored, allowed)
+
+
+def _print_survey(result: SurveyResult) -> None:
+    for one in result.inputs:
+        header = (f"{one.name}, {len(one.survey.images)} images", "labelled", "with pixels", "pixels %")
+        rows = [(item.name, str(item.labelled), str(item.shown), percent(item.share)) for item in one.survey.classes]
+        print_table(header, [*rows, ("all: labelled pixels", "", "", percent(one.survey.coverage))])
+    for key, why in result.worth:
+        typer.echo(f"look at {key}: {why}")
 
 
 def _training(console: Console, chosen: tuple[Path, ...], out: Path, title: str, output: shared.OutputArguments) -> int:

@@ -16,12 +16,11 @@ from clipseed.data.listing import list_images, read_split
 from clipseed.data.paths import IMAGE_SUFFIXES, is_file, is_folder
 from clipseed.data.types import ImageReader, ImageSet, Sample, check_id
 from clipseed.data.vocabulary import (
-    ClassText,
     Vocabulary,
     checked,
     load_vocabulary,
+    named_vocabulary,
     parse_vocabulary,
-    with_general_background,
 )
 from clipseed.defaults import MAX_PIXELS, DatasetName
 from clipseed.errors import ImageError, InputError, UsageError
@@ -221,8 +220,7 @@ def _labels_of_folders(options: DatasetOptions, root: Path, files: Mapping[str, 
     if not names:
         raise InputError(f"--labels folders: the images lie in {root} itself, not in one folder for each class")
     if options.classes is None and options.vocabulary is None:
-        listed = Vocabulary(root.resolve().name or "folders", tuple(ClassText(name) for name in names))
-        vocabulary = with_general_background(checked(listed, f"--labels folders: {root}"))
+        vocabulary = named_vocabulary(names, root.resolve().name or "folders", f"--labels folders: {root}")
     else:
         vocabulary = _vocabulary(options, "")
     indices = {name: vocabulary.index(name, f"--labels folders: {root / name}") for name in names}

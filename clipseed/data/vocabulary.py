@@ -155,6 +155,15 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     return vocabulary if data.get("background") is not None else with_general_background(vocabulary)
 
 
+def named_vocabulary(names: Iterable[str], name: str, where: str) -> Vocabulary:
+    """A class list of bare names, with the general background words.
+
+    Raises:
+        InputError: there are none, or one is listed twice or impossible.
+    """
+    return with_general_background(checked(Vocabulary(name, tuple(map(ClassText, names))), where))
+
+
 def with_general_background(vocabulary: Vocabulary) -> Vocabulary:
     """The class list with the general words, less those that a class may be called."""
     words = unlike_classes(general_words(), vocabulary.phrases)
