@@ -104,9 +104,10 @@ Debug = Annotated[bool, output_option("--debug", help="Show tracebacks.")]
 class DatasetArguments:
     """Which data set, and where it is."""
 
-    dataset: Annotated[Optional[DatasetName], data_option(help="toy is built in (default: folder, with --images).")] = (
-        None
-    )
+    dataset: Annotated[
+        Optional[DatasetName],
+        data_option(help="voc, coco, folder, or toy, which is built in (default: folder, with --images)."),
+    ] = None
     root: Annotated[
         Optional[Path], data_option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).")
     ] = None

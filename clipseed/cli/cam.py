@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, prepare, rate, timings, warn_of_toy_weights
+from clipseed.cli._run import Running, prepare, rate, spoken_model, timings, warn_of_toy_weights
 from clipseed.data.vocabulary import GENERAL
 from clipseed.defaults import CamMethod
 from clipseed.errors import UsageError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clipseed.runtime.stream import Advance
 
 
-@grouped
+@grouped(first=("dataset", "images", "split", "labels", "classes", "out", "weights", "refine", "background", "device"))
 def cam(
     *,
     where: shared.DatasetArguments,
@@ -94,7 +94,7 @@ def cam(
     computed, used = done.stats.computed, done.model
     summary = (
         f"{done.out}: {done.done_before + computed} of {done.total} images, {computed} computed now{rate(done)} "
-        f"({used['model']} {used['weights']}, {done.device}, {used['precision']})"
+        f"({spoken_model(used)}, {done.device}, {used['precision']})"
     )
     code = run.finish(done, summary, model_facts(done), done.empty)
     if done.empty is None or not done.empty.most or run.launch.source == "torchrun":
@@ -117,6 +117,8 @@ def start_tags(run: Running, weights: str | None, image_set: ImageSet, todo: int
 
 
 def _warn(console: Console, weights: str | None, image_set: ImageSet) -> None:
+    for note in image_set.notes:
+        console.note(note)
     warn_of_toy_weights(console, weights, image_set)
     words = image_set.vocabulary
     if words.background_from == GENERAL:
@@ -131,6 +133,14 @@ def tell_tags(console: Console, tags: TagReport) -> None:
     if not tags.tagged:
         console.note("--labels auto: every image that can be read has labels of its own")
         return
+    if tags.alike:
+        what = (
+            f"all classes in {tags.with_all}" if tags.with_all > tags.without_class else f"none in {tags.without_class}"
+        )
+        console.warn(
+            f"the tags do not tell the images apart: CLIP found {what} of {tags.tagged} images; look at the list, try "
+            "other words (docs/choosing-text.md) or --tag-threshold, or another model"
+        )
     then = "correct it and give it with --labels"
     if tags.open_shards:
         then = f"{tags.open_shards} shards have images to be tagged yet, and the last of them writes the file"

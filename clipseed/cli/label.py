@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from clipseed.jobs.label import LabelReport
 
 
-@grouped
+@grouped(
+    first=("images", "labels", "classes", "dataset", "recipe", "checkpoint", "confidence", "out", "keep", "weights")
+)
 def label(
     *,
     where: shared.DatasetArguments,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from clipseed.cli._exit import code_of, prepare_streams
+from clipseed.cli._groups import Command
 from clipseed.cli._options import with_values
 from clipseed.cli.cam import cam
 from clipseed.cli.crf import crf
@@ -51,27 +52,27 @@ app = typer.Typer(
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
 _train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
 
-app.command("label")(label)
-app.command("try")(try_photo)
-app.command("cam")(cam)
+app.command("label", cls=Command)(label)
+app.command("try", cls=Command)(try_photo)
+app.command("cam", cls=Command)(cam)
 app.add_typer(_refine, name="refine")
-_refine.command("caa")(caa)
-_refine.command("js")(js)
-_refine.command("par")(par)
-app.command("threshold")(threshold)
-app.command("crf")(crf)
-app.command("sam-masks")(sam_masks)
-app.command("sam-seed")(sam_seed)
+_refine.command("caa", cls=Command)(caa)
+_refine.command("js", cls=Command)(js)
+_refine.command("par", cls=Command)(par)
+app.command("threshold", cls=Command)(threshold)
+app.command("crf", cls=Command)(crf)
+app.command("sam-masks", cls=Command)(sam_masks)
+app.command("sam-seed", cls=Command)(sam_seed)
 app.add_typer(_train, name="train")
-_train.command("weclip")(weclip)
-app.command("predict")(predict)
-app.command("merge")(merge)
-app.command("evaluate")(evaluate)
-app.command("report")(report)
-app.command("inspect")(inspect)
-app.command("prompts")(prompts)
-app.command("demo")(demo)
-app.command("doctor")(doctor)
+_train.command("weclip", cls=Command)(weclip)
+app.command("predict", cls=Command)(predict)
+app.command("merge", cls=Command)(merge)
+app.command("evaluate", cls=Command)(evaluate)
+app.command("report", cls=Command)(report)
+app.command("inspect", cls=Command)(inspect)
+app.command("prompts", cls=Command)(prompts)
+app.command("demo", cls=Command)(demo)
+app.command("doctor", cls=Command)(doctor)
 
 
 @app.callback()

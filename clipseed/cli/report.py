@@ -11,7 +11,7 @@ import typer
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_json, print_table
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code
+from clipseed.cli._run import exit_code, last_output
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import UsageError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _page_option = partial(typer.Option, rich_help_panel="Page")
 
 
-@grouped
+@grouped()
 def report(
     *,
     inputs: Annotated[
@@ -29,7 +29,7 @@ def report(
         typer.Argument(
             metavar="CAMS_OR_MASKS...",
             help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
-            "(default: the newest stage). Or one segmenter (.safetensors): how it learned.",
+            "(default: the last one made here). Or one segmenter (.safetensors): how it learned.",
         ),
     ] = None,
     scoring: shared.ScoringArguments,
@@ -56,11 +56,10 @@ def report(
     """
     from clipseed.jobs.report import ReportOptions, SurveyResult, write_report
     from clipseed.store.files import refuse_unwritable
-    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(out, "--out")
-    chosen = tuple(inputs) if inputs else (newest_output(Path()),)
+    chosen = tuple(inputs) if inputs else (last_output(console, "report"),)
     if any(path.suffix == ".safetensors" for path in chosen):
         return _training(console, chosen, out, title, output)
     options = ReportOptions(chosen, scoring.of(chosen[0]), out, images, worst, best, title, root)

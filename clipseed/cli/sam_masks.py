@@ -11,7 +11,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, prepare, rate
+from clipseed.cli._run import SPENT_ON, Running, prepare, rate
 from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError
 
@@ -42,7 +42,7 @@ class ImageArguments:
     split: shared.Split = None
 
 
-@grouped
+@grouped(first=("dataset", "images", "split", "seeds", "checkpoint", "existing", "prompt", "preset", "out", "device"))
 def sam_masks(
     *,
     where: ImageArguments,
@@ -153,7 +153,7 @@ def _finish(run: Running, done: SamMasksReport) -> int:
         summary += (
             f"; {done.masks} masks, {done.per_image:.1f} per image, "
             f"{bytes_each:.0f} bytes each{empty}; "
-            f"limited by {stats.bottleneck} ({done.device})"
+            f"mostly {SPENT_ON[stats.bottleneck]} ({done.device})"
         )
     facts = {
         "masks": done.masks,

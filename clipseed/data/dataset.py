@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from clipseed.data import coco, voc
 from clipseed.data.background import choose_background
-from clipseed.data.images import FileReader, read_image
-from clipseed.data.labels import Labels, read_labels
-from clipseed.data.listing import list_images, read_split
+from clipseed.data.images import FileReader, peculiarities, read_image
+from clipseed.data.labels import LabelFile, Labels, read_label_file, read_labels
+from clipseed.data.listing import list_photos, read_split
 from clipseed.data.paths import IMAGE_SUFFIXES, is_file, is_folder
 from clipseed.data.types import ImageReader, ImageSet, Sample, check_id
 from clipseed.data.vocabulary import (
@@ -174,14 +174,14 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
 def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.images is None:
         raise UsageError("--dataset folder needs --images DIR, the folder with the images")
-    files = list_images(options.images)  # first, as whoever looks for a mistake would
+    files, unread = list_photos(options.images)  # first, as whoever looks for a mistake would
     if options.images_only:
-        vocabulary = options.vocabulary or Vocabulary("none", ())
-        labels: Labels = {}
+        vocabulary, known = options.vocabulary or Vocabulary("none", ()), LabelFile({}, "nothing")
     elif options.folder_labels:
-        vocabulary, labels = _labels_of_folders(options, options.images, files)
+        vocabulary, known = _labels_of_folders(options, options.images, files)
     else:
-        vocabulary, labels = _folder_labels(options)
+        vocabulary, known = _folder_labels(options)
+    labels = known.labels
     if options.split:
         name, ids = Path(options.split).stem, read_split(Path(options.split))
     else:
@@ -189,15 +189,18 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
         name, ids = "all", sorted(files.keys() | labels.keys())
     if not options.auto_labels and not options.images_only and not files.keys() & labels.keys():
         raise InputError(
-            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} "
-            f"(first label id {next(iter(labels), '')!r}, first image {next(iter(files))!r})"
+            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} (read as "
+            f"{known.read_as}; first label id {next(iter(labels), '')!r}, first image {next(iter(files))!r})"
         )
     samples = [Sample(key, files.get(key, options.images / key), labels.get(key)) for key in ids]
     root = options.images.resolve()
-    return ImageSet("folder", root, name, samples, vocabulary, **_reading(options), source=_source(options, root))
+    notes = (*known.notes, *unread, *peculiarities(list(files.values()), exif=options.exif))
+    return ImageSet(
+        "folder", root, name, samples, vocabulary, **_reading(options), source=_source(options, root), notes=notes
+    )
 
 
-def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, Labels]:
+def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, LabelFile]:
     if options.classes is None and options.vocabulary is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
     if options.labels is None and not options.auto_labels:
@@ -206,10 +209,12 @@ def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, Labels]:
             "folders (each image lies in a folder called like its class), or --labels auto to have CLIP tag them"
         )
     vocabulary = _vocabulary(options, "")
-    return vocabulary, _labels(options, vocabulary) or {}
+    if options.labels is None:
+        return vocabulary, LabelFile({}, "nothing")
+    return vocabulary, read_label_file(options.labels, vocabulary)
 
 
-def _labels_of_folders(options: DatasetOptions, root: Path, files: Mapping[str, Path]) -> tuple[Vocabulary, Labels]:
+def _labels_of_folders(options: DatasetOptions, root: Path, files: Mapping[str, Path]) -> tuple[Vocabulary, LabelFile]:
     """Class list and labels from where images lie: ``cat/2019/x.jpg`` shows a cat.
 
     Raises:
@@ -224,7 +229,7 @@ def _labels_of_folders(options: DatasetOptions, root: Path, files: Mapping[str, 
     else:
         vocabulary = _vocabulary(options, "")
     indices = {name: vocabulary.index(name, f"--labels folders: {root / name}") for name in names}
-    return vocabulary, {key: (indices[name],) for key, name in folders.items()}
+    return vocabulary, LabelFile({key: (indices[name],) for key, name in folders.items()}, "folders")
 
 
 def _open_toy(options: DatasetOptions) -> ImageSet:

@@ -313,10 +313,17 @@ class TagReport(RunReport):
     Attributes:
         tagged: Images of this run that CLIP tagged, now or earlier.
         without_class: Those of them in which it found no class: all background.
+        with_all: Those in which it found every class there is.
     """
 
     tagged: int
     without_class: int
+    with_all: int = 0
+
+    @property
+    def alike(self) -> bool:
+        """Whether most images got all classes, or most none: then tags tell images not apart."""
+        return self.tagged > 1 and 2 * max(self.with_all, self.without_class) > self.tagged
 
 
 def tag_unlabelled(
@@ -345,8 +352,11 @@ def tag_unlabelled(
         done = run(engine, store, image_set.samples, start, shard=shard, may_be_empty=True)
         tagged = [key for key in store.own([sample.id for sample in image_set.samples]) if key in store.scores]
         without = sum(not store.scores[key] for key in tagged)
+        classes = len(image_set.vocabulary.classes)
+        everything = sum(len(store.scores[key]) == classes > 1 for key in tagged)
         samples = [store.labelled(sample) for sample in image_set.samples]
-    return replace(image_set, samples=samples), TagReport(**vars(done), tagged=len(tagged), without_class=without)
+    report = TagReport(**vars(done), tagged=len(tagged), without_class=without, with_all=everything)
+    return replace(image_set, samples=samples), report
 
 
 def _deciding(manifest: Manifest) -> Manifest:
