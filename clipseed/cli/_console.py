@@ -12,7 +12,6 @@ from typing import Any
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
 _WIDE = 100
 """Columns of a terminal that hold a whole line of progress."""
 

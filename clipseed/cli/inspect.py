@@ -58,12 +58,12 @@ def _print(inspection: AnyInspection) -> None:
     per_class: dict[str, int] = {}
     if isinstance(inspection, CamInspection):
         per_class = inspection.per_class
-        counted, origin, content = "images", _cam_origin(manifest), _cam_content(inspection)
+        unit, origin, content = "images", _cam_origin(manifest), _cam_content(inspection)
     elif isinstance(inspection, SegmentInspection):
         per_class = inspection.per_class
-        counted, origin, content = "masks", _segment_origin(manifest), _segment_content(inspection)
+        unit, origin, content = "masks", _segment_origin(manifest), _segment_content(inspection)
     else:
-        counted, origin, content = "images", _feature_origin(manifest), _feature_content(inspection)
+        unit, origin, content = "images", _feature_origin(manifest), _feature_content(inspection)
     rows = [
         ("file", f"{inspection.path} ({counted(inspection.files, 'file')}, {inspection.bytes:,} bytes)"),
         *([("method", str(manifest["method"]))] if "method" in manifest else []),
@@ -79,7 +79,7 @@ def _print(inspection: AnyInspection) -> None:
     present = [(name, str(number)) for name, number in per_class.items() if number]
     if present:
         typer.echo("")
-        print_table(("class", counted), present)
+        print_table(("class", unit), present)
 
 
 Rows = list[tuple[str, str]]
