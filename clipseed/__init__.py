@@ -14,16 +14,21 @@ __all__ = [
     "CamSet",
     "ClipseedError",
     "FrozenClip",
+    "ImageCam",
+    "PseudoLabel",
     "Segmenter",
     "Vocabulary",
     "__version__",
+    "label",
     "load_segmenter",
     "load_vocabulary",
     "open_cams",
 ]
 
 if TYPE_CHECKING:
-    from clipseed.clip import FrozenClip
+    from clipseed.api.label import label
+    from clipseed.api.model import FrozenClip
+    from clipseed.api.results import ImageCam, PseudoLabel
     from clipseed.data import Vocabulary, load_vocabulary
     from clipseed.errors import ClipseedError
     from clipseed.store import Cam, CamSet, open_cams
@@ -31,11 +36,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClipseedError": "clipseed.errors",
-    "FrozenClip": "clipseed.clip",
+    "FrozenClip": "clipseed.api.model",
+    "ImageCam": "clipseed.api.results",
+    "PseudoLabel": "clipseed.api.results",
     "Cam": "clipseed.store",
     "CamSet": "clipseed.store",
     "Segmenter": "clipseed.train.segmenter",
     "Vocabulary": "clipseed.data",
+    "label": "clipseed.api.label",
     "load_segmenter": "clipseed.train.segmenter",
     "load_vocabulary": "clipseed.data",
     "open_cams": "clipseed.store",
@@ -48,3 +56,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,6 +14,8 @@ EngineName = Literal["local", "ray"]
 EmptyPolicy = Literal["background", "ignore", "skip"]
 """What becomes of the label mask of an image in which some label got no pixel."""
 
+LabelRecipe = Literal["clip-es", "svc", "segments"]
+"""What ``clipseed label`` does with an image (:data:`clipseed.jobs.label.RECIPES`)."""
 CamMethod = Literal["softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"]
 CrfSolver = Literal["torch", "pydensecrf"]
 CrfPreset = Literal["clip-es", "irn", "weclip"]
@@ -67,6 +69,8 @@ PAR_SHARPNESS = 0.3
 """Divides colour and position differences (after their standard deviation); smaller follows edges more closely."""
 PAR_POSITION_WEIGHT = 0.01
 CRF_ALPHA = 1.0
+LABEL_THRESHOLD = 0.4
+"""Background score of ``clipseed label --recipe svc``."""
 
 WECLIP_STEPS = 30_000
 WECLIP_COCO_STEPS = 80_000

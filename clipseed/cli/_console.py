@@ -12,6 +12,9 @@ from typing import Any
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_WIDE = 100
+"""Columns of a terminal that hold a whole line of progress."""
+
 
 class Console:
     """Messages and progress of one command on stderr; ``quiet`` silences all but errors."""
@@ -43,9 +46,11 @@ class Console:
         return self._lines(title, total, detail)
 
     def _bar(self, title: str, total: int, detail: Callable[[], str]) -> Callable[[int], None]:
+        # What does not fit would be cut in the middle of a number: the bar goes first, then what the time is spent on.
+        narrow = self._rich.width < _WIDE
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            *(() if narrow else (BarColumn(),)),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
@@ -58,7 +63,7 @@ class Console:
         def advance(count: int) -> None:
             done = progress.tasks[0].completed + count
             rate = done / max(1e-9, time.perf_counter() - began)
-            progress.update(task, advance=count, rate=f"{speed(rate)} {detail()}".rstrip())
+            progress.update(task, advance=count, rate=f"{speed(rate)} {'' if narrow else detail()}".rstrip())
             if done >= total:
                 self.close()
 
@@ -143,6 +148,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def percent(fraction: float | None) -> str:
     """``0.4567`` to ``45.67``; no value to ``-``."""
     return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``3 images``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def some(items: Sequence[str], count: int = 5) -> str:

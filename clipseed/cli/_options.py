@@ -14,6 +14,7 @@ import typer
 from clipseed.defaults import (
     CAM_MAX_SIDE,
     MAX_PIXELS,
+    TAG_THRESHOLD,
     WEIGHTS,
     DatasetName,
     EmptyPolicy,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 1024
 ANY = "any"
 """What ``--allow-skipped`` alone stands for."""
+AUTO, FOLDERS = "auto", "folders"
+"""Words that ``--labels`` takes instead of a file."""
 data_option = partial(typer.Option, rich_help_panel="Data set")
 model_option = partial(typer.Option, rich_help_panel="Model")
 method_option = partial(typer.Option, rich_help_panel="Method")
@@ -45,6 +48,22 @@ MovedRoot = Annotated[Optional[Path], data_option(help="Where the data set is no
 Split = Annotated[
     Optional[str], data_option(help="train, trainaug, val, or a file with one id per line; toy: held-out, train.")
 ]
+Labels = Annotated[
+    Optional[str],
+    data_option(
+        help="What each image shows: CSV, one-hot CSV, JSON or text; folders: each lies in its class's folder; auto: "
+        "CLIP tags images that have none."
+    ),
+]
+TagThreshold = Annotated[
+    Optional[float],
+    data_option(
+        help=f"--labels auto: a tag scores at least this share of the best word's score (default: {TAG_THRESHOLD}).",
+        min=0.0,
+        max=1.0,
+    ),
+]
+TagTopK = Annotated[Optional[int], data_option(help="--labels auto: at most so many tags an image.", min=1)]
 Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
 Background = Annotated[
     Optional[str],
@@ -88,12 +107,21 @@ Debug = Annotated[bool, output_option("--debug", help="Show tracebacks.")]
 class DatasetArguments:
     """Which data set, and where it is."""
 
-    dataset: Annotated[DatasetName, data_option(help="toy is built in.")]
+    dataset: Annotated[
+        Optional[DatasetName],
+        data_option(help="voc, coco, folder, or toy, which is built in (default: folder, with --images)."),
+    ] = None
     root: Annotated[
         Optional[Path], data_option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).")
     ] = None
     images: Annotated[Optional[Path], data_option(help="Folder with the images (folder, coco).")] = None
     split: Split = None
+
+    def __post_init__(self) -> None:
+        if self.dataset is None and self.images is None:
+            raise UsageError("name the images: --images DIR, or --dataset voc, coco or toy")
+        if self.dataset is None:
+            object.__setattr__(self, "dataset", "folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +255,21 @@ class ScoringArguments:
         return EvaluateOptions(
             prediction, self.gt, self.classes, self.split, self.threshold, alphas, self.pred_ignore, self.resize_pred
         )
+
+
+def label_source(
+    labels: str | None, threshold: float | None, top_k: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``--labels`` as data sets take it, and the options of tagging that were given.
+
+    Raises:
+        UsageError: options of tagging without tagging.
+    """
+    tagging = given(tag_threshold=threshold, tag_top_k=top_k)
+    if tagging and labels != AUTO:
+        raise UsageError("--tag-threshold and --tag-top-k belong to --labels auto")
+    named = Path(labels) if labels is not None and labels not in (AUTO, FOLDERS) else None
+    return {"labels": named, "auto_labels": labels == AUTO, "folder_labels": labels == FOLDERS}, tagging
 
 
 # Values ---------------------------------------------------------------------------------------------------------------

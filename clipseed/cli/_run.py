@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipseed.cli._console import Console, print_json, some, speed
+from clipseed.cli._console import Console, counted, print_json, some, speed
 from clipseed.cli._options import (
     OutputArguments,
     RunArguments,
@@ -54,20 +55,14 @@ class Running:
 
     def source(self, source: Path | None, stage: str, note: str = "reading") -> Path:
         """What to read: as given, or what the stage before left in the working folder."""
-        from clipseed.store.stages import newest_output
-
-        if source is None:
-            source = newest_output(Path(), stage)
-            self.console.note(f"{note} {source}")
-        return source
+        return last_output(self.console, stage, note) if source is None else source
 
     def start(self, todo: int, done: int, title: str = "", of: int | None = None, what: str = "") -> Advance:
         """Say what there is to do, and give the progress callback; ``what`` is not the command but a part of it."""
         shard = f"shard {self.launch.shard} ({self.launch.source}): " if not self.launch.shard.whole else ""
-        many = f"{of} images, " if of is not None else ""
-        unit = "to do" if of is not None else "images to do"
+        many = f"{counted(of, 'image')}, {todo}" if of is not None else counted(todo, "image")
         self.console.note(
-            f"{title or what or self.command}: {shard}{many}{todo} {unit}" + (f", {done} done already" if done else "")
+            f"{title or what or self.command}: {shard}{many} to do" + (f", {done} done already" if done else "")
         )
         current: list[StreamStats] = []
         track = self.console.track(what or self.command, todo, lambda: _detail(current[0]) if current else "")
@@ -104,7 +99,7 @@ class Running:
             )
         if stats.skipped:
             reasons = some([f"{key} ({why})" for key, why in stats.skipped], 3)
-            console.warn(f"{len(stats.skipped)} images skipped: {reasons}")
+            console.warn(f"{counted(len(stats.skipped), 'image')} skipped: {reasons}")
         if report.skipped_file:
             console.warn(f"all of them are listed in {report.skipped_file}")
         if empty is not None and empty.labels:
@@ -124,6 +119,15 @@ class Running:
             print_json(data)
         # torchrun would stop the other processes for it.
         return exit_code(console, len(stats.skipped), self.allowed) if self.launch.source != "torchrun" else 0
+
+
+def last_output(console: Console, command: str, note: str = "reading") -> Path:
+    """The output in the working folder that a command means when it is not told, said."""
+    from clipseed.store.stages import newest_output
+
+    source = newest_output(Path(), command)
+    console.note(f"{note} {source}, the last output here (name another one to choose it)")
+    return source
 
 
 def tell_empty(console: Console, empty: EmptyLabels) -> None:
@@ -185,7 +189,7 @@ def exit_code(console: Console, left_out: int, allowed: float) -> int:
     if left_out <= allowed:
         return 0
     if allowed:
-        console.warn(f"--allow-skipped {allowed:g}: {left_out} images were left out, so the exit code is 3")
+        console.warn(f"--allow-skipped {allowed:g}: {counted(left_out, 'image')} left out, so the exit code is 3")
     return 3
 
 
@@ -196,10 +200,15 @@ def warn_of_toy_weights(console: Console, weights: str | None, image_set: ImageS
 
     # Scenes that were saved as a devkit keep their ids; the words that they are searched for may be anybody's.
     if weights == TOY_WEIGHTS and image_set.samples and not is_toy_id(image_set.samples[0].id):
-        console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
+        say_toy_is_no_photo(console)
 
 
-def refuse_restricted(tower: TowerArguments, dataset: str) -> None:
+def say_toy_is_no_photo(console: Console) -> None:
+    """Say that the built-in weights were trained on drawings."""
+    console.warn("the toy weights know only the built-in world; maps of photographs mean nothing")
+
+
+def refuse_restricted(tower: TowerArguments, dataset: str | None) -> None:
     """``--permissive``: refuse weights that are not known to be free for commercial use.
 
     Raises:
@@ -208,7 +217,7 @@ def refuse_restricted(tower: TowerArguments, dataset: str) -> None:
     from clipseed.clip.licenses import refuse_restricted as refuse
     from clipseed.clip.model import chosen_weights
 
-    refuse(tower.model, chosen_weights(tower.weights, dataset))
+    refuse(tower.model, chosen_weights(tower.weights, dataset or "folder"))
 
 
 def rate(report: RunReport) -> str:
@@ -234,7 +243,17 @@ def timings(report: RunReport) -> dict[str, Any]:
 
 def _detail(stats: StreamStats) -> str:
     skipped = f", {len(stats.skipped)} skipped" if stats.skipped else ""
-    return f"(limited by {stats.bottleneck}{skipped})"
+    return f"(mostly {SPENT_ON[stats.bottleneck]}{skipped})"
+
+
+SPENT_ON = {"decode": "reading images", "device": "computing", "write": "writing"}
+"""What a run's time went into, in plain words, by its bottleneck."""
+
+
+def spoken_model(model: Mapping[str, Any]) -> str:
+    """A model as manifests have it, for people: ``ViT-B-16 openai``, or its file where that alone names it."""
+    name = "" if model.get("model") == "inferred" else f"{model.get('model')} "
+    return f"{name}{model.get('weights')}"
 
 
 def _common(report: RunReport, run: Running) -> dict[str, Any]:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, made, prepare, refuse_restricted, timings, warn_of_toy_weights
+from clipseed.cli._run import Running, made, prepare, refuse_restricted, spoken_model, timings, warn_of_toy_weights
 from clipseed.data.vocabulary import GENERAL
-from clipseed.defaults import TAG_THRESHOLD, CamMethod
+from clipseed.defaults import CamMethod
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
     from clipseed.jobs.cam import CamReport, TagReport
+    from clipseed.jobs.label import LabelReport
     from clipseed.runtime.stream import Advance
 
 
-@grouped
+@grouped(first=("dataset", "images", "split", "labels", "classes", "out", "weights", "refine", "background", "device"))
 def cam(
     *,
     where: shared.DatasetArguments,
@@ -30,24 +31,9 @@ def cam(
             help="NAME.h5 for one file, or a folder for units (default: cams.h5; cams-caa.h5 with --refine caa)."
         ),
     ] = None,
-    labels: Annotated[
-        Optional[str],
-        shared.data_option(
-            help="Image-level labels: CSV, one-hot CSV, JSON or text; auto: CLIP tags images that have none."
-        ),
-    ] = None,
-    tag_threshold: Annotated[
-        Optional[float],
-        shared.data_option(
-            help="--labels auto: a tag scores at least this share of the best word's score "
-            f"(default: {TAG_THRESHOLD}).",
-            min=0.0,
-            max=1.0,
-        ),
-    ] = None,
-    tag_top_k: Annotated[
-        Optional[int], shared.data_option(help="--labels auto: at most so many tags an image.", min=1)
-    ] = None,
+    labels: shared.Labels = None,
+    tag_threshold: shared.TagThreshold = None,
+    tag_top_k: shared.TagTopK = None,
     classes: shared.Classes = None,
     background: shared.Background = None,
     template: shared.Template = None,
@@ -83,13 +69,10 @@ def cam(
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.cam import CamOptions, run_cam
 
-    auto = labels == "auto"
-    tagging = shared.given(tag_threshold=tag_threshold, tag_top_k=tag_top_k)
-    if tagging and not auto:
-        raise UsageError("--tag-threshold and --tag-top-k belong to --labels auto")
+    source, tagging = shared.label_source(labels, tag_threshold, tag_top_k)
     data = DatasetOptions(
-        **vars(where), **vars(reading), labels=Path(labels) if labels is not None and not auto else None,
-        auto_labels=auto, classes=classes, templates=tuple(template or ()), background=background,
+        **vars(where), **vars(reading), **source, classes=classes, templates=tuple(template or ()),
+        background=background,
     )  # fmt: skip
     if box_threshold is not None and not refine:
         raise UsageError("--box-threshold belongs to --refine caa")
@@ -105,33 +88,36 @@ def cam(
     with console:
         done = run_cam(
             options,
-            lambda image_set: partial(_start, run, model.weights, image_set, not auto),
-            lambda image_set: partial(_start_tags, run, model.weights, image_set),
+            lambda image_set: partial(start, run, model.weights, image_set, not data.auto_labels),
+            lambda image_set: partial(start_tags, run, model.weights, image_set),
             run.loading,
         )
     if done.tags is not None:
-        _tell_tags(console, done.tags)
-    used = f"({done.model['model']} {done.model['weights']}, {done.device}, {done.model['precision']})"
-    code = run.finish(done, f"{made(done, 'images', 'computed')} {used}", _facts(done), done.empty)
+        tell_tags(console, done.tags)
+    used = f"({spoken_model(done.model)}, {done.device}, {done.model['precision']})"
+    code = run.finish(done, f"{made(done, 'images', 'computed')} {used}", model_facts(done), done.empty)
     if done.empty is None or not done.empty.most or run.launch.source == "torchrun":
         return code
     console.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
     return code or 3
 
 
-def _start(run: Running, weights: str | None, image_set: ImageSet, first: bool, todo: int, found: int) -> Advance:
+def start(run: Running, weights: str | None, image_set: ImageSet, first: bool, todo: int, found: int) -> Advance:
+    """Say what a data set is, and begin to show progress; ``first``: nothing was said of it before."""
     if first:
         _warn(run.console, weights, image_set)
     return run.start(todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples))
 
 
-def _start_tags(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
+def start_tags(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
     """Tagging comes first, so it is what warnings come before."""
     _warn(run.console, weights, image_set)
     return run.start(todo, found, what="tags")
 
 
 def _warn(console: Console, weights: str | None, image_set: ImageSet) -> None:
+    for note in image_set.notes:
+        console.note(note)
     warn_of_toy_weights(console, weights, image_set)
     words = image_set.vocabulary
     if words.background_from == GENERAL:
@@ -141,10 +127,19 @@ def _warn(console: Console, weights: str | None, image_set: ImageSet) -> None:
         )
 
 
-def _tell_tags(console: Console, tags: TagReport) -> None:
+def tell_tags(console: Console, tags: TagReport) -> None:
+    """Say how many images CLIP tagged, and what to do with the tags."""
     if not tags.tagged:
         console.note("--labels auto: every image that can be read has labels of its own")
         return
+    if tags.alike:
+        what = (
+            f"all classes in {tags.with_all}" if tags.with_all > tags.without_class else f"none in {tags.without_class}"
+        )
+        console.warn(
+            f"the tags do not tell the images apart: CLIP found {what} of {tags.tagged} images; look at the list, try "
+            "other words (docs/choosing-text.md) or --tag-threshold, or another model"
+        )
     then = "correct it and give it with --labels"
     if tags.open_shards:
         then = f"{tags.open_shards} shards have images to be tagged yet, and the last of them writes the file"
@@ -154,7 +149,8 @@ def _tell_tags(console: Console, tags: TagReport) -> None:
     )
 
 
-def _facts(report: CamReport) -> dict[str, Any]:
+def model_facts(report: CamReport | LabelReport) -> dict[str, Any]:
+    """What ``--json`` says of the model, and of tags."""
     tags = report.tags
     facts = {"model": report.model, "device": report.device}
     if tags is None:

@@ -16,7 +16,7 @@ from clipseed.defaults import CRF_ALPHA, CrfPreset, CrfSolver
 _kernel_option = partial(typer.Option, rich_help_panel="Kernels (default: the preset's)")
 
 
-@grouped
+@grouped(first=("source", "confidence", "alpha", "preset", "solver", "soft", "empty", "out", "device"))
 def crf(
     *,
     source: Annotated[Optional[Path], typer.Argument(help="CAMs (default: what the stage before left here).")] = None,

@@ -14,7 +14,7 @@ from clipseed.defaults import MODEL, WEIGHTS
 
 def doctor(
     model: Annotated[str, typer.Option(help="Model whose weights are looked for.")] = MODEL,
-    weights: Annotated[str, typer.Option(help="Pretrained tag that is looked for.")] = WEIGHTS,
+    weights: Annotated[str, typer.Option(help="Pretrained tag that is looked for, or a file that is read.")] = WEIGHTS,
     offline: Annotated[bool, typer.Option("--offline", help="Do not try the network.")] = False,
     json: shared.Json = False,
     debug: shared.Debug = False,
@@ -32,5 +32,6 @@ def doctor(
     for item in findings:
         typer.echo(f"{marks[item.verdict]}  {item.topic:<{width}}  {item.text}")
     typer.echo("")
-    typer.echo(f"{len(problems)} problem(s) to solve" if problems else "clipseed can run")
+    count = len(problems)
+    typer.echo(f"{count} problem{'s'[: count != 1]} to solve" if problems else "clipseed can run")
     return 1 if problems else 0

@@ -12,19 +12,21 @@ import typer
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_json, print_table, some
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code
+from clipseed.cli._run import exit_code, last_output
 
 if TYPE_CHECKING:
     from clipseed.evaluate.per_image import ImageScore
     from clipseed.jobs.evaluate import EvaluateReport
 
 
-@grouped
+@grouped()
 def evaluate(
     *,
     prediction: Annotated[
         Optional[Path],
-        typer.Argument(help="CAMs (.h5 or folder of units) or a folder of PNG masks (default: the newest stage)."),
+        typer.Argument(
+            help="CAMs (.h5 or folder of units) or a folder of PNG masks (default: the last one made here)."
+        ),
     ] = None,
     scoring: shared.ScoringArguments,
     csv: Annotated[Optional[Path], shared.output_option(help="Also write the table to this file.")] = None,
@@ -45,15 +47,12 @@ def evaluate(
     from clipseed.evaluate.per_image import ImageScores
     from clipseed.jobs.evaluate import evaluate as run_evaluate
     from clipseed.store.files import refuse_unwritable, write_text
-    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(csv, "--csv")
     refuse_unwritable(per_image, "--per-image")
     images = ImageScores()
-    chosen = prediction or newest_output(Path())
-    if prediction is None:
-        console.note(f"scoring {chosen}")
+    chosen = prediction or last_output(console, "evaluate", "scoring")
     with console:
         report = run_evaluate(
             scoring.of(chosen), lambda total: console.track("evaluate", total),

@@ -10,11 +10,11 @@ import typer
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, print_json, some
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code
+from clipseed.cli._run import exit_code, last_output
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
 
 
-@grouped
+@grouped()
 def export(
     *,
     source: Annotated[
@@ -76,13 +76,9 @@ def export(
       clipseed export pseudo --format labelstudio --out to-correct
     """
     from clipseed.jobs.export import ExportOptions, run_export
-    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
-    chosen = source
-    if chosen is None:
-        chosen = newest_output(Path(), "irn" if format == "irn" else "export")
-        console.note(f"exporting {chosen}")
+    chosen = source or last_output(console, "irn" if format == "irn" else "export", "exporting")
     options = ExportOptions(
         chosen, out, format, images, image_folder, root, orient, ignore, background_class, classes, threshold, alpha,
         parquet, overwrite=overwrite, **shared.given(image_url=image_url),

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, print_json, print_table
+from clipseed.cli._console import Console, counted, print_json, print_table
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import empty_reasons
+from clipseed.cli._run import empty_reasons, last_output, spoken_model
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from clipseed.jobs.inspect import AnyInspection, CamInspection, FeatureInspection, SegmentInspection
 
 
-@grouped
+@grouped()
 def inspect(
     *,
     cams: Annotated[
-        Optional[Path], typer.Argument(help="CAMs, segments or features file (default: the newest stage).")
+        Optional[Path], typer.Argument(help="CAMs, segments or features file (default: the last one made here).")
     ] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
@@ -34,13 +34,12 @@ def inspect(
     """Show what an output holds: manifest, counts, and a few maps or segments over their images."""
     from clipseed.jobs.inspect import inspect_output, write_preview
     from clipseed.store.files import refuse_unwritable
-    from clipseed.store.stages import newest_output
 
     for name, value in (("id", id), ("images", images), ("root", root)):
         if value and preview is None:
             raise UsageError(f"--{name} belongs to --preview")
     refuse_unwritable(preview, "--preview")
-    chosen = cams or newest_output(Path())
+    chosen = cams or last_output(Console(output.quiet), "inspect")
     inspection = inspect_output(chosen, verify=verify)
     if output.json:
         print_json(inspection.as_dict())
@@ -59,14 +58,14 @@ def _print(inspection: AnyInspection) -> None:
     per_class: dict[str, int] = {}
     if isinstance(inspection, CamInspection):
         per_class = inspection.per_class
-        counted, origin, content = "images", _cam_origin(manifest), _cam_content(inspection)
+        unit, origin, content = "images", _cam_origin(manifest), _cam_content(inspection)
     elif isinstance(inspection, SegmentInspection):
         per_class = inspection.per_class
-        counted, origin, content = "masks", _segment_origin(manifest), _segment_content(inspection)
+        unit, origin, content = "masks", _segment_origin(manifest), _segment_content(inspection)
     else:
-        counted, origin, content = "images", _feature_origin(manifest), _feature_content(inspection)
+        unit, origin, content = "images", _feature_origin(manifest), _feature_content(inspection)
     rows = [
-        ("file", f"{inspection.path} ({inspection.files} file(s), {inspection.bytes:,} bytes)"),
+        ("file", f"{inspection.path} ({counted(inspection.files, 'file')}, {inspection.bytes:,} bytes)"),
         *([("method", str(manifest["method"]))] if "method" in manifest else []),
         ("options", _pairs(manifest["options"])),
         *origin,
@@ -80,7 +79,7 @@ def _print(inspection: AnyInspection) -> None:
     present = [(name, str(number)) for name, number in per_class.items() if number]
     if present:
         typer.echo("")
-        print_table(("class", counted), present)
+        print_table(("class", unit), present)
 
 
 Rows = list[tuple[str, str]]
@@ -89,7 +88,7 @@ Rows = list[tuple[str, str]]
 def _cam_origin(manifest: dict[str, Any]) -> Rows:
     model, words = manifest.get("model") or {}, manifest["vocabulary"]
     return [
-        ("model", f"{model.get('model')} {model.get('weights')} ({model.get('blocks')} blocks, "
+        ("model", f"{spoken_model(model)} ({model.get('blocks')} blocks, "
                   f"{model.get('precision')})"),
         ("weights SHA-256", str(model.get("sha256"))),
         ("vocabulary", f"{words.get('name')}, {len(words['classes'])} classes, "
@@ -130,7 +129,7 @@ def _segment_content(segments: SegmentInspection) -> Rows:
 def _feature_origin(manifest: dict[str, Any]) -> Rows:
     model = manifest["model"]
     return [
-        ("model", f"{model.get('model')} {model.get('weights')} ({model.get('precision')})"),
+        ("model", f"{spoken_model(model)} ({model.get('precision')})"),
         ("weights SHA-256", str(model.get("sha256"))),
     ]
 

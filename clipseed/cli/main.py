@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from clipseed.cli._exit import code_of, prepare_streams
+from clipseed.cli._groups import Command
 from clipseed.cli._options import with_values
 from clipseed.cli.cam import cam
 from clipseed.cli.crf import crf
@@ -16,6 +17,7 @@ from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
 from clipseed.cli.export import export
 from clipseed.cli.inspect import inspect
+from clipseed.cli.label import label
 from clipseed.cli.merge import merge
 from clipseed.cli.models import models
 from clipseed.cli.predict import predict
@@ -26,6 +28,7 @@ from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
 from clipseed.cli.train import weclip
+from clipseed.cli.try_photo import try_photo
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__
 
@@ -51,27 +54,29 @@ app = typer.Typer(
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
 _train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
 
-app.command("cam")(cam)
+app.command("label", cls=Command)(label)
+app.command("try", cls=Command)(try_photo)
+app.command("cam", cls=Command)(cam)
 app.add_typer(_refine, name="refine")
-_refine.command("caa")(caa)
-_refine.command("js")(js)
-_refine.command("par")(par)
-app.command("threshold")(threshold)
-app.command("crf")(crf)
-app.command("sam-masks")(sam_masks)
-app.command("sam-seed")(sam_seed)
+_refine.command("caa", cls=Command)(caa)
+_refine.command("js", cls=Command)(js)
+_refine.command("par", cls=Command)(par)
+app.command("threshold", cls=Command)(threshold)
+app.command("crf", cls=Command)(crf)
+app.command("sam-masks", cls=Command)(sam_masks)
+app.command("sam-seed", cls=Command)(sam_seed)
 app.add_typer(_train, name="train")
-_train.command("weclip")(weclip)
-app.command("predict")(predict)
-app.command("merge")(merge)
-app.command("evaluate")(evaluate)
-app.command("report")(report)
-app.command("export")(export)
-app.command("inspect")(inspect)
-app.command("prompts")(prompts)
-app.command("demo")(demo)
-app.command("models")(models)
-app.command("doctor")(doctor)
+_train.command("weclip", cls=Command)(weclip)
+app.command("predict", cls=Command)(predict)
+app.command("merge", cls=Command)(merge)
+app.command("evaluate", cls=Command)(evaluate)
+app.command("report", cls=Command)(report)
+app.command("export", cls=Command)(export)
+app.command("inspect", cls=Command)(inspect)
+app.command("prompts", cls=Command)(prompts)
+app.command("demo", cls=Command)(demo)
+app.command("models", cls=Command)(models)
+app.command("doctor", cls=Command)(doctor)
 
 
 @app.callback()

@@ -17,7 +17,7 @@ OWN = "own"
 """``--labels own``: the data set's."""
 
 
-@grouped
+@grouped(first=("segmenter", "images", "dataset", "split", "labels", "scales", "flip", "crf", "out", "weights"))
 def predict(
     *,
     segmenter: Annotated[

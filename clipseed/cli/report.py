@@ -11,17 +11,17 @@ import typer
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_json, print_table
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code
+from clipseed.cli._run import exit_code, last_output
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipseed.jobs.report import ReportResult
+    from clipseed.jobs.report import ReportResult, SurveyResult
 
 _page_option = partial(typer.Option, rich_help_panel="Page")
 
 
-@grouped
+@grouped()
 def report(
     *,
     inputs: Annotated[
@@ -29,7 +29,7 @@ def report(
         typer.Argument(
             metavar="CAMS_OR_MASKS...",
             help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
-            "(default: the newest stage). Or one segmenter (.safetensors): how it learned.",
+            "(default: the last one made here). Or one segmenter (.safetensors): how it learned.",
         ),
     ] = None,
     scoring: shared.ScoringArguments,
@@ -48,17 +48,18 @@ def report(
 ) -> int:
     """Write one self-contained HTML page: scores, confusion, and the best and worst images.
 
-    Example:
+    Without ground truth: areas of the classes, and the images most worth a look with their maps and labels. Examples:
 
       clipseed report cams.h5 --gt SegmentationClass
+
+      clipseed report pseudo
     """
-    from clipseed.jobs.report import ReportOptions, write_report
+    from clipseed.jobs.report import ReportOptions, SurveyResult, write_report
     from clipseed.store.files import refuse_unwritable
-    from clipseed.store.stages import newest_output
 
     console, allowed = Console(output.quiet), shared.allowed_skips(allow_skipped)
     refuse_unwritable(out, "--out")
-    chosen = tuple(inputs) if inputs else (newest_output(Path()),)
+    chosen = tuple(inputs) if inputs else (last_output(console, "report"),)
     if any(path.suffix == ".safetensors" for path in chosen):
         return _training(console, chosen, out, title, output)
     options = ReportOptions(chosen, scoring.of(chosen[0]), out, images, worst, best, title, root)
@@ -68,10 +69,24 @@ def report(
         console.warn(f"{name}: {note}")
     if output.json:
         print_json(result.as_dict())
-    else:
+    if isinstance(result, SurveyResult):
+        if not output.json:
+            _print_survey(result)
+        console.note(f"{out}: the page; without ground truth (--gt) it has no scores")
+        return 0
+    if not output.json:
         _print(result)
     console.note(f"{out}: the page")
     return exit_code(console, result.unscored, allowed)
+
+
+def _print_survey(result: SurveyResult) -> None:
+    for one in result.inputs:
+        header = (f"{one.name}, {len(one.survey.images)} images", "labelled", "with pixels", "pixels %")
+        rows = [(item.name, str(item.labelled), str(item.shown), percent(item.share)) for item in one.survey.classes]
+        print_table(header, [*rows, ("all: labelled pixels", "", "", percent(one.survey.coverage))])
+    for key, why in result.worth:
+        typer.echo(f"look at {key}: {why}")
 
 
 def _training(console: Console, chosen: tuple[Path, ...], out: Path, title: str, output: shared.OutputArguments) -> int:

@@ -11,7 +11,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, made, prepare
+from clipseed.cli._run import SPENT_ON, Running, made, prepare
 from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError
 
@@ -42,7 +42,7 @@ class ImageArguments:
     split: shared.Split = None
 
 
-@grouped
+@grouped(first=("dataset", "images", "split", "seeds", "checkpoint", "existing", "prompt", "preset", "out", "device"))
 def sam_masks(
     *,
     where: ImageArguments,
@@ -148,7 +148,8 @@ def _finish(run: Running, done: SamMasksReport) -> int:
     if done.stats.computed:
         empty = f", {counters['without']} images without any" if counters["without"] else ""
         size = f"{counters['bytes'] / max(1, done.masks):.0f} bytes each"
-        summary += f"; {done.masks} masks, {done.per_image:.1f} per image, {size}{empty} ({done.device})"
+        mostly = f"mostly {SPENT_ON[done.stats.bottleneck]} ({done.device})"
+        summary += f"; {done.masks} masks, {done.per_image:.1f} per image, {size}{empty}; {mostly}"
     facts = {
         "masks": done.masks, "masks_per_image": round(done.per_image, 3), "without_masks": counters["without"],
         "mask_bytes": counters["bytes"], "model": done.model, "device": done.device,

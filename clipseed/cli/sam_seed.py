@@ -13,7 +13,7 @@ from clipseed.cli._run import made, prepare
 from clipseed.defaults import PIXEL_ALPHA, SeedMethod, SeedPreset, SegmentFormat, UncoveredPolicy
 
 
-@grouped
+@grouped(first=("source", "masks", "method", "preset", "uncovered", "min_confidence", "empty", "out"))
 def sam_seed(
     *,
     source: Annotated[

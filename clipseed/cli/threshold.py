@@ -12,7 +12,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import made, prepare
 
 
-@grouped
+@grouped()
 def threshold(
     *,
     source: Annotated[

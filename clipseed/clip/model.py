@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +38,11 @@ from clipseed.data.vocabulary import Vocabulary
 from clipseed.defaults import MODEL, WEIGHTS, Precision
 from clipseed.device import dtype_name, pick_device, pick_dtype
 from clipseed.errors import WeightsError
+from clipseed.network import HUB, reachable
 from clipseed.weights import file_sha256
 
 TOY_WEIGHTS = "toy"
+Loaded = TypeVar("Loaded", bound="FrozenClip")
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,14 @@ class FrozenClip:
 
     @classmethod
     def load(
-        cls,
+        cls: type[Loaded],
         model: str | None = None,
         weights: str | Path = WEIGHTS,
         device: str | torch.device = "auto",
         precision: Precision = "auto",
         *,
         released_rounding: bool = False,
-    ) -> FrozenClip:
+    ) -> Loaded:
         """Load a frozen CLIP.
 
         Args:
@@ -293,18 +297,39 @@ def _from_tag(model: str, tag: str) -> tuple[Checkpoint, Activation, Pixels]:
     named_config(model)  # refuse unsupported towers before downloading gigabytes
     path = local_weights(model, tag)
     if path is None:
-        where = entry.get("hf_hub", "").rstrip("/") or entry.get("url")
-        try:
-            path = Path(pretrained.download_pretrained(entry))
-        except Exception as error:  # hub and network errors of several libraries
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise WeightsError(
-                f"--weights {tag}: cannot be downloaded from {where} ({reason}). Without network, fetch the file "
-                f"elsewhere and put it at {weights_folder() / f'{model}-{tag}.safetensors'} (or .bin, .pt), or name "
-                "it with --weights FILE"
-            ) from error
+        path = _downloaded(model, tag, entry)
     activation: Activation = "quickgelu" if entry.get("quick_gelu") else "gelu"
     return read_checkpoint(path), activation, (tuple(entry["mean"]), tuple(entry["std"]))
+
+
+def _downloaded(model: str, tag: str, entry: Mapping[str, Any]) -> Path:
+    """The weights file of a pretrained tag, fetched.
+
+    Raises:
+        WeightsError: it cannot be; with where to put it by hand.
+    """
+    from open_clip import pretrained
+
+    hub = str(entry.get("hf_hub") or "").rstrip("/")
+    where = f"https://{HUB}/{hub}" if hub else str(entry.get("url"))
+    place = weights_folder() / f"{model}-{tag}.safetensors"
+    by_hand = (
+        f"Without network, fetch the file elsewhere and put it at {place} (or .bin, .pt), or name it with --weights "
+        "FILE"
+    )
+    # Asked first, because the hub's own library tries for a minute, and says so in a dozen lines.
+    if hub and not reachable(HUB):
+        raise WeightsError(f"--weights {tag}: not here, and {where} cannot be reached. {by_hand}")
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return Path(pretrained.download_pretrained(dict(entry)))
+    except Exception as error:  # hub and network errors of several libraries
+        reason = shorten(str(error), 160, placeholder=" …") or type(error).__name__
+        raise WeightsError(f"--weights {tag}: cannot be downloaded from {where} ({reason}). {by_hand}") from error
+    finally:
+        log.setLevel(before)
 
 
 def _assemble(model: str | None, checkpoint: Checkpoint, tagged: Activation | None) -> tuple[nn.Module, Config]:

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from clipseed.data import coco, voc
 from clipseed.data.background import choose_background
-from clipseed.data.images import FileReader, read_image
-from clipseed.data.labels import Labels, read_labels
-from clipseed.data.listing import list_images, read_split
+from clipseed.data.images import FileReader, peculiarities, read_image
+from clipseed.data.labels import LabelFile, Labels, read_label_file, read_labels
+from clipseed.data.listing import list_photos, read_split
 from clipseed.data.paths import IMAGE_SUFFIXES, is_file, is_folder
 from clipseed.data.types import ImageReader, ImageSet, Sample, check_id
-from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary, parse_vocabulary
+from clipseed.data.vocabulary import (
+    Vocabulary,
+    checked,
+    load_vocabulary,
+    named_vocabulary,
+    parse_vocabulary,
+)
 from clipseed.defaults import MAX_PIXELS, DatasetName
 from clipseed.errors import ImageError, InputError, UsageError
 
@@ -34,8 +40,9 @@ class DatasetOptions:
 
     ``templates`` and ``background`` replace the vocabulary's own when given
     (:func:`~clipseed.data.background.choose_background`). With ``auto_labels`` images may lack
-    labels: the command finds them itself. With ``images_only`` none has labels, and no class list is needed. A
-    ``vocabulary`` that is known stands in for ``classes``.
+    labels: the command finds them itself. With ``folder_labels`` the first folder of an image's path is its class, and
+    the folders are the class list where none is given. With ``images_only`` none has labels, and no class list is
+    needed. A ``vocabulary`` that is known stands in for ``classes``.
     """
 
     dataset: str
@@ -44,6 +51,7 @@ class DatasetOptions:
     split: str | None = None
     labels: Path | None = None
     auto_labels: bool = False
+    folder_labels: bool = False
     images_only: bool = False
     classes: str | None = None
     vocabulary: Vocabulary | None = None
@@ -70,6 +78,8 @@ def open_dataset(options: DatasetOptions) -> ImageSet:
             raise UsageError(f"--{name} does not belong to --dataset {options.dataset} (but to {', '.join(where)})")
     if options.auto_labels and options.dataset == "toy":
         raise UsageError("--labels auto: the toy set has labels; try it on a copy (clipseed demo --save-dataset DIR)")
+    if options.folder_labels and options.dataset != "folder":
+        raise UsageError(f"--labels folders: images of --dataset {options.dataset} do not lie in folders of classes")
     image_set = openers[options.dataset](options)
     if options.templates:
         vocabulary = checked(replace(image_set.vocabulary, templates=options.templates), "--template")
@@ -126,6 +136,8 @@ def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
     """Image folder and label file, for the manifest; :func:`image_finder` reads them back."""
     named = {"labels": options.labels, "images": images}
     places: dict[str, str | int] = {key: str(path.resolve()) for key, path in named.items() if path is not None}
+    if options.folder_labels:
+        return {"labels": "folders", **places}
     return {"labels": "auto", **places} if options.auto_labels else places
 
 
@@ -162,12 +174,14 @@ def _open_coco(options: DatasetOptions) -> ImageSet:
 def _open_folder(options: DatasetOptions) -> ImageSet:
     if options.images is None:
         raise UsageError("--dataset folder needs --images DIR, the folder with the images")
+    files, unread = list_photos(options.images)  # first, as whoever looks for a mistake would
     if options.images_only:
-        vocabulary = options.vocabulary or Vocabulary("none", ())
-        labels: Labels = {}
+        vocabulary, known = options.vocabulary or Vocabulary("none", ()), LabelFile({}, "nothing")
+    elif options.folder_labels:
+        vocabulary, known = _labels_of_folders(options, options.images, files)
     else:
-        vocabulary, labels = _folder_labels(options)
-    files = list_images(options.images)
+        vocabulary, known = _folder_labels(options)
+    labels = known.labels
     if options.split:
         name, ids = Path(options.split).stem, read_split(Path(options.split))
     else:
@@ -175,24 +189,47 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
         name, ids = "all", sorted(files.keys() | labels.keys())
     if not options.auto_labels and not options.images_only and not files.keys() & labels.keys():
         raise InputError(
-            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} "
-            f"(first label id {next(iter(labels), '')!r}, first image {next(iter(files))!r})"
+            f"{options.labels}: none of its {len(labels)} ids is an image in {options.images} (read as "
+            f"{known.read_as}; first label id {next(iter(labels), '')!r}, first image {next(iter(files))!r})"
         )
     samples = [Sample(key, files.get(key, options.images / key), labels.get(key)) for key in ids]
     root = options.images.resolve()
-    return ImageSet("folder", root, name, samples, vocabulary, **_reading(options), source=_source(options, root))
+    notes = (*known.notes, *unread, *peculiarities(list(files.values()), exif=options.exif))
+    return ImageSet(
+        "folder", root, name, samples, vocabulary, **_reading(options), source=_source(options, root), notes=notes
+    )
 
 
-def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, Labels]:
+def _folder_labels(options: DatasetOptions) -> tuple[Vocabulary, LabelFile]:
     if options.classes is None and options.vocabulary is None:
         raise UsageError("--dataset folder needs --classes FILE (one class name per line), or --classes voc or coco")
     if options.labels is None and not options.auto_labels:
         raise UsageError(
-            "--dataset folder needs --labels FILE (which classes each image shows; CSV, JSON or text), or --labels "
-            "auto to have CLIP tag them"
+            "--dataset folder needs --labels FILE (which classes each image shows; CSV, JSON or text), --labels "
+            "folders (each image lies in a folder called like its class), or --labels auto to have CLIP tag them"
         )
     vocabulary = _vocabulary(options, "")
-    return vocabulary, _labels(options, vocabulary) or {}
+    if options.labels is None:
+        return vocabulary, LabelFile({}, "nothing")
+    return vocabulary, read_label_file(options.labels, vocabulary)
+
+
+def _labels_of_folders(options: DatasetOptions, root: Path, files: Mapping[str, Path]) -> tuple[Vocabulary, LabelFile]:
+    """Class list and labels from where images lie: ``cat/2019/x.jpg`` shows a cat.
+
+    Raises:
+        InputError: no image lies in a folder, or a folder is called like no class of the list that is given.
+    """
+    folders = {key: key.partition("/")[0] for key in files if "/" in key}
+    names = sorted(set(folders.values()))
+    if not names:
+        raise InputError(f"--labels folders: the images lie in {root} itself, not in one folder for each class")
+    if options.classes is None and options.vocabulary is None:
+        vocabulary = named_vocabulary(names, root.resolve().name or "folders", f"--labels folders: {root}")
+    else:
+        vocabulary = _vocabulary(options, "")
+    indices = {name: vocabulary.index(name, f"--labels folders: {root / name}") for name in names}
+    return vocabulary, LabelFile({key: (indices[name],) for key, name in folders.items()}, "folders")
 
 
 def _open_toy(options: DatasetOptions) -> ImageSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from clipseed.data.paths import never_ends
+from clipseed.data.paths import CAMERA_SUFFIXES, never_ends
 from clipseed.data.types import Sample
 from clipseed.defaults import MAX_PIXELS
 from clipseed.errors import ImageError
@@ -89,13 +89,72 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         kind = "is empty" if _size(path) == 0 else "is not an image in a supported format"
+        if path.suffix.lower() in CAMERA_SUFFIXES:
+            kind += "; convert it to JPEG or PNG"
         raise ImageError(f"{path}: {kind}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: refused, its header promises an enormous image ({error})") from error
+    except PermissionError as error:
+        raise ImageError(f"{path}: may not be read") from error
     except MemoryError as error:
         raise ImageError(f"{path}: too large to decode in memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
         raise ImageError(f"{path}: damaged or truncated ({type(error).__name__}: {error})") from error
+
+
+_PEEKED = 64
+_ORIENTATION = 0x0112
+
+
+def peculiarities(paths: Sequence[Path], *, exif: bool) -> list[str]:
+    """Notes about what the first files of a folder hold that will not be seen: EXIF orientations, further frames.
+
+    Only headers are read; what cannot be read is not told here.
+    """
+    turned = frames = 0
+    looked = paths[:_PEEKED]
+    for path in looked:
+        if never_ends(path):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path, formats=_formats()) as image:
+                    turned += image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+                    frames += image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        except Exception:  # noqa: S112 - decoders raise nearly anything; decoding says it
+            continue
+    notes = []
+    of = f"{len(looked)} images" if len(looked) == len(paths) else f"the first {len(looked)} images"
+    if turned and not exif:
+        notes.append(f"{turned} of {of} carry an EXIF orientation and are taken as stored; --exif turns them")
+    if frames:
+        notes.append(f"{frames} of {of} have several frames or pages; the first is taken")
+    return notes
+
+
+AnyImage = Image.Image | str | Path | npt.NDArray[np.generic]
+"""An image as people have it in Python: Pillow's, a path, or an array ``(H, W, 3)`` or ``(H, W)``."""
+
+
+def opened(image: AnyImage) -> Image.Image:
+    """Any image as 8-bit RGB; see :func:`read_image` for files and :func:`to_rgb` for what becomes of the rest.
+
+    Raises:
+        ImageError: it cannot be read, or the array is none of an image.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    array = np.asarray(image)
+    if array.ndim == 2 and array.dtype == np.uint8:
+        return Image.fromarray(array).convert("RGB")
+    if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
+        return to_rgb(Image.fromarray(array))
+    raise ImageError(
+        f"an array {array.shape} of {array.dtype} is no image; give (H, W, 3) of uint8, the channels red, green, blue"
+    )
 
 
 def _size(path: Path) -> int:

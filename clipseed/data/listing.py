@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from clipseed.data.paths import IMAGE_SUFFIXES, is_folder
+from clipseed.data.paths import CAMERA_SUFFIXES, IMAGE_SUFFIXES, is_folder
 from clipseed.data.text_files import read_text
 from clipseed.data.types import check_id
 from clipseed.errors import InputError
@@ -18,10 +18,19 @@ def list_images(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: no such folder, no image in it, or two files with the same id.
     """
+    return list_photos(folder)[0]
+
+
+def list_photos(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """As :func:`list_images`, with a note about photographs that are in no format that is read."""
     if not is_folder(folder):
         raise InputError(f"{folder}: no such image folder")
     found: dict[str, Path] = {}
+    unread: list[str] = []
     for path in _walk(folder, set()):
+        if path.suffix.lower() in CAMERA_SUFFIXES:
+            unread.append(path.name)
+            continue
         identifier = path.relative_to(folder).with_suffix("").as_posix()
         check_id(identifier, str(folder))
         if identifier in found:
@@ -29,13 +38,18 @@ def list_images(folder: Path) -> dict[str, Path]:
                 f"{found[identifier]} and {path.name}: two images with the id {identifier!r}; rename one of them"
             )
         found[identifier] = path
+    notes: tuple[str, ...] = ()
+    if unread:
+        some = ", ".join(unread[:3]) + (", …" if len(unread) > 3 else "")
+        are, formats = ("file is", "a format") if len(unread) == 1 else ("files are", "formats")
+        notes = (f"{len(unread)} {are} in {formats} not read here and passed over ({some}); convert to JPEG or PNG",)
     if not found:
-        raise InputError(f"{folder}: no images here (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return dict(sorted(found.items()))
+        raise InputError("; ".join([f"{folder}: no images here (looked for {' '.join(IMAGE_SUFFIXES)})", *notes]))
+    return dict(sorted(found.items())), notes
 
 
 def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield image files depth first; a directory reached twice through links is entered once."""
+    """Yield files of photographs depth first; a directory reached twice through links is entered once."""
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in visited:
@@ -52,7 +66,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
         if is_folder:
             if not entry.name.startswith("."):
                 yield from _walk(Path(entry.path), visited)
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("."):
+        elif entry.name.lower().endswith((*IMAGE_SUFFIXES, *CAMERA_SUFFIXES)) and not entry.name.startswith("."):
             yield Path(entry.path)
 
 

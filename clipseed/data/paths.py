@@ -7,6 +7,9 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".jp2")
 
+CAMERA_SUFFIXES = (".heic", ".heif", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf")
+"""Photographs in formats that are not read here."""
+
 
 def is_file(path: Path) -> bool:
     """Whether a file is there; a name that is too long or a folder that may not be entered holds none."""

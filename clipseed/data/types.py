@@ -63,6 +63,7 @@ class ImageSet:
         ground_truth: Where ``evaluate`` finds this set's masks when not told: a folder, or ``toy``.
         source: What identifies the data besides name, root and split (label file, image folder, toy seed).
         exif, max_pixels: As images are read.
+        notes: What people should know of how files were understood.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ImageSet:
     source: Mapping[str, str | int | None] = field(default_factory=dict)
     exif: bool = False
     max_pixels: int | None = MAX_PIXELS
+    notes: tuple[str, ...] = ()
 
     @property
     def manifest(self) -> dict[str, str | int | None]:

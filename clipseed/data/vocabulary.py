@@ -89,20 +89,25 @@ class Vocabulary:
             position = int(shown) if len(shown) < 10 else -1  # Python refuses numbers of thousands of digits
             if not 0 <= position < len(self.classes):
                 raise InputError(
-                    f"{where}: class index {shown[:20]} is outside 0…{len(self.classes) - 1} "
-                    f"of vocabulary {self.name!r}"
+                    f"{where}: there is no class {shown[:20]}; those of vocabulary {self.name!r} are numbered from 0 "
+                    f"to {len(self.classes) - 1}"
                 )
             return position
         found = self._index.get(_fold(label))
         if found is None:
             near = difflib.get_close_matches(_fold(label), self._index, n=3, cutoff=0.5)
             names = [self.classes[self._index[name]].name for name in near]
+            many = "one class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
             hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else "."
             raise InputError(
-                f"{where}: unknown class {label[:80]!r} (vocabulary {self.name!r} has {len(self.classes)} "
-                f"classes){hint} Give the data's own class list with --classes FILE."
+                f"{where}: unknown class {label[:80]!r} (vocabulary {self.name!r} has {many}){hint} "
+                "Give the data's own class list with --classes FILE."
             )
         return found
+
+    def knows(self, name: str) -> bool:
+        """Whether a text is the name of a class."""
+        return _fold(name) in self._index
 
     def indices(self, labels: Iterable[str | int], where: str) -> tuple[int, ...]:
         """Indices of several labels in their own order, repeats dropped."""
@@ -153,6 +158,15 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     data = parse_yaml(content, str(path))
     vocabulary = parse_vocabulary(data, str(path), path.stem)
     return vocabulary if data.get("background") is not None else with_general_background(vocabulary)
+
+
+def named_vocabulary(names: Iterable[str], name: str, where: str) -> Vocabulary:
+    """A class list of bare names, with the general background words.
+
+    Raises:
+        InputError: there are none, or one is listed twice or impossible.
+    """
+    return with_general_background(checked(Vocabulary(name, tuple(map(ClassText, names))), where))
 
 
 def with_general_background(vocabulary: Vocabulary) -> Vocabulary:

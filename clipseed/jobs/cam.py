@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from clipseed.cam.methods import Method, compute_cams
-from clipseed.clip.model import chosen_weights, model_name
+from clipseed.clip.model import FrozenClip, chosen_weights, model_name
 from clipseed.clip.tagging import tag
 from clipseed.data.dataset import DatasetOptions, open_dataset
 from clipseed.data.types import ImageReader, ImageSet, Sample
@@ -29,9 +29,10 @@ from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_eng
 from clipseed.runtime.work import Deferred
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.empty import stage_of
+from clipseed.store.empty import Stage, stage_of
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.tags import Tagged, TagStore, label_file
+from clipseed.store.writer import recorded_manifest
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def run_cam(
     Raises:
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported instead.
     """
-    _check(options)
+    check(options)
     image_set = open_dataset(options.data)
     recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
     say = partial(loading, options.model_name) if loading else None
@@ -109,10 +110,7 @@ def _run(
     start_tags: StartOn | None,
 ) -> CamReport:  # fmt: skip
     about, shard = engine.about, options.run.shard
-    manifest = cam_manifest(options, image_set, about["model"], about["weights"])
-    stage = stage_of(manifest)  # in one pass, too: spreading leaves a positive map positive
-    if recipe.refinement:
-        manifest = refine_manifest("caa", caa_manifest(recipe.refinement), manifest, about["model"], about["weights"])
+    manifest, stage = recipe.manifest(image_set, about)
     dtype = "float32" if options.paper else "float16"
     unit = dealt_unit(about["unit"], len(image_set.samples), shard.count * engine.hands)
     with CamWriter(
@@ -124,23 +122,32 @@ def _run(
         tags = None
         if options.data.auto_labels:
             begin = start_tags(image_set) if start_tags else None
-            image_set, tags = tag_unlabelled(options, image_set, engine, writer, replaced, begin)
+            file = label_file(writer.out, writer.portable)
+            image_set, tags = tag_unlabelled(
+                options.run, image_set, engine, file, writer.manifest, writer.unit_size, replaced, begin
+            )
         samples = image_set.samples
         known = samples
         if tags is not None:  # what other shards have not tagged yet is theirs to judge
             own = set(writer.own([sample.id for sample in samples]))
             known = [sample for sample in samples if sample.labels is not None or sample.id in own]
         writer.forget_unlike({sample.id: sample.labels for sample in known})
-        untagged = {} if tags is None else dict(tags.stats.skipped)
-        unlabelled = [sample.id for sample in samples if sample.labels is None]
-        unusable = {key: untagged.get(key, "no labels are given for it") for key in unlabelled}
+        unusable = without_labels(samples, tags)
         done = run(engine, writer, samples, start(image_set) if start else None, shard=shard, unusable=unusable)
     if tags is not None:  # the batch size that was lowered there is that of both
         done.stats.out_of_memory = done.stats.out_of_memory or tags.stats.out_of_memory
     return CamReport(**vars(done), tags=tags)
 
 
-def _check(options: CamOptions) -> None:
+def without_labels(samples: Sequence[Sample], tags: TagReport | None) -> dict[str, str]:
+    """Ids of images that have no labels, with the reason."""
+    untagged = {} if tags is None else dict(tags.stats.skipped)
+    missing = [sample.id for sample in samples if sample.labels is None]
+    return {key: untagged.get(key, "no labels are given for it") for key in missing}
+
+
+def check(options: CamOptions) -> None:
+    """Raise UsageError for options that mean nothing."""
     if not options.scales or any(not 0.1 <= scale <= 8 for scale in options.scales):
         raise UsageError("--scales: give factors between 0.1 and 8, such as 0.5,1.0,1.5")
     options.run.check()
@@ -205,7 +212,16 @@ class CamRecipe:
 
     def known(self) -> dict[str, Any] | None:
         """What :meth:`CamWork.about` would say, if the output that is there was made with the same model."""
-        return self.choice.known(self.options.out)
+        return self.choice.known(recorded_manifest(self.options.out))
+
+    def manifest(self, image_set: ImageSet, about: dict[str, Any]) -> tuple[Manifest, Stage]:
+        """What decides the maps, given what the work says of itself, and the stage at which labels may vanish."""
+        manifest = cam_manifest(self.options, image_set, about["model"], about["weights"])
+        stage = stage_of(manifest)  # in one pass, too: spreading leaves a positive map positive
+        if self.refinement:
+            constants = caa_manifest(self.refinement)
+            manifest = refine_manifest("caa", constants, manifest, about["model"], about["weights"])
+        return manifest, stage
 
     def __call__(self) -> CamWork:
         """Load it."""
@@ -228,10 +244,10 @@ class CamLoader:
 
 
 class CamWork(ClipWork[Cam | Tagged]):
-    """Images with labels to maps, images without to tags; with the same model, loaded once."""
+    """Images with labels to maps, images without to tags; with the same model, loaded once (``None``: here)."""
 
-    def __init__(self, recipe: CamRecipe) -> None:
-        super().__init__(recipe.choice)
+    def __init__(self, recipe: CamRecipe, clip: FrozenClip | None = None) -> None:
+        super().__init__(recipe.choice, clip)
         self._options, self._vocabulary = recipe.options, recipe.vocabulary
         self.text = self.clip.encode_text(recipe.vocabulary)
         self._refinement, self._reader = recipe.refinement, recipe.reader
@@ -246,9 +262,10 @@ class CamWork(ClipWork[Cam | Tagged]):
 
     def compute(self, items: Sequence[LoadedViews]) -> Sequence[Cam | Tagged]:
         """Maps, or tags, of a batch."""
-        return self._tags(items) if items[0].sample.labels is None else self._maps(items)
+        return self.tags(items) if items[0].sample.labels is None else self.maps(items)
 
-    def _tags(self, items: Sequence[LoadedViews]) -> list[Tagged]:
+    def tags(self, items: Sequence[LoadedViews]) -> list[Tagged]:
+        """Classes that CLIP finds in images."""
         features, recomputed = features_of(self.clip, items)
         self.counters["recomputed"] += recomputed
         probability = self.text.probabilities(features)
@@ -259,7 +276,8 @@ class CamWork(ClipWork[Cam | Tagged]):
             for item, row, found in zip(items, probability, tags, strict=True)
         ]
 
-    def _maps(self, items: Sequence[LoadedViews]) -> list[Cam]:
+    def maps(self, items: Sequence[LoadedViews]) -> list[Cam]:
+        """Maps of images with labels, all of them with some or all with none."""
         labels = [item.sample.labels or () for item in items]
         if not labels[0]:  # images that show no class need no model
             maps = [torch.zeros(0, *items[0].grid) for _ in items]
@@ -295,39 +313,50 @@ class TagReport(RunReport):
     Attributes:
         tagged: Images of this run that CLIP tagged, now or earlier.
         without_class: Those of them in which it found no class: all background.
+        with_all: Those in which it found every class there is.
     """
 
     tagged: int
     without_class: int
+    with_all: int = 0
+
+    @property
+    def alike(self) -> bool:
+        """Whether most images got all classes, or most none: then tags tell images not apart."""
+        return self.tagged > 1 and 2 * max(self.with_all, self.without_class) > self.tagged
 
 
 def tag_unlabelled(
-    options: CamOptions, image_set: ImageSet, engine: Deferred[Any], writer: CamWriter, replaced: Collection[str] = (),
-    start: Start | None = None,
+    options: RunOptions, image_set: ImageSet, engine: Deferred[Any], file: Path, manifest: Manifest, unit_size: int,
+    replaced: Collection[str] = (), start: Start | None = None,
 ) -> tuple[ImageSet, TagReport]:  # fmt: skip
     """Give tags to this run's samples without labels; those that cannot be read stay without.
 
     Args:
         options: How to run.
         image_set: The data set.
-        engine: Of a :class:`CamRecipe`.
-        writer: Where the maps go, entered; the label file stands beside that and holds the data set's own labels too.
+        engine: Of a :class:`CamRecipe`, or other work that answers with tags to images without labels.
+        file: The label file (:func:`~clipseed.store.tags.label_file`); it holds the data set's own labels too.
+        manifest: Of what the tags are for.
+        unit_size: Samples per unit.
         replaced: Images whose earlier tags are those of another image.
         start: Begins to show progress.
 
     Raises:
         StoreError: the label file was edited, is not ours, or cannot be written.
     """
-    shard = options.run.shard
+    shard = options.shard
     with TagStore(
-        label_file(writer.out, writer.portable), _deciding(writer.manifest), image_set, writer.unit_size, shard=shard,
-        overwrite=options.run.overwrite, replaced=replaced,
-    ) as store:  # fmt: skip
+        file, _deciding(manifest), image_set, unit_size, shard=shard, overwrite=options.overwrite, replaced=replaced
+    ) as store:
         done = run(engine, store, image_set.samples, start, shard=shard, may_be_empty=True)
         tagged = [key for key in store.own([sample.id for sample in image_set.samples]) if key in store.scores]
         without = sum(not store.scores[key] for key in tagged)
+        classes = len(image_set.vocabulary.classes)
+        everything = sum(len(store.scores[key]) == classes > 1 for key in tagged)
         samples = [store.labelled(sample) for sample in image_set.samples]
-    return replace(image_set, samples=samples), TagReport(**vars(done), tagged=len(tagged), without_class=without)
+    report = TagReport(**vars(done), tagged=len(tagged), without_class=without, with_all=everything)
+    return replace(image_set, samples=samples), report
 
 
 def _deciding(manifest: Manifest) -> Manifest:

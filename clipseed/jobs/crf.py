@@ -55,8 +55,6 @@ Floats = npt.NDArray[np.float32]
 class Problem:
     """What the CRF of an image is given; survives pickling, because one solver runs in worker processes."""
 
-    cams: CamSet
-    reader: ImageReader
     parameters: CrfParameters
     alpha: float
     paper: bool
@@ -69,12 +67,31 @@ class Problem:
         """The image as the colour kernel sees it."""
         return clip_es_colours(pixels) if self.paper else pixels
 
+    def solved(
+        self, cams: Sequence[Cam], images: Sequence[npt.NDArray[np.uint8]], device: torch.device
+    ) -> list[Floats]:
+        """Posterior ``(1 + K, H, W)`` of each of a batch of images ``(H, W, 3)``; all or none of them have classes.
+
+        Raises:
+            UsageError: a kernel is impossible.
+        """
+        if not cams or not len(cams[0].classes):
+            return [np.ones((1, *cam.size), np.float32) for cam in cams]
+        unaries = [torch.from_numpy(self.unary(cam)).to(device) for cam in cams]
+        colours = [torch.from_numpy(self.colours(pixels).copy()).to(device) for pixels in images]
+        try:
+            return [posterior.cpu().numpy() for posterior in dense_crf(unaries, colours, self.parameters)]
+        except ValueError as error:
+            raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
+
 
 @dataclass(frozen=True)
 class NativeSolver:
     """Decodes an image and runs the C++ solver on it, in a worker process: a crash there costs that image only."""
 
     problem: Problem
+    cams: CamSet
+    reader: ImageReader
 
     def __call__(self, sample: Sample) -> Done[tuple[str, Floats]]:
         """Solve one image: its id and posterior ``(1 + K, H, W)``.
@@ -84,8 +101,8 @@ class NativeSolver:
         """
         from clipseed.refine.crf_native import native_crf
 
-        image = ImageLoader(self.problem.reader)(sample)
-        cam = self.problem.cams[sample.id]
+        image = ImageLoader(self.reader)(sample)
+        cam = self.cams[sample.id]
         problem = misfit(cam, image.size, image.stamp)
         if problem is not None:
             raise problem
@@ -198,9 +215,8 @@ class _CrfWork(Work[Any, ScoredMask]):
     def __init__(self, options: CrfOptions, cams: CamSet) -> None:
         super().__init__()
         self.options, self.cams = options, cams
-        reader = recorded_reader(relocated(cams.manifest, options.images, options.root))
-        paper = _paper(options, cams.manifest)
-        self.problem = Problem(cams, reader, options.parameters, options.alpha, paper)
+        self.reader = recorded_reader(relocated(cams.manifest, options.images, options.root))
+        self.problem = Problem(options.parameters, options.alpha, _paper(options, cams.manifest))
         self.native = options.solver == "pydensecrf"
         self.device = pick_device("cpu" if self.native else options.run.device)
         workers = options.run.workers
@@ -221,7 +237,7 @@ class _CrfWork(Work[Any, ScoredMask]):
     @property
     def loader(self) -> Any:
         """Decodes an image; with the C++ solver it solves its problem as well."""
-        return NativeSolver(self.problem) if self.native else ImageLoader(self.problem.reader)
+        return NativeSolver(self.problem, self.cams, self.reader) if self.native else ImageLoader(self.reader)
 
     def compute(self, items: Sequence[Any]) -> Sequence[ScoredMask | ImageError]:
         """Masks of a batch."""
@@ -233,24 +249,10 @@ class _CrfWork(Work[Any, ScoredMask]):
             misfit(cam, item.size, item.stamp) for cam, item in zip(cams, items, strict=True)
         ]
         fit = [k for k, problem in enumerate(results) if problem is None]
-        if not len(cams[0].classes):
-            posteriors = [np.ones((1, *cams[k].size), np.float32) for k in fit]
-        else:
-            posteriors = self._posteriors([(cams[k], items[k]) for k in fit])
+        posteriors = self.problem.solved([cams[k] for k in fit], [items[k].pixels for k in fit], self.device)
         for k, posterior in zip(fit, posteriors, strict=True):
             results[k] = self._labelled(cams[k], posterior)
         return [result for result in results if result is not None]
-
-    def _posteriors(self, chosen: Sequence[tuple[Cam, LoadedImage]]) -> list[Floats]:
-        if not chosen:
-            return []
-        unaries = [torch.from_numpy(self.problem.unary(cam)).to(self.device) for cam, _ in chosen]
-        images = [torch.from_numpy(self.problem.colours(item.pixels).copy()).to(self.device) for _, item in chosen]
-        try:
-            solved = dense_crf(unaries, images, self.problem.parameters)
-        except ValueError as error:
-            raise UsageError(f"--smooth-xy, --colour-xy, --colour-rgb: {error}") from error
-        return [posterior.cpu().numpy() for posterior in solved]
 
     def _label_solved(self, items: Sequence[Done[tuple[str, Floats]]]) -> list[ScoredMask]:
         return [self._labelled(self.cams[key], posterior) for key, posterior in (item.result for item in items)]

@@ -6,18 +6,25 @@ import importlib
 import importlib.util
 import os
 import platform
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
+
+from clipseed.errors import ClipseedError
+from clipseed.network import HUB, reachable
 
 Verdict = Literal["ok", "note", "problem"]
 _REQUIRED = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "opencv-python-headless", "h5py",
              "typer", "rich", "pyyaml", "safetensors", "filelock", "segment-anything")  # fmt: skip
-_EXTRAS = (("sam", "pycocotools"), ("crf", "pydensecrf.densecrf"), ("ray", "ray"))
-_HUB = "huggingface.co"
+_EXTRAS = (
+    ("sam", "pycocotools", "reads COCO's files of masks (--import); SAM itself needs no extra"),
+    ("crf", "pydensecrf.densecrf", "clipseed crf --solver pydensecrf"),
+    ("ray", "ray", "--engine ray"),
+)
+"""Extra, its module, and what it is for."""
 
 _VIT_B_WIDTH = 768
 
@@ -122,6 +129,9 @@ def _weights(model: str, tag: str, network: bool) -> Iterator[Finding]:
         yield Finding("toy weights", "ok", f"{toy} ({toy.stat().st_size / 1e6:.1f} MB)")
     else:
         yield Finding("toy weights", "problem", f"{toy} is missing; reinstall clipseed")
+    if Path(tag).exists():
+        yield _weights_file(Path(tag))
+        return
     topic = f"{model} {tag}"
     entry = pretrained.get_pretrained_cfg(model, tag)
     if not entry:
@@ -136,14 +146,26 @@ def _weights(model: str, tag: str, network: bool) -> Iterator[Finding]:
     source = entry.get("hf_hub", "").rstrip("/") or entry.get("url")
     if not network:
         yield Finding(topic, "note", f"not here yet; would be downloaded from {source}, or put the file at {place}")
-    elif reachable(_HUB):
+    elif reachable(HUB):
         yield Finding(topic, "ok", f"not here yet; the first run downloads it from {source}")
     else:
         yield Finding(
             topic, "note",
-            f"not here, and {_HUB} cannot be reached. Fetch {source} elsewhere and put the file at {place} "
+            f"not here, and {HUB} cannot be reached. Fetch {source} elsewhere and put the file at {place} "
             "(.safetensors, .bin or .pt), or name it with --weights FILE. clipseed demo needs none of it",
         )  # fmt: skip
+
+
+def _weights_file(path: Path) -> Finding:
+    """Whether a file holds a CLIP that can be used."""
+    from clipseed.clip.model import FrozenClip
+
+    try:
+        info = FrozenClip.load(None, path, "cpu", "fp32").info
+    except ClipseedError as error:
+        return Finding("weights", "problem", str(error))
+    shape = f"{info.blocks} blocks of {info.width}, patches of {info.patch} pixels, {info.activation}"
+    return Finding("weights", "ok", f"{path}: {shape}, SHA-256 {info.sha256[:16]}…")
 
 
 def _cached(hub: str) -> str | None:
@@ -165,25 +187,16 @@ def _cached(hub: str) -> str | None:
     return None
 
 
-def reachable(host: str, seconds: float = 3.0) -> bool:
-    """Whether a TCP connection to the host's HTTPS port can be made."""
-    try:
-        with socket.create_connection((host, 443), timeout=seconds):
-            return True
-    except OSError:
-        return False
-
-
 def _extras() -> Iterator[Finding]:
-    for extra, module in _EXTRAS:
+    for extra, module, use in _EXTRAS:
         try:
             present = importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
             present = False
         if present:
-            yield Finding(f"extra [{extra}]", "ok", module.partition(".")[0])
+            yield Finding(f"extra [{extra}]", "ok", f"{module.partition('.')[0]}: {use}")
         else:
-            yield Finding(f"extra [{extra}]", "note", f"not installed: pip install 'clipseed[{extra}]'")
+            yield Finding(f"extra [{extra}]", "note", f"not installed ({use}): pip install 'clipseed[{extra}]'")
 
 
 def _version(name: str) -> str:

@@ -35,7 +35,7 @@ from clipseed.store.feature_records import Feature, feature_format
 from clipseed.store.features import FeatureSet
 from clipseed.store.files import write_text
 from clipseed.store.manifest import Manifest, package_versions
-from clipseed.store.writer import RecordWriter
+from clipseed.store.writer import RecordWriter, recorded_manifest
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def run_prompts(options: PromptOptions, start: StartOn | None = None, loading: L
         )
     choice = options.choice
     recipe = FeatureRecipe(choice, image_set.reader, options.max_side, options.min_side)
-    about = choice.known(options.features) if options.features is not None else None
+    about = choice.known(recorded_manifest(options.features)) if options.features is not None else None
     say = partial(loading, model_name(choice.model, choice.weights)) if loading else None
     with contextlib.closing(open_engine(recipe, options.run.cluster, about, say)) as engine:
         done, found = _encode(options, image_set, samples, engine, start(image_set) if start else None)

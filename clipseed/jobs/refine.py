@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,6 +56,7 @@ from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import CamSet
 from clipseed.store.files import freshen
 from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.writer import recorded_manifest
 
 Method = Literal["caa", "js", "par"]
 
@@ -212,7 +215,7 @@ def _open(options: RefineOptions, out: Path, cams: CamSet, loading: Loading | No
     if options.method == "par":
         return open_engine(partial(_Par, options, cams), options.run.cluster)
     choice = _choice(options, cams.manifest)
-    about = choice.known(out)
+    about = choice.known(recorded_manifest(out))
     if about is not None:
         same = about["model"].get("sha256") == cams.manifest["model"].get("sha256")
         about = about | {"constants": _constants(options, cams.manifest)} if same else None
@@ -347,12 +350,16 @@ class _Par(_Refinement):
         """Let maps follow colours."""
         if not len(cams[0].classes):
             return cams
-        maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(cam.upsampled()) for cam in cams], batch_first=True)
-        pixels = stacked([item.pixels for item in items], self.device)
-        par = self.options.par
-        refined = refine_par(
-            maps.to(self.device), pixels, par.iterations, par.dilations, par.sharpness, par.position_weight
-        )
-        refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
-        found = refined.clamp_(0, 1).cpu().numpy()
-        return [replace(cam, maps=rows[: len(cam.classes)]) for cam, rows in zip(cams, found, strict=True)]
+        return along_colors([item.pixels for item in items], cams, self.options.par, self.device)
+
+
+def along_colors(
+    images: Sequence[npt.NDArray[np.uint8]], cams: Sequence[Cam], par: ParOptions, device: torch.device
+) -> list[Cam]:
+    """CAMs of images ``(H, W, 3)`` of one size, at that size, following their colours."""
+    maps = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(cam.upsampled()) for cam in cams], batch_first=True)
+    pixels = stacked(images, device)
+    refined = refine_par(maps.to(device), pixels, par.iterations, par.dilations, par.sharpness, par.position_weight)
+    refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
+    found = refined.clamp_(0, 1).cpu().numpy()
+    return [replace(cam, maps=rows[: len(cam.classes)]) for cam, rows in zip(cams, found, strict=True)]

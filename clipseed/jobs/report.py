@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,22 @@ from PIL.Image import Image
 
 from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.types import check_id
-from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
-from clipseed.errors import ImageError, StoreError, UsageError
+from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
+from clipseed.defaults import LABEL_THRESHOLD, REPORT_SHOWN, REPORT_TITLE
+from clipseed.errors import ClipseedError, ImageError, InputError, StoreError, UsageError
 from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate
+from clipseed.pseudo.rules import label_mask, thresholding
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.page import Entry, render_page
+from clipseed.report.survey import Survey, areas_of
+from clipseed.report.unscored import Shown, SurveyedInput, render_unscored
+from clipseed.store.cam_records import Cam
+from clipseed.store.cams import CamSet
 from clipseed.store.files import write_text
 from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.manifest import Manifest
 from clipseed.store.open import content_of, open_prediction
+from clipseed.types import LabelMask
 
 MOST_SHOWN = 200
 """Most images of a kind; each takes about 120 kB of the page."""
@@ -75,12 +84,47 @@ class ReportResult:
         return {"out": str(self.out), "inputs": inputs}
 
 
+@dataclass
+class SurveyResult:
+    """What was written about inputs without a truth: the page, and what it says of each input and of single images."""
+
+    out: Path
+    inputs: list[SurveyedInput]
+    worth: list[tuple[str, str]]
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Input and what should be known about it."""
+        return [(one.name, note) for one in self.inputs for note in one.notes]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "out": str(self.out),
+            "inputs": [
+                {
+                    "input": one.name, "images": len(one.survey.images), "coverage": one.survey.coverage,
+                    "foreground": one.survey.foreground, "empty_labels": one.survey.empty,
+                    "classes": [{**vars(item), "median": _number(item.median)} for item in one.survey.classes],
+                }
+                for one in self.inputs
+            ],
+            "worth_a_look": [{"id": key, "why": why} for key, why in self.worth],
+        }  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def _shown(examples: list[Example]) -> list[dict[str, Any]]:
     return [{"id": example.id, "miou": example.score} for example in examples]
 
 
-def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | None = None) -> ReportResult:
-    """Score every input and write the page about them.
+def write_report(
+    options: ReportOptions, start: Callable[[str], StartScoring] | None = None
+) -> ReportResult | SurveyResult:
+    """Score every input and write the page about them; without any ground truth, about what they hold.
 
     Args:
         options: What to score, and where to write.
@@ -91,6 +135,8 @@ def write_report(options: ReportOptions, start: Callable[[str], StartScoring] | 
         InputError, StoreError: files are missing, damaged or do not fit each other, or ``out`` cannot be written.
     """
     _check(options)
+    if options.scoring.gt is None and not any(_truth_known(path) for path in options.inputs):
+        return _survey(options, start)
     result = ReportResult(options.out)
     names = _names(options.inputs)
     contents = [content_of(path) for path in options.inputs]
@@ -243,6 +289,134 @@ def _manifest(path: Path) -> Manifest | None:
         return cams.manifest
 
 
+def _truth_known(path: Path) -> bool:
+    """Whether an input says where its ground truth is."""
+    dataset = (_manifest(path) or {}).get("dataset")
+    return isinstance(dataset, dict) and dataset.get("ground_truth") is not None
+
+
+# Without a truth ------------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """An input without a truth: CAMs, labelled by a threshold, or label masks."""
+
+    def __init__(self, options: ReportOptions, name: str, path: Path, stack: ExitStack) -> None:
+        self.name, self.path = name, path
+        self._opened = opened = open_prediction(path)
+        if isinstance(opened, CamSet):
+            stack.enter_context(opened)
+        self.manifest = opened.manifest
+        self.cams = opened if isinstance(opened, CamSet) else _made_from(opened.manifest, stack)
+        self.cams_from = name if isinstance(opened, CamSet) else "" if self.cams is None else self.cams.path.name
+        self._rules = thresholding(threshold=options.scoring.threshold or LABEL_THRESHOLD)
+        vocabulary = (self.manifest or {}).get("vocabulary")
+        self.names: tuple[str, ...] = ()
+        if options.scoring.classes is not None:
+            self.names = load_vocabulary(options.scoring.classes).class_names
+        elif vocabulary is not None:
+            self.names = parse_vocabulary(vocabulary, str(path), "classes").class_names
+
+    @property
+    def setting(self) -> str:
+        """How labels come about."""
+        if not isinstance(self._opened, CamSet):
+            return "label masks"
+        return f"CAMs, labelled at threshold {self._rules.seeding.pixel_background.value:g}"
+
+    def ids(self) -> list[str]:
+        """All images."""
+        return list(self._opened) if isinstance(self._opened, CamSet) else sorted(self._opened.ids())
+
+    def mask(self, identifier: str) -> LabelMask | None:
+        """The label mask of an image; ``None`` where there is none."""
+        if isinstance(self._opened, CamSet):
+            return label_mask(self._opened[identifier], self._rules) if identifier in self._opened else None
+        return self._opened.read(identifier) if self._opened.has(identifier) else None
+
+    def labels(self, identifier: str) -> tuple[int, ...] | None:
+        """Classes that an image is said to show; ``None``: not known."""
+        if isinstance(self._opened, CamSet):
+            return tuple(self._opened.classes(identifier).tolist())
+        return self._opened.note(identifier).classes
+
+
+def _made_from(manifest: Manifest | None, stack: ExitStack) -> CamSet | None:
+    """The CAMs that masks were made from, where they are still there."""
+    source = (manifest or {}).get("input")
+    try:
+        found = open_prediction(Path(str(source))) if source else None
+    except ClipseedError:
+        return None
+    return stack.enter_context(found) if isinstance(found, CamSet) else None
+
+
+def _survey(options: ReportOptions, start: Callable[[str], StartScoring] | None) -> SurveyResult:
+    """Write the page about inputs without a truth."""
+    with ExitStack() as stack:
+        names = _names(options.inputs)
+        sources = [
+            _Source(options, name, path, stack) for name, path in zip(names, options.inputs, strict=True)
+        ]  # fmt: skip
+        inputs = []
+        for source in sources:
+            ids = source.ids()
+            if not ids:
+                raise InputError(f"{source.path}: neither CAMs nor PNG masks in this folder")
+            advance = start(source.name)(len(ids)) if start else (lambda count: None)
+            survey = Survey(source.names)
+            for key in ids:
+                mask = source.mask(key)
+                if mask is not None:
+                    survey.add(areas_of(key, source.labels(key), mask))
+                advance(1)
+            inputs.append(SurveyedInput(source.name, survey, source.setting, [], source.manifest))
+        last = inputs[-1].survey  # the most refined, as people list them
+        worth = [(image.id, why) for image, why in last.worth_a_look(options.worst)]
+        others = [image.id for image in last.others(options.best, [key for key, _ in worth])]
+        find = _finder(options, sources)
+        page = render_unscored(
+            options.title, inputs, [_look(sources, find, key, why) for key, why in worth],
+            [_look(sources, find, key, "") for key in others],
+        )  # fmt: skip
+    write_text(options.out, page)
+    return SurveyResult(options.out, inputs, worth)
+
+
+def _finder(options: ReportOptions, sources: Sequence[_Source]) -> Callable[[str], Image]:
+    manifest = next((source.manifest for source in sources if source.manifest), {})
+    if options.root is not None:
+        manifest = relocated(manifest, None, options.root)
+    dataset = _image_set(options.images, "", manifest)
+    if dataset is None:
+        return _unknown_place
+    return image_finder(dataset, exif=bool((manifest.get("options") or {}).get("exif")))
+
+
+def _unknown_place(identifier: str) -> Image:
+    raise ImageError("this input does not say where its images are; name the folder with --images")
+
+
+def _look(sources: Sequence[_Source], find: Callable[[str], Image], key: str, why: str) -> Shown:
+    photo: Image | str
+    try:
+        photo = find(check_id(key, "the report"))
+    except ClipseedError as error:
+        photo = str(error)
+    cams: dict[str, tuple[str, Cam]] = {}
+    masks = []
+    for source in sources:
+        if source.cams is not None and key in source.cams:
+            cams.setdefault(str(source.cams.path.resolve()), (source.cams_from, source.cams[key]))
+        mask = source.mask(key)
+        if mask is not None:
+            masks.append((source.name, mask))
+    return Shown(key, why, photo, list(cams.values()), masks)
+
+
+# With a truth ---------------------------------------------------------------------------------------------------------
+
+
 class _Images:
     """Finds an example's image: below ``--images``, or where the manifest or the ground truth says.
 
@@ -283,4 +457,6 @@ def _image_set(images: Path | None, truth: str, manifest: Manifest | None) -> di
     if truth.startswith("toy:"):
         return {"name": "toy", "toy_seed": truth.removeprefix("toy:")}
     beside = Path(truth).absolute().parent / "JPEGImages"
+    if not truth:
+        return None
     return {"images": str(beside)} if beside.is_dir() else None

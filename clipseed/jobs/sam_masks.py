@@ -104,7 +104,7 @@ class SamMasksOptions:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What a run reads besides images, opened: CAMs whose images are meant, and segments that exist already."""
 
     cams: CamSet | None
@@ -200,7 +200,7 @@ def open_existing(options: SamMasksOptions) -> ForeignSegments | None:
     return existing
 
 
-def masks_manifest(options: SamMasksOptions, images: ImageSet, inputs: _Inputs, about: dict[str, Any]) -> Manifest:
+def masks_manifest(options: SamMasksOptions, images: ImageSet, inputs: Inputs, about: dict[str, Any]) -> Manifest:
     """Everything that decides the masks, and where the images are."""
     cams = None if inputs.cams is None else inputs.cams.manifest
     settings: dict[str, Any] = {"exif": images.exif}
@@ -265,12 +265,16 @@ class ShrinkingLoader:
             ImageError: it cannot be read.
         """
         stamp = file_stamp(self.reader.file(sample))
-        image = self.reader(sample)
-        size = (image.height, image.width)
-        if self.max_side and max(size) > self.max_side:
-            height, width = fitted_size(size, self.max_side)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return LoadedForSam(sample, size, np.asarray(image).copy(), stamp)
+        return shrunk_for_sam(sample, self.reader(sample), stamp, self.max_side)
+
+
+def shrunk_for_sam(sample: Sample, image: Image.Image, stamp: FileStamp, max_side: int) -> LoadedForSam:
+    """A decoded image as SAM sees it: shrunk where it is longer than ``max_side`` (0: never)."""
+    size = (image.height, image.width)
+    if max_side and max(size) > max_side:
+        height, width = fitted_size(size, max_side)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return LoadedForSam(sample, size, np.asarray(image).copy(), stamp)
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,7 @@ def run_sam_masks(
     check(options)
     with contextlib.ExitStack() as opened:
         cams = None if options.cams is None else opened.enter_context(open_cams(options.cams))
-        inputs = _Inputs(cams, open_existing(options))
+        inputs = Inputs(cams, open_existing(options))
         images = find_images(options, cams)
         recipe = MasksRecipe(options, inputs, images.reader, images.name)
         say = partial(loading, options.model_name) if loading and options.existing is None else None
@@ -349,7 +353,7 @@ class MasksRecipe:
     """Loads what a run needs."""
 
     options: SamMasksOptions
-    inputs: _Inputs
+    inputs: Inputs
     reader: ImageReader
     dataset: str
 
@@ -373,7 +377,7 @@ class MasksRecipe:
         """Load it."""
         if self.options.existing is not None:
             return _Existing(self)
-        return _Prompted(self) if self.options.prompt else _Grid(self)
+        return _Prompted(self) if self.options.prompt else GridMasks(self)
 
 
 def _about_model(model: dict[str, Any], checkpoint: Path | None, device: torch.device) -> dict[str, Any]:
@@ -468,7 +472,7 @@ class _Segmenting(_Masks):
             return ImageError(f"SAM failed on it ({type(error).__name__}: {str(error)[:200]})")
 
 
-class _Grid(_Segmenting):
+class GridMasks(_Segmenting):
     """Everything in an image, from a grid of points."""
 
     def __init__(self, recipe: MasksRecipe) -> None:

@@ -239,9 +239,13 @@ class Seeded(Labelled):
 
 @dataclass(frozen=True)
 class Seeder:
-    """Labels one image, from reading its maps and segments to the finished label mask; runs in worker processes."""
+    """Labels one image, from reading its maps and segments to the finished label mask; runs in worker processes.
 
-    source: Prediction
+    Attributes:
+        source: What is read; ``None``: CAMs come from memory (:meth:`seeded`).
+    """
+
+    source: Prediction | None
     segments: SegmentsOfAnyKind | None
     rules: Rules
 
@@ -252,9 +256,10 @@ class Seeder:
             ImageError: its maps or segments cannot be used.
             StoreError: a file is damaged.
         """
+        assert self.source is not None
         try:
             return Done(
-                self._seeded(self.source[sample.id])
+                self.seeded(self.source[sample.id])
                 if isinstance(self.source, CamSet)
                 else self._voted(self.source, sample)
             )
@@ -269,7 +274,12 @@ class Seeder:
             classes = tuple(int(value) - 1 for value in np.unique(labels) if value not in (0, IGNORE))
         return Seeded(sample.id, voted_labels(self.rules, labels, segments.masks), classes, stamp, len(segments))
 
-    def _seeded(self, cam: Cam) -> Seeded:
+    def seeded(self, cam: Cam) -> Seeded:
+        """The label mask of an image whose CAMs are at hand.
+
+        Raises:
+            ImageError: its maps or segments cannot be used.
+        """
         problem = misfit(cam, cam.size)
         if problem is not None:
             raise problem

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipseed.pseudo.background import Background
-from clipseed.pseudo.pixels import Classes, label_scores
+from clipseed.pseudo.pixels import Classes, PixelLabels, label_scores
 from clipseed.refine.crf import clip_es_unary
 from clipseed.types import LabelMask
 
@@ -33,4 +33,9 @@ def posterior_labels(posterior: Floats, classes: Classes, confidence: float | No
         classes: The K class indices.
         confidence: Pixels whose largest probability is below become 255; ``None``: none.
     """
-    return label_scores(posterior, classes, Background("given")).sure(confidence)
+    return posterior_pixels(posterior, classes).sure(confidence)
+
+
+def posterior_pixels(posterior: Floats, classes: Classes) -> PixelLabels:
+    """The same with how probable each label is."""
+    return label_scores(posterior, classes, Background("given"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from clipseed.runtime.images import (
 from clipseed.runtime.run import RunOptions
 from clipseed.runtime.stream import BatchSize, Loaded
 from clipseed.runtime.work import Work
-from clipseed.store.writer import recorded_manifest
+from clipseed.store.manifest import Manifest
 
 T = TypeVar("T", bound=Loaded)
 R = TypeVar("R")
@@ -42,10 +41,9 @@ class ClipChoice:
             self.model, self.weights, self.run.device, self.run.precision, released_rounding=self.released_rounding
         )
 
-    def known(self, out: Path) -> dict[str, Any] | None:
-        """What :meth:`ClipWork.about` would say, if the output that is there was made with the same model."""
-        there = None if self.run.overwrite else recorded_manifest(out)
-        if there is None or not isinstance(there.get("model"), dict):
+    def known(self, there: Manifest | None) -> dict[str, Any] | None:
+        """What :meth:`ClipWork.about` would say, if the output with this manifest was made with the same model."""
+        if self.run.overwrite or there is None or not isinstance(there.get("model"), dict):
             return None
         model, device = there["model"], pick_device(self.run.device)
         if not same_model(
@@ -87,8 +85,8 @@ class ClipWork(TokenWork[LoadedViews, R]):
 
     lanes = 2
 
-    def __init__(self, choice: ClipChoice) -> None:
-        self.clip = choice.load()
+    def __init__(self, choice: ClipChoice, clip: FrozenClip | None = None) -> None:
+        self.clip = clip or choice.load()
         super().__init__(self.clip.tower.device, choice.run)
 
     def about(self) -> dict[str, Any]:

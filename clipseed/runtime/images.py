@@ -134,7 +134,10 @@ class ViewLoader:
             ImageError: it cannot be read.
         """
         stamp = file_stamp(self.reader.file(sample))
-        image = self.reader(sample)
+        return self.of(sample, self.reader(sample), stamp)
+
+    def of(self, sample: Sample, image: Image, stamp: FileStamp) -> LoadedViews:
+        """The views of a decoded image."""
         grid = patch_grid(image.height, image.width, self.patch, self.max_side, self.min_side)
         grids = [grid if scale == 1.0 else _scaled_grid(image.size, self, scale) for scale in self.scales]
         views = tuple(resize_to_grid(image, item, self.patch) for item in grids)

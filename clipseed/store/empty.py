@@ -86,7 +86,7 @@ class EmptyLabel:
     Attributes:
         id: Of the image.
         label: Class name.
-        stage: Command at which it vanished: ``cam``, ``refine``, ``crf``, ``threshold`` or ``sam-seed``.
+        stage: Command at which it vanished: ``cam``, ``refine``, ``crf``, ``threshold``, ``sam-seed`` or ``label``.
         reason: Why, as far as is known.
     """
 
@@ -167,6 +167,8 @@ def _why(manifest: Manifest, kind: str, classes: int) -> str:
         return "spreading left no patch of it that stands out"
     if kind == "crf":
         return "other labels won every pixel, or none is sure"
+    if kind == "label":
+        return "no patch speaks for it, or other labels won every pixel"
     if kind == "threshold":
         return "no pixel of it exceeds the background and all other classes"
     if kind == "sam-seed":

@@ -158,6 +158,10 @@ class LabelMaskWriter(SharedOutput):
             self.done -= keys
             self._empty.forget(keys)
 
+    def replaced(self, stamp: Callable[[str], FileStamp]) -> set[str]:
+        """Ids of masks that were made from another image file than is there now; ``stamp``: from an id to that."""
+        return {key for key in self.done if is_older(label_mask_note(self._path(key)).image, stamp(key))}
+
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}.png"
 

@@ -33,13 +33,13 @@ def dumps(manifest: Manifest) -> str:
 
 
 def label_manifest(
-    source: Manifest, path: Path, kind: str, method: str, options: dict[str, Any], **beside: Any
+    source: Manifest, path: Path | None, kind: str, method: str, options: dict[str, Any], **beside: Any
 ) -> Manifest:
     """The manifest of label masks made from CAMs, or from other label masks.
 
     Args:
         source: The manifest of what they are made from, as far as there is one.
-        path: Where that is.
+        path: Where that is; ``None``: it was never stored.
         kind: The command.
         method: How it labels.
         options: What decides the labels, besides how images were read.
@@ -54,7 +54,7 @@ def label_manifest(
         "method": method,
         "options": {**reading, **options},
         "source": {**origin, **beside},
-        "input": str(path.resolve()),
+        **({} if path is None else {"input": str(path.resolve())}),
         "versions": package_versions(),
     }
     return {**made, **kept}

@@ -12,7 +12,7 @@ from clipseed.data.types import Sample
 from clipseed.defaults import EmptyPolicy
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
-from clipseed.store.empty import Earlier, nothing_earlier
+from clipseed.store.empty import Earlier, Stage, nothing_earlier
 from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest
 from clipseed.store.shards import WHOLE, Shard
@@ -33,14 +33,16 @@ class ScoredMaskWriter:
     Args:
         out: Folder for the masks; see :class:`~clipseed.store.label_mask_writer.LabelMaskWriter`.
         soft: CAM file for the scores, or ``None``.
-        manifest: What decides the content of both.
+        manifest: What decides the masks and, without a ``soft_manifest``, the scores.
         unit_size: Samples per unit.
         overwrite, shard, empty, earlier: As of the writer of masks.
+        soft_manifest: What decides the scores, where they are CAMs of an earlier step; ``soft_stage``: that step.
     """
 
     def __init__(
         self, out: Path, soft: Path | None, manifest: Manifest, unit_size: int, *, overwrite: bool = False,
         shard: Shard = WHOLE, empty: EmptyPolicy = "background", earlier: Earlier = nothing_earlier,
+        soft_manifest: Manifest | None = None, soft_stage: Stage | None = None,
     ) -> None:  # fmt: skip
         self.masks = LabelMaskWriter(
             out, manifest, unit_size, overwrite=overwrite, shard=shard, empty=empty, earlier=earlier
@@ -48,7 +50,16 @@ class ScoredMaskWriter:
         self.out = self.folder = out
         self._shard, self._unit_size = shard, unit_size
         self._soft = (
-            CamWriter(soft, manifest, "float16", unit_size, overwrite=overwrite, shard=shard, earlier=earlier)
+            CamWriter(
+                soft,
+                soft_manifest or manifest,
+                "float16",
+                unit_size,
+                overwrite=overwrite,
+                shard=shard,
+                stage=soft_stage,
+                earlier=earlier,
+            )
             if soft
             else None
         )

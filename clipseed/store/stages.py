@@ -1,60 +1,73 @@
-"""Default outputs of the stages, and which one a command means when it is not told."""
+"""Default outputs of the stages, and which output of a folder a command means when it is not told."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 from clipseed.errors import UsageError
+from clipseed.store.label_mask_folder import MANIFEST, read_label_mask_manifest
+from clipseed.store.writer import recorded_manifest
 
 CAM_OUTPUT = "cams.h5"
 CRF_OUTPUT = "pseudo"
 SEGMENTS_OUTPUT = "segments.h5"
 SEED_OUTPUT = "pseudo-sam"
 PREDICT_OUTPUT = "predictions"
-_REFINED = "cams-*.h5"
-_READ_BY: dict[str, tuple[str, ...]] = {
-    "evaluate": (PREDICT_OUTPUT, SEED_OUTPUT, CRF_OUTPUT, _REFINED, CAM_OUTPUT),
-    "export": (PREDICT_OUTPUT, SEED_OUTPUT, CRF_OUTPUT),
-    "irn": (_REFINED, CAM_OUTPUT),
-    "crf": (_REFINED, CAM_OUTPUT),
-    "threshold": (_REFINED, CAM_OUTPUT),
-    "sam-seed": (_REFINED, CAM_OUTPUT),
-    "sam-masks": (CAM_OUTPUT, _REFINED),
-    "par": (_REFINED, CAM_OUTPUT),
-    "caa": (CAM_OUTPUT,),
-    "js": (CAM_OUTPUT,),
+_PLAIN = frozenset({"cam"})
+_CAMS = frozenset({"cam", "refine"})
+_RECORDS = _CAMS | {"sam-masks"}
+_MASKS = frozenset({"label", "crf", "threshold", "sam-seed", "predict"})
+_READ_BY: dict[str, frozenset[str]] = {
+    "evaluate": _CAMS | _MASKS,
+    "report": _CAMS | _MASKS,
+    "export": _MASKS,
+    "irn": _CAMS,
+    "inspect": _RECORDS,
+    "crf": _CAMS,
+    "threshold": _CAMS,
+    "sam-seed": _CAMS,
+    "sam-masks": _CAMS,
+    "par": _CAMS,
+    "caa": _PLAIN,
+    "js": _PLAIN,
 }
-"""What each command reads when it is not told, the most refined first."""
+"""Outputs of which commands each command reads; scores that were kept beside label masks are never meant."""
 _DOES = {
-    "evaluate": "score",
-    "export": "export",
-    "irn": "export",
-    "crf": "label",
-    "threshold": "label",
-    "sam-seed": "label",
-    "sam-masks": "segment",
-}
+    "evaluate": "score", "report": "report on", "export": "export", "irn": "export", "inspect": "show", "crf": "label",
+    "threshold": "label", "sam-seed": "label", "sam-masks": "segment",
+}  # fmt: skip
 
 
 def newest_output(folder: Path, command: str = "evaluate") -> Path:
-    """The most refined default output in a folder that a command can read.
-
-    ``cams-caa-par.h5`` was made from ``cams-caa.h5`` and is more refined; ``cams-par.h5`` and ``cams-caa.h5`` were both
-    made from ``cams.h5``, and which of them is meant cannot be known.
+    """The output that was written last, of those in a folder that a command can read; their manifests tell.
 
     Raises:
-        UsageError: there is none, or several equally refined ones.
+        UsageError: there is none.
     """
-    patterns = _READ_BY[command]
-    for pattern in patterns:
-        found = sorted(folder.glob(pattern), key=lambda path: (len(path.stem), path.name))
-        if not found:
-            continue
-        if all(after.stem.startswith(f"{before.stem}-") for before, after in pairwise(found)):
-            return found[-1]
-        names = ", ".join(path.name for path in found)
-        raise UsageError(f"several outputs are equally refined ({names}); name the one you mean")
+    kinds = _READ_BY[command]
+    found = [item for item in _outputs(folder) if item[1] in kinds]
+    if found:
+        return max(found)[2]
     does = _DOES.get(command, "refine")
-    known = ", ".join(patterns)
-    raise UsageError(f"nothing to {does} in {folder.absolute()} (looked for {known}); name the file or folder")
+    made_by = ", ".join(f"clipseed {kind}" for kind in sorted(kinds))
+    raise UsageError(
+        f"nothing to {does} in {folder.absolute()} (looked for outputs of {made_by}); name the file or folder"
+    )
+
+
+def _outputs(folder: Path) -> list[tuple[tuple[int, int], str, Path]]:
+    """When each output was written (of equal times the longer name, which is the more refined), by what, and where."""
+    found = []
+    for path in folder.glob("*.h5"):
+        kind = (recorded_manifest(path) or {}).get("kind") if path.is_file() else None
+        if kind in _RECORDS:
+            found.append(((path.stat().st_mtime_ns, len(path.name)), str(kind), path))
+    for plan in folder.glob(f"*/{MANIFEST}"):
+        place = plan.parent
+        kind = (read_label_mask_manifest(place) or {}).get("kind")
+        if kind is None:
+            kind = (recorded_manifest(place) or {}).get("kind")
+        if place.name.endswith(".parts") or kind not in _RECORDS | _MASKS:
+            continue
+        found.append(((plan.stat().st_mtime_ns, len(place.name)), str(kind), place))
+    return found

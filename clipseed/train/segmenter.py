@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
-from clipseed.data.images import read_image, to_rgb
+from clipseed.data.images import AnyImage, opened
 from clipseed.data.vocabulary import Vocabulary, load_vocabulary, parse_vocabulary
 from clipseed.defaults import Precision
 from clipseed.errors import UsageError, WeightsError
@@ -70,22 +69,22 @@ class Segmenter:
         with torch.inference_mode():
             return averaged_logits(self.network, images.to(self.network.device), view)
 
-    def scores(self, image: Image.Image | str | Path, view: ViewOptions = PLAIN_VIEW) -> npt.NDArray[np.float32]:
+    def scores(self, image: AnyImage, view: ViewOptions = PLAIN_VIEW) -> npt.NDArray[np.float32]:
         """Probabilities ``(1 + K, H, W)`` of background and classes, at the image's size; they sum to 1.
 
         Raises:
             ImageError: it cannot be read.
         """
-        opened = to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
-        logits = self.logits(shown(opened, self.network.patch, view)[None], view)
-        found: npt.NDArray[np.float32] = enlarged(logits, (opened.height, opened.width))[0].softmax(dim=0).cpu().numpy()
+        photo = opened(image)
+        logits = self.logits(shown(photo, self.network.patch, view)[None], view)
+        found: npt.NDArray[np.float32] = enlarged(logits, (photo.height, photo.width))[0].softmax(dim=0).cpu().numpy()
         return found
 
-    def predict(self, image: Image.Image | str | Path, view: ViewOptions = PLAIN_VIEW) -> LabelMask:
+    def predict(self, image: AnyImage, view: ViewOptions = PLAIN_VIEW) -> LabelMask:
         """Label mask ``(H, W)``: 0 background, class index + 1.
 
         Args:
-            image: A Pillow image, or its file.
+            image: A Pillow image, its file, or an array ``(H, W, 3)`` uint8.
             view: Scales, mirror image, size.
 
         Raises:

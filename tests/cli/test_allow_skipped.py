@@ -55,7 +55,7 @@ def test_cam_and_evaluate(scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     for words, code in (([], 3), (["--allow-skipped"], 0), (["--allow-skipped", "1"], 0), (["--allow-skipped=0"], 3)):
         assert main([*CAM, *words]) == code
         told = capsys.readouterr().err
-        assert "1 images skipped: toy_000001" in told  # allowed, not hushed up
+        assert "1 image skipped: toy_000001" in told  # allowed, not hushed up
         assert (scenes / "cams.skipped.csv").read_text().startswith("id,reason\ntoy_000001,")
         score = ["evaluate", "cams.h5", "--gt", "SegmentationClass", "--split", "val", "--json"]
         assert main([*score, *words]) == code

@@ -86,7 +86,7 @@ def test_choices_are_listed_whole_and_completed(
     ("words", "message"),
     [
         (["nonsense"], "No such command 'nonsense'"),
-        (["cam"], "Missing option '--dataset'"),
+        (["cam"], "name the images: --images DIR"),
         (["cam", "--dataset", "imagenet"], "'imagenet' is not one of 'voc', 'coco', 'folder', 'toy'"),
         (["cam", "--dataset", "toy", "--limit", "0"], "--limit"),
         (["cam", "--dataset", "toy", "--batch-size", "many"], "--batch-size many: give auto or a number"),

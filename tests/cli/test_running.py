@@ -117,8 +117,8 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     advance(8, stats)
     assert capsys.readouterr().err.splitlines() == [
         "voc train: shard 2/3 (--shard): 4100 images, 4000 to do, 100 done already",
-        "cam 24/4000, 2.0 images/s, 33 min 8 s left (limited by decode)",
-        "cam 40/4000, 1.5 images/s, 42 min 54 s left (limited by device, 1 skipped)",
+        "cam 24/4000, 2.0 images/s, 33 min 8 s left (mostly reading images)",
+        "cam 40/4000, 1.5 images/s, 42 min 54 s left (mostly computing, 1 skipped)",
     ]
 
 

@@ -56,7 +56,7 @@ def test_names_with_blanks(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.csv", "id,label\nx,cat\ny,catt\n", r"a.csv: line 3: unknown class 'catt'.*did you mean 'cat'"),
-        ("a.csv", "x,99\n", r"line 1: class index 99 is outside 0…19"),
+        ("a.csv", "x,99\n", r"line 1: there is no class 99; those of vocabulary 'voc' are numbered from 0 to 19"),
         ("a.csv", "id,cat,dog\nx,1\n", r"line 2: 1 values for 2 classes"),
         ("a.csv", "id,cat,dog\nx,1,maybe\n", r"line 2: 'maybe' is neither 0 nor 1"),
         ("a.csv", 'x,"cat\n', r"a.csv: line \d: not valid CSV"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from clipseed.jobs.evaluate import EvaluateOptions, evaluate
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
 from clipseed.store.label_masks import read_label_mask, write_label_mask
+from clipseed.store.stages import newest_output
 from clipseed.store.units import Unit
+
+from helpers.records import make_cam, small_manifest, write_cache, write_seeds
 
 VOC = load_vocabulary("voc")
 NAMES = ("background", *VOC.class_names)
@@ -362,13 +366,27 @@ def test_which_output_is_scored_by_default(
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "--gt", "x"]) == 2
     assert "nothing to score" in capsys.readouterr().err
-    for name in ("cams-caa.h5", "cams-par.h5", "cams.h5"):
-        Path(name).write_bytes(b"")
-    assert main(["evaluate", "--gt", "x"]) == 2
-    assert "several outputs are equally refined (cams-caa.h5, cams-par.h5)" in capsys.readouterr().err
-    Path("cams-par.h5").rename("cams-caa-par.h5")  # made from cams-caa.h5
+    plain = small_manifest(tmp_path)
+    refined = {**plain, "kind": "refine", "method": "caa"}
+    for number, (name, manifest) in enumerate(
+        (("c.h5", plain), ("c-caa.h5", refined), ("other.h5", plain), ("soft.h5", {**plain, "kind": "crf"}))
+    ):
+        write_seeds(tmp_path / name, [make_cam("a", (1,), number)], manifest)
+        os.utime(name, (1000 + number, 1000 + number))
+    segments = write_cache(tmp_path / "segments.h5", [])
+    os.utime(segments, (9000, 9000))
+    Path("broken.h5").write_bytes(b"")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "manifest.json").write_text(json.dumps({**plain, "kind": "crf"}))
+    os.utime("masks/manifest.json", (2000, 2000))
+    assert newest_output(Path()) == Path("masks")
+    assert newest_output(Path(), "crf") == Path("other.h5")
+    os.utime("c-caa.h5", (3000, 3000))
+    assert newest_output(Path(), "crf") == newest_output(Path()) == Path("c-caa.h5")
+    assert newest_output(Path(), "caa") == Path("other.h5")  # the last one that is not refined
+    assert newest_output(Path(), "inspect") == Path("segments.h5")
     assert main(["evaluate", "--gt", "x"]) == 1
-    assert "cams-caa-par.h5" in capsys.readouterr().err
+    assert "scoring c-caa.h5, the last output here" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow(folders: tuple[Path, Path]) -> None:

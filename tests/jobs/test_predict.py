@@ -140,7 +140,7 @@ def test_any_folder_of_images(here: Path, capsys: pytest.CaptureFixture[str]) ->
     Path("photos/broken.jpg").write_bytes(b"\xff\xd8\xff")
     words = ["predict", "w.safetensors", "--images", "photos", "--device", "cpu", "--soft", "soft.h5"]
     assert main(words) == 3
-    assert "1 images skipped: broken" in capsys.readouterr().err
+    assert "1 image skipped: broken" in capsys.readouterr().err
     assert {key: found.shape for key, found in masks("predictions").items()} == {
         "0": (48, 64), "1": (1, 1), "2": (5, 300), "3": (33, 47),
     }  # fmt: skip

@@ -239,7 +239,7 @@ def test_unreadable_images_are_code_3(photos: list[str], tmp_path: Path, capsys:
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert (found["images"], found["computed"], found["templates"][0]["images"]) == (2, 1, 1)
-    assert "1 images skipped: 0 (" in captured.err
+    assert "1 image skipped: 0 (" in captured.err
     (tmp_path / "photos" / "1.png").write_bytes(b"")
     assert main(photos) == 1
     assert "none of the 2 images could be used; the first, 0:" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,6 +158,7 @@ def test_masks_are_the_generators(photos: Path, tmp_path: Path, capsys: pytest.C
         total += len(wanted)
     assert total > 20
     assert f"{total} masks, {total / 5:.1f} per image" in said
+    assert re.search(r"mostly (reading images|computing|writing) \(cpu\)", said)
     manifest = cache.manifest
     assert manifest["method"] == "grid"
     assert manifest["options"]["points_per_side"] == 3

@@ -206,7 +206,7 @@ def test_masks_of_another_size(folder: Path, capsys: pytest.CaptureFixture[str])
         "masks were made for an image of 48x64 pixels, not 64x48" in (folder / "pseudo-sam" / "skipped.csv").read_text()
     )
     assert not (folder / "pseudo-sam" / "d.png").exists()
-    assert "1 images skipped: d" in capsys.readouterr().err
+    assert "1 image skipped: d" in capsys.readouterr().err
 
 
 def test_another_data_set_or_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +344,7 @@ def test_resuming_shares_and_corrected_labels(
     (folder / "cut" / "a.png").unlink()
     capsys.readouterr()
     assert seeded("--out", "cut") == 0
-    assert "1 images to do, 3 done already" in capsys.readouterr().err
+    assert "1 image to do, 3 done already" in capsys.readouterr().err
     assert (folder / "cut" / "a.png").read_bytes() == (folder / "whole" / "a.png").read_bytes()
     assert seeded("--out", "cut", "--alpha", "3") == 1
     assert "--alpha 0.6 then, 3.0 now" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_maps_that_are_no_numbers_are_skipped(folder: Path, capsys: pytest.Captu
     bad = Cam("bad", np.array([5], np.int32), np.full((1, 6, 8), np.nan, np.float32), SIZE)
     write_seeds(folder / "bad.h5", [bad, CAMS[0]], small_manifest(folder))
     assert thresholded("bad.h5", "--threshold", "0.3") == 3
-    assert "1 images skipped: bad (its CAMs hold NaN or infinity)" in capsys.readouterr().err
+    assert "1 image skipped: bad (its CAMs hold NaN or infinity)" in capsys.readouterr().err
     assert sorted(bytes_of("pseudo")) == ["a.png"]
 
 

@@ -210,8 +210,8 @@ def test_a_crash_of_the_library_costs_one_image(toy: Path) -> None:
     source = toy / "cams-caa.h5"
     ids = list(clipseed.open_cams(source))
     reader = DeadlyReader(ids[2])
-    problem = Problem(clipseed.open_cams(source), reader, replace(CLIP_ES, iterations=1), 1.0, False)
-    with DecodePool(NativeSolver(problem), 1, 4) as pool:
+    problem = Problem(replace(CLIP_ES, iterations=1), 1.0, False)
+    with DecodePool(NativeSolver(problem, clipseed.open_cams(source), reader), 1, 4) as pool:
         outcomes = dict(pool.stream(Sample(key, Path(key), None) for key in ids))
     failed = [sample.id for sample, outcome in outcomes.items() if isinstance(outcome, Exception)]
     assert failed == [ids[2]]

@@ -625,7 +625,7 @@ def test_mistakes_are_found_before_scoring(
         assert main(["report", "cams.h5", *words]) == code
         assert message in capsys.readouterr().err
         assert not Path("report.html").exists()
-    assert main(["report", "masks"]) == 2
+    assert main(["report", "masks", "--gt", str(world[2])]) == 2
     assert "--classes voc" in capsys.readouterr().err
     with pytest.raises(UsageError, match="at least one"):
         write_report(ReportOptions((), EvaluateOptions(seeds)))

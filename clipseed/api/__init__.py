@@ -1,0 +1,1 @@
+"""What Python users call: images in memory in, results with behaviour out."""
