@@ -24,7 +24,7 @@ from clipseed.train.augment import Augmentation
 from clipseed.train.distributed import Team
 from clipseed.train.inference import ViewOptions, averaged_logits, shown
 from clipseed.train.weclip.affinity import pair_labels, token_affinity
-from clipseed.train.weclip.data import Crops, LabelledCrops
+from clipseed.train.crops import Crops, LabelledCrops
 from clipseed.train.weclip.decoder import Decoder, kept_channels
 from clipseed.train.weclip.frozen import initial_cams, look
 from clipseed.train.weclip.labels import refined_scores, score_maps, strongest

@@ -1,4 +1,4 @@
-"""What a decoder learns from: augmented crops of images whose classes, or whose masks, are known."""
+"""What trainers on a frozen CLIP learn from: augmented crops of images whose classes, or whose masks, are known."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class LabelledCrops:
         reader: Opens their images.
         augmentation: What happens to an image and to all that lies on it.
         masks: In place of labels.
-        fixed: Every image has one crop, which comes again and again.
+        fixed: Every image has one crop, which comes again and again, and is remembered.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class LabelledCrops:
     ) -> None:  # fmt: skip
         self._samples, self._reader, self._augmentation, self._masks = samples, reader, augmentation, masks
         self._fixed = fixed
+        self._kept: dict[int, _Known] = {}
         self._soft: CamSet | None = None  # opened by the process that reads it
 
     def __len__(self) -> int:
@@ -113,6 +114,13 @@ class LabelledCrops:
         Raises:
             InputError: a mask does not fit, or no image at all can be read.
         """
+        if not self._fixed:
+            return self._cut(index, seed)
+        if index not in self._kept:
+            self._kept[index] = self._cut(index, seed)
+        return replace(self._kept[index], seed=seed)
+
+    def _cut(self, index: int, seed: int) -> _Known:
         skipped: dict[str, str] = {}
         for step in range(len(self._samples)):
             number = (index + step) % len(self._samples)
