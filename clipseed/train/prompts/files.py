@@ -153,16 +153,26 @@ def read_prompts(path: Path, classes: str | None = None) -> PromptFile:
     return PromptFile(path, context, vocabulary, layout, text_sha256, file_sha256(path), about)
 
 
-def _released(path: Path, classes: str | None) -> PromptFile:
-    state = read_foreign_weights(path).state
-    found = [(name, value) for name, value in state.items() if name.rsplit(".", 1)[-1] in _NAMES]
-    if not found and len(state) == 1:
-        found = list(state.items())
-    if len(found) != 1 or found[0][1].ndim not in (2, 3):
+def released_context(path: Path) -> tuple[Tensor, str]:
+    """The context ``(M, D)`` or ``(G, M, D)`` of an authors' checkpoint, float32, and the file's digest.
+
+    Raises:
+        WeightsError: there is none in it.
+    """
+    file = read_foreign_weights(path)
+    found = [value for name, value in file.state.items() if name.rsplit(".", 1)[-1] in _NAMES]
+    if not found and len(file.state) == 1:
+        found = list(file.state.values())
+    if len(found) != 1 or found[0].ndim not in (2, 3):
         raise WeightsError(f"{path}: neither prompts of clipseed nor a context as FMA-WSSS's authors released it")
-    context = found[0][1].float()
+    context = found[0].float()
     if not torch.isfinite(context).all():
         raise WeightsError(f"{path}: its context holds NaN or infinity; the file is damaged")
+    return context, file.sha256
+
+
+def _released(path: Path, classes: str | None) -> PromptFile:
+    context, sha256 = released_context(path)
     if classes is None:
         raise UsageError(f"{path}: a context that does not tell its classes; name them with --classes (voc, coco)")
     vocabulary = load_vocabulary(classes)
@@ -173,7 +183,7 @@ def _released(path: Path, classes: str | None) -> PromptFile:
     layout = make_layout(
         vocabulary, "class" if each else "shared", "front" if each else "end", context.shape[-2], nameless
     )
-    return PromptFile(path, context, vocabulary, layout, None, file_sha256(path), {"kind": KIND, "released": True})
+    return PromptFile(path, context, vocabulary, layout, None, sha256, {"kind": KIND, "released": True})
 
 
 def text_of(clip: FrozenClip, vocabulary: Vocabulary, learned: PromptFile | None, floor: float = 0.0) -> TextBank:
