@@ -30,7 +30,7 @@ PositiveClasses = Literal["crop", "image"]
 """Of which classes a crop has maps to learn from: those its mask shows, or the image's labels."""
 ContrastReduction = Literal["pairs", "images"]
 ActivationReduction = Literal["pixels", "sides", "pairs"]
-CaaPreset = Literal["fma-voc-coarse", "fma-voc-fine", "fma-coco-coarse", "fma-coco-fine"]
+CaaPreset = Literal["fma-voc-coarse", "fma-voc-fine", "fma-coco-coarse"]
 
 SamModel = Literal["auto", "vit_b", "vit_l", "vit_h"]
 SamPreset = Literal["fma", "stock"]

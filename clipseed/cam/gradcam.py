@@ -251,7 +251,7 @@ def cam_basis(tower: VisionTower, state: LastBlock) -> Tensor:
     images = torch.arange(batch, device=state.feature.device)
     activations = state.a[:, state.prefix_tokens :].float()
     columns = []
-    for part in torch.eye(embed, device=state.feature.device).split(_BASIS_COLUMNS):
+    for part in torch.split(torch.eye(embed, device=state.feature.device), _BASIS_COLUMNS):
         gradient = across(state.feature, part.repeat(batch, 1), images.repeat_interleave(len(part)))
         weights = channel_weights(tower, state, [len(part)] * batch, gradient).view(batch, len(part), -1)
         columns.append(activations @ weights.transpose(1, 2))

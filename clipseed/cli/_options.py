@@ -31,8 +31,8 @@ _MOST_WORKERS = 1024
 ANY = "any"
 """What ``--allow-skipped`` alone stands for."""
 SOFTMAX_FLOOR = (
-    "Added to the softmax's sum, whose exponentials are those of distances to the strongest of all classes, absent ones "
-    "too; FMA-WSSS's code: 1e-5 (default: 0, the exact softmax)."
+    "Added to the softmax's sum, whose exponentials are those of distances to the strongest of all classes, absent "
+    "ones too; FMA-WSSS's code: 1e-5 (default: 0, the exact softmax)."
 )
 data_option = partial(typer.Option, rich_help_panel="Data set")
 model_option = partial(typer.Option, rich_help_panel="Model")
@@ -169,7 +169,8 @@ class TrainArguments:
     """How anything is trained; see :class:`clipseed.train.running.TrainOptions`."""
 
     accumulate: Annotated[
-        Optional[int], train_option(help="Parts that each process takes its batch in (default: 1, or as published).", min=1)
+        Optional[int],
+        train_option(help="Parts that each process takes its batch in (default: 1, or as published).", min=1),
     ] = None
     seed: Annotated[int, train_option(help="Of first weights, order, augmentation and dropout.", min=0)] = 0
     init: Annotated[Optional[Path], train_option(help="Start from the weights of this file. Not for going on.")] = None

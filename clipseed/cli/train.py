@@ -285,7 +285,8 @@ def prompts(
         ),
     ] = None,
     batch_size: Annotated[
-        Optional[int], shared.train_option(help=f"Images per step, over all processes (default: {PROMPT_BATCH}).", min=1)
+        Optional[int],
+        shared.train_option(help=f"Images per step, over all processes (default: {PROMPT_BATCH}).", min=1),
     ] = None,
     context_seed: Annotated[int, shared.train_option(help="Of a fresh context.", min=0)] = 0,
     cache: Annotated[
@@ -301,7 +302,7 @@ def prompts(
 
       clipseed train prompts --dataset voc --split trainaug --out classify.safetensors
 
-      clipseed train prompts --dataset voc --split trainaug --task segmentation --seeds pseudo-sam --out fine.safetensors
+      clipseed train prompts --dataset voc --task segmentation --seeds pseudo-sam --out fine.safetensors
     """
     from clipseed.data.dataset import DatasetOptions
     from clipseed.jobs.train_prompts import TrainPromptsOptions, run_train_prompts

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -227,7 +227,7 @@ def _evaluate_cams(
         if mask.shape != cam.size:
             if not options.resize_pred:
                 raise _size_error(identifier, cam.size, mask.shape)
-            cam = Cam(cam.id, cam.classes, cam.maps, (mask.shape[0], mask.shape[1]))
+            cam = replace(cam, size=(mask.shape[0], mask.shape[1]))
         return cam, mask
 
     for cam, mask in _ahead(load, match.ids):

@@ -79,7 +79,9 @@ def run_train_prompts(
     """
     options.check()
     if (options.seeds is not None) != (options.task == "segmentation"):
-        raise UsageError("--seeds: coarse pseudo-labels, which --task segmentation needs and classification has no use for")
+        raise UsageError(
+            "--seeds: coarse pseudo-labels, which --task segmentation needs and classification has no use for"
+        )
     if options.data.templates:
         raise UsageError("--template: learned prompts have none; leave it out")
     image_set = open_dataset(options.data)

@@ -99,7 +99,9 @@ def run_train_weclip(
     options.check()
     if options.val_every < 1:
         raise UsageError(f"--val-every {options.val_every}: too small")
-    learned = None if options.prompts is None else read_prompts(options.prompts, options.data.classes)
+    learned = (
+        None if options.prompts is None else read_prompts(options.prompts, options.data.classes, options.data.dataset)
+    )
     image_set = open_dataset(options.data if learned is None else learned.dataset(options.data))
     vocabulary = image_set.vocabulary
     plain = without_augmentation(options.constants, {"scales": (1.0, 1.0), "mirror": 0.0}, cache=options.cache)
@@ -141,7 +143,11 @@ def run_train_weclip(
         None if validation_set is None else _Validation(segmenter, options.folder, text, *validation_set),
         lost.watching(report), note,
     )  # fmt: skip
-    about = {"network": sizes(decoder), "options": weclip.manifest(), "source": source_of(settings, image_set, steps)}
+    about: dict[str, Any] = {
+        "network": sizes(decoder),
+        "options": weclip.manifest(),
+        "source": source_of(settings, image_set, steps),
+    }
     if learned is not None:
         about["prompts"] = learned.sha256
     best_out = None

@@ -21,7 +21,7 @@ from clipseed.clip.vision import tower_from
 from clipseed.train.prompts.contexts import PromptTexts
 from clipseed.train.prompts.layout import PromptLayout
 from clipseed.train.prompts.losses import activation_loss, contrastive_loss
-from clipseed.train.prompts.options import published, preset
+from clipseed.train.prompts.options import preset, published
 from clipseed.train.prompts.schedule import learning_rate_factor
 
 from helpers.golden import FMA_WSSS_DATA, names, with_meta
@@ -100,7 +100,7 @@ class Case:
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_prompts(name: str) -> None:
-    """Token ids exactly, embeddings and text features; the features of a shared context with and without sharing work."""
+    """Token ids exactly, embeddings, text features; of a shared context with and without sharing the work."""
     case = Case(name)
     embedded = case.texts.embedded
     # The released ids are those of the text with its stand-ins first, whatever becomes of it.

@@ -17,7 +17,7 @@ from torch import Tensor
 from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions
-from clipseed.data.vocabulary import Vocabulary, load_vocabulary, parse_vocabulary
+from clipseed.data.vocabulary import Vocabulary, builtin_vocabularies, load_vocabulary, parse_vocabulary
 from clipseed.errors import UsageError, WeightsError
 from clipseed.train.checkpoint import is_ours, read_weights, save_weights
 from clipseed.train.prompts.contexts import PromptTexts
@@ -80,7 +80,9 @@ class PromptFile:
             UsageError: the options ask for other words.
         """
         if options.templates or options.background is not None:
-            raise UsageError("--prompts: learned prompts have no template and no other background words; leave them out")
+            raise UsageError(
+                "--prompts: learned prompts have no template and no other background words; leave them out"
+            )
         return replace(options, classes=None, vocabulary=self.words)
 
     def manifest(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def save_prompts(
     )  # fmt: skip
 
 
-def read_prompts(path: Path, classes: str | None = None) -> PromptFile:
+def read_prompts(path: Path, classes: str | None = None, dataset: str | None = None) -> PromptFile:
     """Read learned prompts, ours or a checkpoint of FMA-WSSS's authors.
 
     Theirs names neither classes nor layout. A context ``(M, D)`` is read as one for all names, with the name at the end
@@ -129,13 +131,15 @@ def read_prompts(path: Path, classes: str | None = None) -> PromptFile:
     Args:
         path: The file.
         classes: Class list; of ours, to be checked against its own.
+        dataset: Data set whose class list is that of an authors' checkpoint, where ``classes`` are not given.
 
     Raises:
         WeightsError: missing, damaged, or no prompts.
         UsageError: ``classes`` are not the file's, or are needed.
     """
     if not (path.suffix == ".safetensors" and is_ours(path)):
-        return _released(path, classes)
+        known = builtin_vocabularies()
+        return _released(path, classes or (dataset if dataset in known else None))
     tensors, about = read_weights(path)
     if about.get("kind") != KIND:
         what = "a checkpoint of training" if about.get("kind") == "checkpoint" else f"a file of {about.get('kind')}"

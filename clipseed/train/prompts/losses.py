@@ -83,5 +83,7 @@ def activation_loss(
     if reduction == "pixels":
         common = (totals[0] + totals[1]).clamp(min=1)
         return sums[0].sum() * team.count / common, sums[1].sum() * team.count / common
-    inner, outer = (0.5 * part.sum() * team.count / total.clamp(min=1) for part, total in zip(sums, totals, strict=True))
+    inner, outer = (
+        0.5 * part.sum() * team.count / total.clamp(min=1) for part, total in zip(sums, totals, strict=True)
+    )
     return inner, outer

@@ -1,9 +1,10 @@
 """Learned prompts as trainers: the tower is frozen, and what learns is the context alone.
 
 The classification task needs nothing of an image but its feature. The segmentation task needs its maps, which are
-linear in the texts' gradient: ``CAM_c = tau p_c B (t_c - sum over k of p_k t_k)`` (:func:`~clipseed.cam.gradcam.cam_basis`,
-:func:`~clipseed.cam.gradcam.score_direction`). So plain autograd through the closed form reaches the prompts, nothing
-is differentiated twice, and where crops are fixed the tower is needed once for each image.
+linear in the texts' gradient: ``CAM_c = tau p_c B (t_c - sum over k of p_k t_k)``
+(:func:`~clipseed.cam.gradcam.cam_basis`, :func:`~clipseed.cam.gradcam.score_direction`). So plain autograd through the
+closed form reaches the prompts, nothing is differentiated twice, and where crops are fixed the tower is needed once for
+each image.
 """
 
 from __future__ import annotations
@@ -199,4 +200,4 @@ def cams_from_bases(
 
 def _classes_in(mask: Tensor) -> tuple[int, ...]:
     """Class indices that a mask ``(H, W)`` shows, ascending."""
-    return tuple(value - 1 for value in mask.unique().tolist() if value not in (0, IGNORE))
+    return tuple(value - 1 for value in torch.unique(mask).tolist() if value not in (0, IGNORE))
