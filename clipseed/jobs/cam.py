@@ -43,7 +43,7 @@ class CamOptions:
     and maps stored in float32 so that later rounding is the released one. With ``refine`` the output is what
     ``clipseed refine caa`` would make of the maps; ``box_threshold`` as there. ``prompts`` are learned ones, in place
     of the vocabulary's words; ``softmax_floor`` see :func:`~clipseed.clip.text.masked_softmax`. With ``raw`` maps keep
-    scale and the sign that they have, in float32, which FMA-WSSS's steps build on.
+    the scale and the sign that they have, in float32, which FMA-WSSS's steps build on.
     """
 
     data: DatasetOptions

@@ -37,6 +37,9 @@ from clipseed.train.running import (
     without_augmentation,
 )
 
+_LARGE_IMAGE = 448
+"""Sides of an ordinary image, by which memory is reckoned before any is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPromptsOptions(TrainOptions):
@@ -47,7 +50,7 @@ class TrainPromptsOptions(TrainOptions):
         seeds: Folder of coarse pseudo-labels, for the segmentation task.
         constants: Of :class:`~clipseed.train.prompts.options.PromptOptions`, those that are not to be the vocabulary's.
         context_seed: Of a fresh context; the order of images and their augmentation have ``seed``.
-        cache: No augmentation: every image has one crop, and what the frozen CLIP gives for it is kept in memory.
+        cache: No augmentation: every image is seen as a whole, and what the frozen CLIP gives for it is kept in memory.
     """
 
     task: PromptTask = "classification"
@@ -105,13 +108,16 @@ def run_train_prompts(
     texts = PromptTexts(clip, layout, chosen.softmax_floor)
     learned, start, loop_init = _start(options, texts, chosen)
     if options.cache and masks is not None:
-        refuse_large_cache(len(samples), 4 * (chosen.crop // clip.tower.patch) ** 2 * clip.info.embed_dim)
+        patches = (_LARGE_IMAGE // clip.tower.patch) ** 2
+        refuse_large_cache(len(samples), 4 * patches * clip.info.embed_dim)
     kind = ClassificationPrompts if masks is None else SegmentationPrompts
     trainer = kind(clip.tower, texts, learned, chosen, steps, cached=options.cache)
     augmentation = Augmentation(
-        chosen.crop, mirror=chosen.mirror, sides=chosen.sides, jitter=Jitter() if chosen.jitter else None
+        chosen.crop, (1.0, 1.0), chosen.mirror, sides=chosen.sides, jitter=Jitter() if chosen.jitter else None
     )
-    data = LabelledCrops(samples, image_set.reader, augmentation, masks, fixed=options.cache)
+    # One crop of each image for ever would miss what lies outside of it.
+    patch = clip.tower.patch if options.cache else None
+    data = LabelledCrops(samples, image_set.reader, augmentation, masks, patch=patch)
     settings: dict[str, Any] = {
         "kind": "prompts", "options": chosen.manifest(), "tower": clip.info.sha256, "precision": clip.precision,
         "classes": list(vocabulary.class_names), "layout": layout.as_dict(), "context_seed": options.context_seed,
@@ -142,9 +148,9 @@ def run_train_prompts(
 def _constants(options: TrainPromptsOptions, image_set: ImageSet) -> PromptOptions:
     vocabulary = image_set.vocabulary
     settled = {**preset(options.task, vocabulary.name, len(vocabulary.background)), **options.constants}
-    crop = PromptOptions(**settled).crop
-    # The whole shorter side of an image, so that one crop shows nearly all of it.
-    plain = {"sides": (crop, crop), "jitter": False, "mirror": 0.0}
+    plain = {"jitter": False, "mirror": 0.0}
+    if options.cache and "sides" in options.constants:
+        raise UsageError("--sides: with --cache images are seen whole, at the size that clipseed cam sees")
     return PromptOptions(**{**settled, **without_augmentation(options.constants, plain, cache=options.cache)})
 
 

@@ -35,7 +35,8 @@ class PromptOptions:
         lr, momentum, weight_decay: Of SGD.
         warm_up, warm_up_lr: Steps at a small rate, and that rate.
         schedule: Length of the schedule; ``None``: that of the run. The published COCO runs stop earlier.
-        crop, sides, jitter, mirror: Augmentation; see :class:`clipseed.train.augment.Augmentation`.
+        crop, sides, jitter, mirror: Augmentation; see :class:`clipseed.train.augment.Augmentation`. Without ``sides``
+            images keep their size.
         positives: Of the segmentation task: classes that the cropped mask shows (``crop``), or the image's labels.
         contrast, contrast_scale: Of :func:`~clipseed.train.prompts.losses.contrastive_loss`.
         activation, squared, through_peak, background_floor: Of :func:`~clipseed.train.prompts.losses.activation_loss`.
@@ -55,7 +56,7 @@ class PromptOptions:
     warm_up_lr: float = PROMPT_WARM_UP_LR
     schedule: int | None = None
     crop: int = PROMPT_CROP
-    sides: tuple[int, int] = (288, 480)
+    sides: tuple[int, int] | None = (288, 480)
     jitter: bool = True
     mirror: float = 0.5
     positives: PositiveClasses = "crop"
@@ -69,7 +70,7 @@ class PromptOptions:
 
     def manifest(self) -> dict[str, Any]:
         """Plain data for files."""
-        return {**asdict(self), "sides": list(self.sides)}
+        return {**asdict(self), "sides": None if self.sides is None else list(self.sides)}
 
     def check(self) -> None:
         """Refuse what cannot be.
@@ -89,7 +90,7 @@ class PromptOptions:
             raise UsageError("--lr, --warm-up-lr: give ordinary positive numbers")
         if not 0 <= self.weight_decay < 1e3 or not 0 <= self.momentum < 1 or not 0 <= self.deviation < 1e3:
             raise UsageError("--weight-decay, --momentum, --deviation: give ordinary numbers from 0; momentum below 1")
-        if len(self.sides) != 2 or not 1 <= self.sides[0] <= self.sides[1] <= 10_000:
+        if self.sides is not None and (len(self.sides) != 2 or not 1 <= self.sides[0] <= self.sides[1] <= 10_000):
             raise UsageError("--sides: give two numbers of pixels, the smaller first, such as 288,480")
         if not 0 <= self.mirror <= 1:
             raise UsageError(f"--mirror {self.mirror}: from 0 to 1")
@@ -108,8 +109,8 @@ class Published:
 
 _VOC_SEGMENTATION: dict[str, Any] = {"sharing": "class", "position": "front", "deviation": 0.0125}
 _COCO: dict[str, Any] = {"sides": (318, 530), "warm_up": 1000, "positives": "image"}
-_TOY: dict[str, Any] = {"crop": 160, "sides": (176, 256), "warm_up": 20}
-"""For the toy world: its images are small."""
+_TOY: dict[str, Any] = {"crop": 160, "sides": None, "jitter": False, "warm_up": 20, "lr": 0.01}
+"""For the toy world: its images are small, and its CLIP knows objects at their own size only."""
 
 
 def preset(task: PromptTask, vocabulary: str, background: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipseed.cam.gradcam import cam_basis, gradcam, pair_index, run_last_block, score_direction
@@ -99,16 +100,17 @@ class ClassificationPrompts(_PromptTrainer):
             return feature_of(self.tower, batch.pixels)
         for place, index in enumerate(batch.indices):
             if index not in self._features:  # each by itself, so that nothing depends on who shares a batch with it
-                self._features[index] = feature_of(self.tower, batch.pixels[place : place + 1])
+                self._features[index] = feature_of(self.tower, batch.images[place][None])
         return torch.cat([self._features[index] for index in batch.indices])
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What the maps of an image follow from: its feature ``(1, E)`` and :func:`cam_basis` ``(1, n, E)``."""
+    """What the maps of an image follow from: its feature ``(1, E)``, :func:`cam_basis` ``(n, E)``, and its grid."""
 
     feature: Tensor
     basis: Tensor
+    grid: tuple[int, int]
 
 
 class SegmentationPrompts(_PromptTrainer):
@@ -135,8 +137,7 @@ class SegmentationPrompts(_PromptTrainer):
         present = sorted({label for row in labels for label in row})
         text = self.texts.bank(self._learned.context, present)
         with torch.autocast(batch.pixels.device.type, enabled=False):
-            grid = (batch.pixels.shape[-2] // self.tower.patch, batch.pixels.shape[-1] // self.tower.patch)
-            cams, features = self._cams(batch, text, labels, grid)
+            cams, features = self._cams(batch, text, labels)
             return self.step(cams, features, text, labels, batch.known)
 
     def step(
@@ -155,20 +156,20 @@ class SegmentationPrompts(_PromptTrainer):
         loss = inside + outside + 0 * self._learned.context.sum()  # a batch without any pair has a gradient, of 0
         return {"loss": loss, "foreground": inside, "background": outside, "probability": shown}
 
-    def _cams(
-        self, batch: Crops, text: TextBank, labels: Sequence[Sequence[int]], grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Raw maps ``(P, h, w)``, and features ``(N, E)``."""
+    def _cams(self, batch: Crops, text: TextBank, labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Raw maps ``(P, h, w)``, of whole images at the size of what is known of them, and features ``(N, E)``."""
         if self._bases is None:
             with torch.no_grad():
-                state = run_last_block(self.tower, self.tower.dense(self.tower.normalize(batch.pixels)).tokens)
-            return gradcam(self.tower, state, text, labels, grid), state.feature
+                dense = self.tower.dense(self.tower.normalize(batch.pixels))
+                state = run_last_block(self.tower, dense.tokens)
+            return gradcam(self.tower, state, text, labels, dense.grid), state.feature
         for place, index in enumerate(batch.indices):
             if index not in self._bases:
-                self._bases[index] = basis_of(self.tower, batch.pixels[place : place + 1])
+                self._bases[index] = basis_of(self.tower, batch.images[place][None])
         rows = [self._bases[index] for index in batch.indices]
         features = torch.cat([row.feature for row in rows])
-        return cams_from_bases(rows, features, text, labels, grid), features
+        size = (batch.known.shape[-2], batch.known.shape[-1])
+        return cams_from_bases(rows, features, text, labels, size), features
 
 
 def feature_of(tower: VisionTower, pixels: Tensor) -> Tensor:
@@ -180,22 +181,27 @@ def feature_of(tower: VisionTower, pixels: Tensor) -> Tensor:
 def basis_of(tower: VisionTower, pixels: Tensor) -> Basis:
     """What the maps of one crop ``(1, 3, S, S)`` follow from."""
     with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        state = run_last_block(tower, tower.dense(tower.normalize(pixels)).tokens)
-        return Basis(state.feature, cam_basis(tower, state))
+        dense = tower.dense(tower.normalize(pixels))
+        state = run_last_block(tower, dense.tokens)
+        return Basis(state.feature, cam_basis(tower, state)[0], dense.grid)
 
 
 def cams_from_bases(
-    rows: Sequence[Basis], features: Tensor, text: TextBank, labels: Sequence[Sequence[int]], grid: tuple[int, int]
+    rows: Sequence[Basis], features: Tensor, text: TextBank, labels: Sequence[Sequence[int]], size: tuple[int, int]
 ) -> Tensor:
-    """Raw maps ``(P, h, w)``, as of :func:`~clipseed.cam.gradcam.gradcam`, without the tower."""
+    """Raw maps, as of :func:`~clipseed.cam.gradcam.gradcam`, without the tower; all at one size ``(P, H, W)``."""
     image, label = pair_index(labels, features.device)
     if not len(image):
-        return torch.zeros(0, *grid, device=features.device)
+        return torch.zeros(0, *size, device=features.device)
     present = present_mask(labels, len(text.classes), features.device)
     direction = score_direction(features, text, present, image, label, "softmax")
     parts = torch.split(direction, [len(row) for row in labels])
-    maps = [part @ row.basis[0].T for part, row in zip(parts, rows, strict=True)]
-    return torch.cat(maps).view(-1, *grid)
+    maps = []
+    for part, row in zip(parts, rows, strict=True):
+        if len(part):
+            narrow = (part @ row.basis.T).view(1, len(part), *row.grid)
+            maps.append(F.interpolate(narrow, size=size, mode="bilinear", align_corners=False)[0])
+    return torch.cat(maps)
 
 
 def _classes_in(mask: Tensor) -> tuple[int, ...]:
