@@ -24,6 +24,16 @@ RfmFilter = Literal["signed", "abs", "none"]
 PixelStatistics = Literal["clip", "imagenet"]
 """Mean and deviation that images are normalised with: the model's own, or ImageNet's."""
 
+PromptTask = Literal["classification", "segmentation"]
+"""What prompts are learned from: image labels, or coarse pseudo-labels."""
+NamePosition = Literal["end", "front", "middle"]
+"""Where a class name stands beside its learned context."""
+PositiveClasses = Literal["crop", "image"]
+"""Of which classes a crop has maps to learn from: those its mask shows, or the image's labels."""
+ContrastReduction = Literal["pairs", "images"]
+ActivationReduction = Literal["pixels", "sides", "pairs"]
+CaaPreset = Literal["fma-voc-coarse", "fma-voc-fine", "fma-coco-coarse"]
+
 SamModel = Literal["auto", "vit_b", "vit_l", "vit_h"]
 SamPreset = Literal["fma", "stock"]
 SamPrompt = Literal["points", "boxes"]
@@ -90,6 +100,14 @@ WECLIP_COCO_RFM_LAYERS = 10
 WECLIP_RADIUS = 8
 """Patches to each side within which the affinity is supervised."""
 WECLIP_AFFINITY_WEIGHT = 0.1
+PROMPT_LENGTH = 16
+PROMPT_LR = 1e-3
+PROMPT_MOMENTUM = 0.9
+PROMPT_WEIGHT_DECAY = 5e-4
+PROMPT_WARM_UP = 500
+PROMPT_WARM_UP_LR = 1e-5
+PROMPT_CROP = 224
+PROMPT_BATCH = 16
 PREDICT_MAX_SIDE = 512
 CONFIDENCE = 0.95
 """Least confidence of a pixel that counts, CLIP-ES's mu, the same for VOC and COCO."""

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import VisionTower, tower_from
+from clipseed.train.crops import Crops
 from clipseed.train.weclip import frozen as frozen_module
 from clipseed.train.weclip import pseudo_scores as scores_module
-from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.decoder import Decoder
 from clipseed.train.weclip.options import WeclipOptions
 from clipseed.train.weclip.trainer import Weclip

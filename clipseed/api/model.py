@@ -70,4 +70,4 @@ def seen(request: Request, cam: Cam) -> ImageCam:
     """CAMs together with their image and their names."""
     names = tuple(request.vocabulary.class_names[k] for k in cam.classes)
     image = np.asarray(request.reader(request.samples[int(cam.id)]))
-    return ImageCam(cam.id, cam.classes, cam.maps, cam.size, cam.stamp, names, image)
+    return ImageCam(**vars(cam), names=names, image=image)

@@ -92,7 +92,14 @@ def run_last_block(tower: VisionTower, tokens: Tensor) -> LastBlock:
 def score_gradient(
     feature: Tensor, text: TextBank, present: Tensor, image: Tensor, label: Tensor, target: Target
 ) -> Tensor:
-    """Gradient ``(P, E)`` of each pair's score with respect to its image's feature.
+    """Gradient ``(P, E)`` of each pair's score with respect to its image's feature; see :func:`score_direction`."""
+    return across(feature, score_direction(feature, text, present, image, label, target), image)
+
+
+def score_direction(
+    feature: Tensor, text: TextBank, present: Tensor, image: Tensor, label: Tensor, target: Target
+) -> Tensor:
+    """Gradient ``(P, E)`` of each pair's score with respect to its image's *unit* feature.
 
     The score of pair p is the probability of class ``label[p]`` in image ``image[p]``
     (``target="softmax"``, CLIP-ES Eq. 3; where texts do not compete, a sigmoid), that probability's logarithm
@@ -103,14 +110,19 @@ def score_gradient(
         outer = F.one_hot(label, len(text.classes) + len(text.background)).float()
     else:
         probability = text.probabilities(feature, present)[image]
-        outer = text.log_slope(probability, label)
+        strongest = text.logits(feature).argmax(dim=-1)[image] if text.floored else None
+        outer = text.log_slope(probability, label, strongest)
         if target == "softmax":
             outer = probability.gather(1, label[:, None]) * outer
-    direction = text.logit_scale * outer @ text.all
+    return text.logit_scale * outer @ text.all
+
+
+def across(feature: Tensor, direction: Tensor, image: Tensor) -> Tensor:
+    """From gradients ``(P, E)`` at unit features to those at features ``(B, E)``, given the image of each."""
     norm = feature.norm(dim=-1, keepdim=True)[image]
     unit = feature[image] / norm
-    across: Tensor = direction - unit * (unit * direction).sum(dim=-1, keepdim=True)
-    return across.div(norm)
+    sideways: Tensor = direction - unit * (unit * direction).sum(dim=-1, keepdim=True)
+    return sideways.div(norm)
 
 
 def channel_weights(tower: VisionTower, state: LastBlock, counts: Sequence[int], gradient: Tensor) -> Tensor:
@@ -223,6 +235,27 @@ def gradcam(
     gradient = score_gradient(state.feature, text, present, image, label, target)
     counts = [len(row) for row in labels]
     return weighted_sums(state, counts, channel_weights(tower, state, counts, gradient), grid)
+
+
+_BASIS_COLUMNS = 32
+"""Directions that are taken together: each needs the MLP's hidden layer once."""
+
+
+def cam_basis(tower: VisionTower, state: LastBlock) -> Tensor:
+    """What maps of an image are linear in: ``(B, n, E)``, whatever the texts.
+
+    A raw map is ``basis[b] @ direction``, with :func:`score_direction` for any class, text or target: maps of an image
+    whose texts change need the tower no more (FMA-WSSS, see docs/fma-wsss.md).
+    """
+    batch, embed = state.feature.shape
+    images = torch.arange(batch, device=state.feature.device)
+    activations = state.a[:, state.prefix_tokens :].float()
+    columns = []
+    for part in torch.split(torch.eye(embed, device=state.feature.device), _BASIS_COLUMNS):
+        gradient = across(state.feature, part.repeat(batch, 1), images.repeat_interleave(len(part)))
+        weights = channel_weights(tower, state, [len(part)] * batch, gradient).view(batch, len(part), -1)
+        columns.append(activations @ weights.transpose(1, 2))
+    return torch.cat(columns, dim=2)
 
 
 def normalize(raw: Tensor, *, released: bool = False) -> Tensor:

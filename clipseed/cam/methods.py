@@ -43,6 +43,7 @@ def compute_cams(
     flip: bool = False,
     released: bool = False,
     attention_layers: int = 0,
+    raw: bool = False,
 ) -> CamBatch:
     """Class activation maps of a batch of images.
 
@@ -62,14 +63,17 @@ def compute_cams(
             with gradients.
         attention_layers: Also return the attention between patches, averaged over so many blocks from the end, of the
             view that has the result's grid; it comes out of the same forward pass.
+        raw: Maps at the scale they have, signed: of ``softmax-gradcam`` the gradient of the probability, as FMA-WSSS
+            takes it; views are averaged as they are.
 
     Returns:
-        Maps in [0, 1]. An image whose maps come out NaN or infinite in half precision is computed again in float32.
+        Maps in [0, 1], or ``raw`` ones. An image whose maps come out NaN or infinite in half precision is computed
+        again in float32.
     """
 
     def maps_of(model: FrozenClip, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         chosen = [view[list(rows)] for view in views]
-        request = _Request(method, flip, released, attention_layers)
+        request = _Request(method, flip, released, attention_layers, raw)
         return _all_views(model, text, chosen, [labels[k] for k in rows], grid, request)
 
     maps, attention = maps_of(clip, range(len(labels)))
@@ -94,6 +98,7 @@ class _Request:
     flip: bool
     released: bool
     attention_layers: int
+    raw: bool
 
 
 def _all_views(
@@ -118,7 +123,8 @@ def _all_views(
     if len(found) == 1 and found[0].shape[1:] == grid:
         return found[0], attention
     resized = [F.interpolate(maps[None], size=grid, mode="bilinear", align_corners=False)[0] for maps in found]
-    return minmax(torch.stack(resized).mean(dim=0)), attention
+    averaged = torch.stack(resized).mean(dim=0)
+    return (averaged if request.raw else minmax(averaged)), attention
 
 
 def _one_view(
@@ -133,15 +139,16 @@ def _one_view(
     tower = clip.tower
     if request.method in DENSE_METHODS:
         dense: DenseMethod = request.method
-        # No ReLU: zero means nothing to a similarity.
-        maps = minmax(dense_cams(clip, pixels, text, labels, dense))
+        maps = dense_cams(clip, pixels, text, labels, dense)
+        if not request.raw:  # no ReLU: zero means nothing to a similarity
+            maps = minmax(maps)
         return maps, patch_attention(tower, pixels, layers) if layers else None
     blocks = attention_blocks(tower, layers) if layers else ()
     features = clip.dense(pixels, blocks)
     state = run_last_block(tower, features.tokens)
     # Maps are normalised, so the logarithm changes nothing but that tiny probabilities do not underflow.
-    softmax: Target = "softmax" if request.released else "log-softmax"
+    softmax: Target = "softmax" if request.released or request.raw else "log-softmax"
     target = softmax if request.method == "softmax-gradcam" else "logit"
     raw = gradcam(tower, state, text, labels, features.grid, target)
     attention = with_last(features, state.mean_attention(), blocks) if layers else None
-    return normalize(raw, released=request.released), attention
+    return (raw if request.raw else normalize(raw, released=request.released)), attention

@@ -33,6 +33,10 @@ ANY = "any"
 """What ``--allow-skipped`` alone stands for."""
 AUTO, FOLDERS = "auto", "folders"
 """Words that ``--labels`` takes instead of a file."""
+SOFTMAX_FLOOR = (
+    "Added to the softmax's sum, whose exponentials are those of distances to the strongest of all classes, absent "
+    "ones too; FMA-WSSS's code: 1e-5 (default: 0, the exact softmax)."
+)
 data_option = partial(typer.Option, rich_help_panel="Data set")
 model_option = partial(typer.Option, rich_help_panel="Model")
 method_option = partial(typer.Option, rich_help_panel="Method")
@@ -75,6 +79,10 @@ Background = Annotated[
 Template = Annotated[Optional[list[str]], data_option(help="Prompt with one {}; several are averaged.")]
 Permissive = Annotated[
     bool, model_option("--permissive", help="Refuse weights that are not known to be free for commercial use.")
+]
+Prompts = Annotated[
+    Optional[Path],
+    data_option(help="Learned prompts (clipseed train prompts, or FMA-WSSS's own) in place of the words of --classes."),
 ]
 Device = Annotated[str, run_option(help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionOption = Annotated[Precision, run_option("--precision", help="Numbers that the model computes with.")]
@@ -189,13 +197,33 @@ class RunArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """How any segmenter is trained; see :class:`clipseed.jobs.train_weclip.TrainOptions`."""
+    """How anything is trained; see :class:`clipseed.train.running.TrainOptions`."""
 
-    accumulate: Annotated[int, train_option(help="Parts that each process takes its batch in.", min=1)] = 1
-    seed: Annotated[int, train_option(help="Of first weights, order, augmentation and dropout.", min=0)] = 0
-    init: Annotated[
-        Optional[Path], train_option(help="Start from the weights of this segmenter. Not for going on.")
+    accumulate: Annotated[
+        Optional[int],
+        train_option(help="Parts that each process takes its batch in (default: 1, or as published).", min=1),
     ] = None
+    seed: Annotated[int, train_option(help="Of first weights, order, augmentation and dropout.", min=0)] = 0
+    init: Annotated[Optional[Path], train_option(help="Start from the weights of this file. Not for going on.")] = None
+    device: Device = "auto"
+    precision: PrecisionOption = "auto"
+    workers: Annotated[int, run_option(help="Processes that read images; 0: between the steps.", min=0, max=1024)] = 0
+    keep_every: Annotated[int, run_option(help="Steps between checkpoints.", min=1)] = 500
+    overwrite: Annotated[bool, output_option("--overwrite", help="Begin anew, deleting what is there.")] = False
+    allow_skipped: AllowSkipped = None
+
+    def parsed(self) -> dict[str, Any]:
+        """As the jobs' options have them."""
+        from clipseed.device import pick_device
+
+        general = {key: value for key, value in vars(self).items() if key not in {"device", "allow_skipped"}}
+        return {**general, "device": pick_device(self.device)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationArguments:
+    """How a segmenter is scored while it is trained."""
+
     val: Annotated[
         Optional[str],
         train_option(help="Split that is scored while training; the best stays as NAME-best.safetensors."),
@@ -205,12 +233,6 @@ class TrainArguments:
     gt: Annotated[
         Optional[str], train_option(help="Folder of its ground-truth masks (default: the data set's own).")
     ] = None
-    device: Device = "auto"
-    precision: PrecisionOption = "auto"
-    workers: Annotated[int, run_option(help="Processes that read images; 0: between the steps.", min=0, max=1024)] = 0
-    keep_every: Annotated[int, run_option(help="Steps between checkpoints.", min=1)] = 500
-    overwrite: Annotated[bool, output_option("--overwrite", help="Begin anew, deleting what is there.")] = False
-    allow_skipped: AllowSkipped = None
 
 
 @dataclass(frozen=True, kw_only=True)

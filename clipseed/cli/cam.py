@@ -37,6 +37,7 @@ def cam(
     classes: shared.Classes = None,
     background: shared.Background = None,
     template: shared.Template = None,
+    prompts: shared.Prompts = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
     permissive: shared.Permissive = False,
@@ -51,6 +52,13 @@ def cam(
     ] = None,
     scales: Annotated[str, shared.model_option(help="Image scales whose maps are averaged, e.g. 0.75,1,1.5.")] = "1",
     flip: Annotated[bool, shared.model_option("--flip", help="Average with the mirrored image.")] = False,
+    raw: Annotated[
+        bool,
+        shared.model_option(
+            "--raw", help="Keep maps signed and at their own scale, as FMA-WSSS's next steps need them."
+        ),
+    ] = False,
+    softmax_floor: Annotated[float, shared.model_option(help=shared.SOFTMAX_FLOOR, show_default=False)] = 0.0,
     paper: Annotated[bool, shared.model_option("--paper", help="CLIP-ES's released code with all its quirks.")] = False,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
@@ -82,6 +90,7 @@ def cam(
     options = CamOptions(
         data=data, out=out or Path("cams-caa.h5" if refine else "cams.h5"), method=method, refine=refine,
         box_threshold=box_threshold, scales=shared.numbers(scales, "--scales"), flip=flip, paper=paper,
+        prompts=prompts, raw=raw, softmax_floor=softmax_floor,
         **tagging, **vars(model), run=run.options(**compute.parsed()),
     )  # fmt: skip
     console = run.console

@@ -27,6 +27,7 @@ from clipseed.cli.report import report
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
+from clipseed.cli.train import prompts as train_prompts
 from clipseed.cli.train import weclip
 from clipseed.cli.try_photo import try_photo
 from clipseed.runtime.threads import let_waiting_threads_sleep
@@ -52,7 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
-_train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
+_train = typer.Typer(help="Train on a frozen CLIP: a segmenter, or prompts.", no_args_is_help=True)
 
 app.command("label", cls=Command)(label)
 app.command("try", cls=Command)(try_photo)
@@ -67,6 +68,7 @@ app.command("sam-masks", cls=Command)(sam_masks)
 app.command("sam-seed", cls=Command)(sam_seed)
 app.add_typer(_train, name="train")
 _train.command("weclip", cls=Command)(weclip)
+_train.command("prompts", cls=Command)(train_prompts)
 app.command("predict", cls=Command)(predict)
 app.command("merge", cls=Command)(merge)
 app.command("evaluate", cls=Command)(evaluate)

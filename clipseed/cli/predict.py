@@ -41,6 +41,9 @@ def predict(
     classes: Annotated[
         Optional[str], shared.data_option(help="Class list of an authors' checkpoint (default: VOC's or COCO's).")
     ] = None,
+    prompts: Annotated[
+        Optional[Path], shared.data_option(help="--labels: learned prompts in place of the classes' words.")
+    ] = None,
     reading: shared.ReadingArguments,
     tower: shared.TowerArguments,
     max_side: Annotated[
@@ -94,7 +97,7 @@ def predict(
     run = prepare("predict", running, output)
     options = PredictOptions(
         segmenter=segmenter, data=data, out=out, classes=classes, labels_known=labels is not None, view=view, crf=crf,
-        soft=soft, empty=empty, **vars(tower), run=run.options(**compute.parsed()),
+        soft=soft, empty=empty, prompts=prompts, **vars(tower), run=run.options(**compute.parsed()),
     )  # fmt: skip
     with run.console:
         done = run_predict(options, run.start, run.loading)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -22,6 +22,7 @@ from clipseed.defaults import (
     PATCH_TEMPERATURE,
     SINKHORN_ROUNDS,
     SPREAD_POWER,
+    CaaPreset,
 )
 
 if TYPE_CHECKING:
@@ -52,9 +53,14 @@ class AffinityArguments:
             help=f"Share of the peak that boxes enclose (default: {COCO_BOX_THRESHOLD} for COCO, else {BOX_THRESHOLD})."
         ),
     ] = None
-    layers: Annotated[int, shared.method_option(help="Blocks from the end whose attention is averaged.")] = CAA_LAYERS
-    rounds: Annotated[int, shared.method_option(help="Sinkhorn rounds.")] = SINKHORN_ROUNDS
-    power: Annotated[int, shared.method_option(help="How often maps are spread.")] = SPREAD_POWER
+    layers: Annotated[
+        Optional[int],
+        shared.method_option(help=f"Blocks from the end whose attention is averaged (default: {CAA_LAYERS})."),
+    ] = None
+    rounds: Annotated[Optional[int], shared.method_option(help=f"Sinkhorn rounds (default: {SINKHORN_ROUNDS}).")] = None
+    power: Annotated[
+        Optional[int], shared.method_option(help=f"How often maps are spread (default: {SPREAD_POWER}).")
+    ] = None
     boxes: Annotated[bool, shared.method_option("--boxes/--no-boxes", help="Spread from boxes around peaks only.")] = (
         True
     )
@@ -62,11 +68,14 @@ class AffinityArguments:
         Optional[str], shared.model_option(help="Where the same weights are now, if they have moved.")
     ] = None
 
-    def parsed(self) -> dict[str, Any]:
+    def parsed(self, preset: CaaPreset | None = None) -> dict[str, Any]:
         """As the job's options have them."""
+        from clipseed.jobs.refine import fma_constants
         from clipseed.refine.caa import CaaOptions
 
-        constants = CaaOptions(layers=self.layers, rounds=self.rounds, power=self.power, boxes=self.boxes)
+        base = CaaOptions() if preset is None else fma_constants(preset)[0]
+        given = shared.given(layers=self.layers, rounds=self.rounds, power=self.power)
+        constants = replace(base, **given, boxes=self.boxes)
         return {"box_threshold": self.box_threshold, "weights": self.weights, "caa": constants}
 
 
@@ -74,6 +83,14 @@ class AffinityArguments:
 def caa(
     *,
     source: SourceArguments,
+    preset: Annotated[
+        Optional[CaaPreset],
+        shared.method_option(
+            metavar="PRESET",
+            help=f"FMA-WSSS's constants, boxes as released; the result keeps its scale, for sam-seed: "
+            f"{shared.listed(CaaPreset)}.",
+        ),
+    ] = None,
     affinity: AffinityArguments,
     paper: Annotated[
         Optional[bool],
@@ -87,7 +104,8 @@ def caa(
 
     Without arguments it refines cams.h5 into cams-caa.h5, with the images and the model that cams.h5 was made with.
     """
-    return _run("caa", source, running, output, compute.parsed(), paper=paper, **affinity.parsed())
+    constants = affinity.parsed(preset)
+    return _run("caa", source, running, output, compute.parsed(), paper=paper, preset=preset, **constants)
 
 
 @grouped()
@@ -96,12 +114,17 @@ def js(
     source: SourceArguments,
     temperature: Annotated[float, shared.method_option(help="Of the softmax over patches.")] = PATCH_TEMPERATURE,
     affinity: AffinityArguments,
+    prompts: Annotated[
+        Optional[Path], shared.model_option(help="Where the learned prompts of the CAMs are now, if they have moved.")
+    ] = None,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
     output: shared.OutputArguments,
 ) -> int:
     """Class-distribution affinity (CD-CLIP): attention between patches that resemble all classes alike."""
-    return _run("js", source, running, output, compute.parsed(), temperature=temperature, **affinity.parsed())
+    return _run(
+        "js", source, running, output, compute.parsed(), temperature=temperature, prompts=prompts, **affinity.parsed()
+    )
 
 
 @grouped()

@@ -29,9 +29,11 @@ from clipseed.clip.text import (
     PromptEmbeddings,
     TextBank,
     Tokenizer,
+    bank_of,
     embed_prompts,
     encode_embeddings,
     encode_vocabulary,
+    text_tower_sha256,
 )
 from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
@@ -163,9 +165,18 @@ class FrozenClip:
         """
         return embed_prompts(self._model, self._tokenizer, prompts)
 
-    def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> Tensor:
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor, shared: int = 0) -> Tensor:
         """Text features ``(P, E)``, not normalized; see :func:`~clipseed.clip.text.encode_embeddings`."""
-        return encode_embeddings(self._model, embeddings, ends)
+        return encode_embeddings(self._model, embeddings, ends, shared)
+
+    def text_bank(self, texts: Tensor, classes: int) -> TextBank:
+        """The model's competition between unit prototypes ``(C + M, E)``, of which the first are classes."""
+        return bank_of(self._model, texts, classes)
+
+    @cached_property
+    def text_sha256(self) -> str:
+        """Digest of the text tower's weights; see :func:`~clipseed.clip.text.text_tower_sha256`."""
+        return text_tower_sha256(self._model)
 
     def dense(self, images: Tensor, attention_blocks: tuple[int, ...] = ()) -> DenseFeatures:
         """Dense features of images of one size: ``(B, 3, H, W)`` uint8, sides multiples of the patch size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -35,6 +36,7 @@ class TextBank:
         logit_scale: Factor between cosine similarity and logit (the exponential already taken).
         competition: ``softmax``: the texts share one probability (CLIP). ``sigmoid``: each has its own (SigLIP).
         logit_bias: Added to every logit, which matters to ``sigmoid`` alone.
+        floor: Of the softmax, see :func:`masked_softmax`; 0 for the exact one.
     """
 
     classes: Tensor
@@ -42,6 +44,7 @@ class TextBank:
     logit_scale: float
     competition: Competition = "softmax"
     logit_bias: float = 0.0
+    floor: float = 0.0
 
     @property
     def all(self) -> Tensor:
@@ -64,7 +67,19 @@ class TextBank:
 
     def probabilities(self, features: Tensor, present: Tensor | None = None) -> Tensor:
         """Probabilities of all texts ``(B, …, C + M)``, those of absent classes 0; arguments as of :meth:`logits`."""
+        if self.floored:
+            logits = self.logits(features)
+            kept = torch.ones_like(logits, dtype=torch.bool)
+            if present is not None:
+                competing = self.competing(present)
+                kept &= competing.view(len(competing), *(1,) * (logits.ndim - 2), -1)
+            return masked_softmax(logits, kept, self.floor)
         return self.probabilities_of(self.logits(features, present))
+
+    @property
+    def floored(self) -> bool:
+        """Whether probabilities are those of :func:`masked_softmax` with its constant."""
+        return self.floor > 0 and self.competition == "softmax"
 
     def probabilities_of(self, logits: Tensor) -> Tensor:
         """The same from :meth:`logits`."""
@@ -75,15 +90,23 @@ class TextBank:
         logits = self.logits(features, present)
         return logits.log_softmax(dim=-1) if self.competition == "softmax" else F.logsigmoid(logits)
 
-    def log_slope(self, probability: Tensor, label: Tensor) -> Tensor:
+    def log_slope(self, probability: Tensor, label: Tensor, strongest: Tensor | None = None) -> Tensor:
         """Derivative ``(P, C + M)`` of the logarithm of one text's probability with respect to all logits.
 
         Args:
             probability: ``(P, C + M)``.
             label: ``(P,)`` the text of each row.
+            strongest: ``(P,)`` the text with the largest logit of all, where the softmax has a floor: what is missing
+                to a sum of 1 grows with it.
         """
         own = F.one_hot(label, probability.shape[-1]).to(probability.dtype)
-        return own - probability if self.competition == "softmax" else own * (1 - probability)
+        if self.competition == "sigmoid":
+            return own * (1 - probability)
+        slope = own - probability
+        if strongest is None:
+            return slope
+        missing = 1 - probability.sum(dim=-1, keepdim=True)
+        return slope - missing * F.one_hot(strongest, probability.shape[-1]).to(probability.dtype)
 
     def contested(self, present: Tensor) -> Tensor:
         """Whether a probability tells anything ``(B,)``: the only text of a softmax is certain, whatever it is."""
@@ -122,6 +145,22 @@ class TextBank:
         return logits.masked_fill(absent, float("-inf"))
 
 
+def masked_softmax(logits: Tensor, kept: Tensor, floor: float = 0.0) -> Tensor:
+    """Softmax over the kept entries of ``(…, C)``; the others are 0.
+
+    Args:
+        logits: Any.
+        kept: Of the same shape, booleans.
+        floor: Added to the sum of exponentials, which are those of the distances to the largest of *all* logits: of an
+            image whose strongest class is left out by far, all probabilities shrink. FMA-WSSS's released code: 1e-5.
+            0: the exact softmax, where rows without any kept entry are 0.
+    """
+    if floor:
+        rows = kept * (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        return rows / (rows.sum(dim=-1, keepdim=True) + floor)
+    return logits.masked_fill(~kept, float("-inf")).softmax(dim=-1).masked_fill(~kept, 0)
+
+
 def present_mask(labels: Sequence[Sequence[int]], classes: int, device: torch.device | str = "cpu") -> Tensor:
     """``(B, C)``: true where an image has the label."""
     mask = torch.zeros(len(labels), classes, dtype=torch.bool, device=device)
@@ -139,11 +178,17 @@ class PromptEmbeddings:
         embeddings: ``(P, L, D)`` token embeddings, L the model's context length.
         ends: ``(P,)`` position at which each prompt's feature is read: its end-of-text token.
         slots: ``(P, n)`` positions of the tokens that stand for learned vectors (:data:`SLOT`), in order.
+        tokens: ``(P, L)`` token ids, with that of the word ``x`` in the slots.
     """
 
     embeddings: Tensor
     ends: Tensor
     slots: Tensor
+    tokens: Tensor
+
+    def take(self, rows: Tensor) -> PromptEmbeddings:
+        """Some of the prompts."""
+        return PromptEmbeddings(self.embeddings[rows], self.ends[rows], self.slots[rows], self.tokens[rows])
 
     def filled(self, vectors: Tensor) -> PromptEmbeddings:
         """The same with ``vectors`` in the slots: ``(n, D)`` for all prompts alike, or ``(P, n, D)``."""
@@ -174,16 +219,18 @@ def embed_prompts(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str]
         raise ValueError(f"a prompt is too long for the model's {tokens.shape[1]} tokens: {SLOT} is cut off")
     tokens = tokens.to(text.token_embedding.weight.device)
     slots = differs.nonzero()[:, 1].view(len(prompts), -1).to(tokens.device)
-    return PromptEmbeddings(text.token_embedding(tokens), _ends(text, tokens), slots)
+    return PromptEmbeddings(text.token_embedding(tokens), _ends(text, tokens), slots, tokens)
 
 
-def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor) -> Tensor:
+def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor, shared: int = 0) -> Tensor:
     """Text features ``(P, E)`` of token embeddings, not normalized; gradients flow through to them.
 
     Args:
         model: open_clip's; frozen or not.
         embeddings: ``(P, L, D)`` before positions are added, L at most the context length.
         ends: ``(P,)`` positions at which to read the features.
+        shared: So many first tokens are the same in all prompts. Under a causal mask they are then computed once, which
+            makes prompts with one learned context in front of short names several times cheaper.
 
     Raises:
         WeightsError: the text tower is not open_clip's own.
@@ -193,12 +240,67 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor) -> Ten
     # Under a causal mask nothing behind the end-of-text token is ever read, so the padding need not be computed.
     length = embeddings.shape[1] if causal is None else int(ends.max()) + 1
     x = embeddings[:, :length] + text.positional_embedding[:length]
-    x = text.ln_final(text.transformer(x, attn_mask=None if causal is None else causal[:length, :length]))
+    if causal is not None and 0 < shared < int(ends.min()) and _can_share(text.transformer):
+        x = _behind_shared(text.transformer, x, shared, causal[:length, :length])
+        ends = ends - shared
+    else:
+        x = text.transformer(x, attn_mask=None if causal is None else causal[:length, :length])
+    x = text.ln_final(x)
     x = x[torch.arange(len(x), device=x.device), ends]
     projection = text.text_projection
     if projection is None:
         return torch.as_tensor(x)
     return torch.as_tensor(projection(x) if isinstance(projection, nn.Module) else x @ projection)
+
+
+def _can_share(transformer: Any) -> bool:
+    """Whether its blocks are open_clip's plain ones, whose parts can be run apart."""
+    names = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
+    return all(
+        all(hasattr(block, name) for name in names) and getattr(block.attn, "in_proj_weight", None) is not None
+        for block in transformer.resblocks
+    )
+
+
+def _behind_shared(transformer: Any, x: Tensor, shared: int, mask: Tensor) -> Tensor:
+    """The transformer on ``(P, L, D)`` whose first tokens are the same in all rows: ``(P, L - shared, D)``."""
+    start, rest = x[:1, :shared], x[:, shared:]
+    for block in transformer.resblocks:
+        q, k, v = _heads(block, start)
+        own_q, own_k, own_v = _heads(block, rest)
+        keys, values = (
+            torch.cat([first.expand(len(rest), -1, -1, -1), own], dim=2) for first, own in ((k, own_k), (v, own_v))
+        )
+        start = _finished(block, start, q, k, v, mask[:shared, :shared])
+        rest = _finished(block, rest, own_q, keys, values, mask[shared:])
+    return rest
+
+
+def _heads(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block, ``(P, heads, L, d)`` each."""
+    attention = block.attn
+    count, length, width = x.shape
+    joined = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    parts = joined.view(count, length, 3, attention.num_heads, width // attention.num_heads).permute(2, 0, 3, 1, 4)
+    return parts[0], parts[1], parts[2]
+
+
+def _finished(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(block.attn.out_proj(attended))
+    return torch.as_tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
+
+
+def text_tower_sha256(model: nn.Module) -> str:
+    """SHA-256 of the text tower's weights as float32: whatever file or type they come in, the same weights have one."""
+    text = _own_tower(model)
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+    digest = hashlib.sha256()
+    for name, value in sorted(text.state_dict().items()):
+        if name.split(".")[0] in parts:
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def encode_prompts(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
@@ -272,8 +374,11 @@ def encode_vocabulary(model: nn.Module, tokenizer: Tokenizer, vocabulary: Vocabu
     """Prototypes of a vocabulary's classes and background words."""
     phrases = [item.prompt for item in vocabulary.classes] + list(vocabulary.background)
     bank, _ = prototypes(model, tokenizer, phrases, vocabulary.templates)
-    count = len(vocabulary.classes)
-    scale: Any = model.logit_scale
+    return bank_of(model, bank, len(vocabulary.classes))
+
+
+def bank_of(model: Any, texts: Tensor, classes: int) -> TextBank:
+    """A model's own competition between unit prototypes ``(C + M, E)``, of which the first are classes."""
     bias: Any = getattr(model, "logit_bias", None)  # which only models trained with a sigmoid have
-    prompts = TextBank(bank[:count], bank[count:], float(scale.detach().float().exp()))
-    return prompts if bias is None else replace(prompts, competition="sigmoid", logit_bias=float(bias))
+    bank = TextBank(texts[:classes], texts[classes:], float(model.logit_scale.detach().float().exp()))
+    return bank if bias is None else replace(bank, competition="sigmoid", logit_bias=float(bias))

@@ -33,6 +33,7 @@ from clipseed.store.empty import Stage, stage_of
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.tags import Tagged, TagStore, label_file
 from clipseed.store.writer import recorded_manifest
+from clipseed.train.prompts.files import PromptFile, read_prompts, text_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class CamOptions:
 
     ``paper`` reproduces CLIP-ES's released code: its half-precision rounding, its word lists, native image size,
     and maps stored in float32 so that later rounding is the released one. With ``refine`` the output is what
-    ``clipseed refine caa`` would make of the maps; ``box_threshold`` as there.
+    ``clipseed refine caa`` would make of the maps; ``box_threshold`` as there. ``prompts`` are learned ones, in place
+    of the vocabulary's words; ``softmax_floor`` see :func:`~clipseed.clip.text.masked_softmax`. With ``raw`` maps keep
+    the scale and the sign that they have, in float32, which FMA-WSSS's steps build on.
     """
 
     data: DatasetOptions
@@ -59,6 +62,9 @@ class CamOptions:
     box_threshold: float | None = None
     tag_threshold: float = TAG_THRESHOLD
     tag_top_k: int | None = None
+    prompts: Path | None = None
+    raw: bool = False
+    softmax_floor: float = 0.0
     run: RunOptions = field(default_factory=RunOptions)
 
     @property
@@ -98,8 +104,11 @@ def run_cam(
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported instead.
     """
     check(options)
-    image_set = open_dataset(options.data)
-    recipe = CamRecipe(options, image_set.vocabulary, image_set.reader)
+    learned = None
+    if options.prompts is not None:
+        learned = read_prompts(options.prompts, options.data.classes, options.data.dataset)
+    image_set = open_dataset(options.data if learned is None else learned.dataset(options.data))
+    recipe = CamRecipe(options, image_set.vocabulary, image_set.reader, learned)
     say = partial(loading, options.model_name) if loading else None
     with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
         return _run(options, image_set, recipe, engine, start, start_tags)
@@ -111,7 +120,7 @@ def _run(
 ) -> CamReport:  # fmt: skip
     about, shard = engine.about, options.run.shard
     manifest, stage = recipe.manifest(image_set, about)
-    dtype = "float32" if options.paper else "float16"
+    dtype = "float32" if options.paper or options.raw else "float16"
     unit = dealt_unit(about["unit"], len(image_set.samples), shard.count * engine.hands)
     with CamWriter(
         options.out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, stage=stage
@@ -155,6 +164,12 @@ def check(options: CamOptions) -> None:
         raise UsageError("--tag-threshold: give a share above 0 and up to 1; --tag-top-k: a number from 1")
     if options.refine and 1.0 not in options.scales:
         raise UsageError("--refine caa needs 1 among the --scales, whose attention it spreads along")
+    if options.refine and options.raw:
+        raise UsageError(
+            "--raw: what --refine caa gives is in [0, 1]; refine raw maps with clipseed refine caa --preset"
+        )
+    if not 0 <= options.softmax_floor < 1:
+        raise UsageError(f"--softmax-floor {options.softmax_floor}: give a number from 0 to below 1")
     if options.max_side < 0 or options.min_side < 0:
         raise UsageError("--max-side and --min-side: give a number of pixels, or 0 for no limit")
 
@@ -164,7 +179,9 @@ def tag_settings(options: CamOptions) -> dict[str, Any]:
     return {"labels": "auto", "tag_threshold": options.tag_threshold, "tag_top_k": options.tag_top_k}
 
 
-def cam_manifest(options: CamOptions, image_set: ImageSet, model: dict[str, Any], weights: str) -> Manifest:
+def cam_manifest(
+    options: CamOptions, image_set: ImageSet, model: dict[str, Any], weights: str, learned: PromptFile | None = None
+) -> Manifest:
     """Everything that decides the maps, and where the images are."""
     return {
         "kind": "cam",
@@ -176,7 +193,11 @@ def cam_manifest(options: CamOptions, image_set: ImageSet, model: dict[str, Any]
             "min_side": options.min_side,
             "paper": options.paper,
             "exif": options.data.exif,
+            **({"raw": True} if options.raw else {}),
+            **({"softmax_floor": options.softmax_floor} if options.softmax_floor else {}),
+            **({} if learned is None else learned.manifest()),
         },
+        **({} if learned is None else {"prompts": str(learned.path.resolve())}),
         "model": model,
         "weights": weights,
         "max_pixels": options.data.max_pixels,
@@ -196,6 +217,7 @@ class CamRecipe:
     options: CamOptions
     vocabulary: Vocabulary
     reader: ImageReader
+    learned: PromptFile | None = None
 
     @property
     def choice(self) -> ClipChoice:
@@ -216,7 +238,7 @@ class CamRecipe:
 
     def manifest(self, image_set: ImageSet, about: dict[str, Any]) -> tuple[Manifest, Stage]:
         """What decides the maps, given what the work says of itself, and the stage at which labels may vanish."""
-        manifest = cam_manifest(self.options, image_set, about["model"], about["weights"])
+        manifest = cam_manifest(self.options, image_set, about["model"], about["weights"], self.learned)
         stage = stage_of(manifest)  # in one pass, too: spreading leaves a positive map positive
         if self.refinement:
             constants = caa_manifest(self.refinement)
@@ -249,7 +271,7 @@ class CamWork(ClipWork[Cam | Tagged]):
     def __init__(self, recipe: CamRecipe, clip: FrozenClip | None = None) -> None:
         super().__init__(recipe.choice, clip)
         self._options, self._vocabulary = recipe.options, recipe.vocabulary
-        self.text = self.clip.encode_text(recipe.vocabulary)
+        self.text = text_of(self.clip, recipe.vocabulary, recipe.learned, recipe.options.softmax_floor)
         self._refinement, self._reader = recipe.refinement, recipe.reader
 
     @property
@@ -288,8 +310,9 @@ class CamWork(ClipWork[Cam | Tagged]):
             options, grid = self._options, items[0].grid
             layers = self._refinement.layers if self._refinement else 0
             batch = compute_cams(
-                self.clip, self.text, views, labels, grid, options.method, options.flip, options.paper, layers
-            )
+                self.clip, self.text, views, labels, grid, options.method, options.flip, options.paper, layers,
+                options.raw,
+            )  # fmt: skip
             maps = batch.maps
             if self._refinement and batch.attention is not None:
                 # Rounded as `clipseed cam` would have stored them, so that one pass gives what two commands give.
@@ -297,13 +320,15 @@ class CamWork(ClipWork[Cam | Tagged]):
                 maps = caa(stored, batch.attention, self._refinement)
             self.counters["recomputed"] += batch.recomputed
         return [
-            Cam(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size, item.stamp)
+            Cam(item.sample.id, np.array(row, np.int32), cam.numpy(), item.size, item.stamp, self._options.raw)
             for item, row, cam in zip(items, labels, maps, strict=True)
         ]
 
 
 _SETTINGS = ("max_side", "min_side", "paper", "exif")
 """Options of ``clipseed cam`` that change tags."""
+_TEXTS = ("prompts", "softmax_floor")
+"""Likewise, where they were given."""
 
 
 @dataclass(kw_only=True)
@@ -362,4 +387,6 @@ def tag_unlabelled(
 def _deciding(manifest: Manifest) -> Manifest:
     """What of an output's settings decides its tags."""
     parts: Manifest = {part: manifest.get(part) for part in ("model", "vocabulary", "dataset")}
-    return {**parts, "options": {key: manifest["options"].get(key) for key in _SETTINGS}}
+    options = manifest["options"]
+    asked = {key: options[key] for key in _TEXTS if key in options}
+    return {**parts, "options": {**{key: options.get(key) for key in _SETTINGS}, **asked}}

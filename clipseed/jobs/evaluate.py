@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -251,7 +251,7 @@ def _evaluate_cams(
         if mask.shape != cam.size:
             if not options.resize_pred:
                 raise _size_error(identifier, cam.size, mask.shape)
-            cam = Cam(cam.id, cam.classes, cam.maps, (mask.shape[0], mask.shape[1]))
+            cam = replace(cam, size=(mask.shape[0], mask.shape[1]))
         return cam, mask
 
     for cam, mask in ahead(load, match.ids):

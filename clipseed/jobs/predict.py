@@ -29,6 +29,7 @@ from clipseed.store.cam_records import Cam
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.scored_masks import ScoredMask, ScoredMaskWriter
 from clipseed.train.inference import ViewOptions, shown
+from clipseed.train.prompts.files import PromptFile, read_prompts, text_of
 from clipseed.train.segmenter import Placement, SegmenterFile, enlarged, read_segmenter
 from clipseed.train.weclip.network import WeclipNetwork
 
@@ -54,6 +55,7 @@ class PredictOptions:
         crf: Refine with a dense CRF (WeCLIP's constants).
         soft: CAM file for the scores behind the masks.
         empty: As of :class:`~clipseed.jobs.crf.CrfOptions`, where labels are known.
+        prompts: Learned prompts, in place of the vocabulary's words, where labels are known.
         model, weights: The frozen CLIP, where it is not where it was.
     """
 
@@ -66,6 +68,7 @@ class PredictOptions:
     crf: bool = False
     soft: Path | None = None
     empty: EmptyPolicy = "background"
+    prompts: Path | None = None
     model: str | None = None
     weights: str | None = None
     run: RunOptions = field(default_factory=RunOptions)
@@ -84,8 +87,9 @@ def run_predict(options: PredictOptions, start: Start | None = None, loading: Lo
     """
     _check(options)
     file = read_segmenter(options.segmenter, options.classes)
+    learned = _learned(options, file)
     image_set = open_dataset(replace(options.data, vocabulary=file.vocabulary, auto_labels=_free(options)))
-    recipe = PredictRecipe(options, image_set.reader, file)
+    recipe = PredictRecipe(options, image_set.reader, file, learned)
     say = partial(loading, str(options.segmenter)) if loading else None
     samples = image_set.samples
     if not options.labels_known:
@@ -94,6 +98,8 @@ def run_predict(options: PredictOptions, start: Start | None = None, loading: Lo
         about, shard = engine.about, options.run.shard
         unit = dealt_unit(min(about["unit"], _MOST_PER_UNIT), len(samples), shard.count * engine.hands)
         manifest = _manifest(options, image_set, file, about)
+        if learned is not None:
+            manifest["options"] |= learned.manifest()
         with ScoredMaskWriter(
             options.out, options.soft, manifest, unit, overwrite=options.run.overwrite, shard=shard,
             empty=options.empty,
@@ -117,6 +123,20 @@ def _check(options: PredictOptions) -> None:
         raise UsageError("--labels: refined pseudo-labels come from one view; leave --scales and --flip out")
     if options.soft is not None and options.soft.resolve() == options.out.resolve():
         raise UsageError(f"--out and --soft are both {options.out}; give each its own place")
+
+
+def _learned(options: PredictOptions, file: SegmenterFile) -> PromptFile | None:
+    """Learned prompts, where texts are read at all."""
+    if options.prompts is None:
+        if options.labels_known and file.about.get("prompts"):
+            raise UsageError(f"--labels: {file.path} was trained with learned prompts; name them with --prompts")
+        return None
+    if not options.labels_known:
+        raise UsageError("--prompts belongs to --labels: predictions read no text")
+    learned = read_prompts(options.prompts, None, file.vocabulary.name)
+    if learned.vocabulary.class_names != file.vocabulary.class_names:
+        raise UsageError(f"--prompts {options.prompts}: prompts of other classes than those of {file.path}")
+    return learned
 
 
 def _manifest(options: PredictOptions, image_set: ImageSet, file: SegmenterFile, about: dict[str, Any]) -> Manifest:
@@ -194,6 +214,7 @@ class PredictRecipe:
     options: PredictOptions
     reader: ImageReader
     file: SegmenterFile
+    learned: PromptFile | None = None
 
     def __call__(self) -> PredictWork:
         """Load it."""
@@ -213,7 +234,7 @@ class PredictWork(TokenWork[ShownImage, ScoredMask]):
             raise UsageError(f"--labels: {options.segmenter} is no WeCLIP, and makes no pseudo-labels")
         self._text: TextBank | None = None
         if isinstance(network, WeclipNetwork) and options.labels_known:
-            self._text = network.clip.encode_text(self.segmenter.vocabulary)
+            self._text = text_of(network.clip, self.segmenter.vocabulary, recipe.learned)
         super().__init__(network.device, options.run)
 
     def about(self) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from clipseed.defaults import (
     PAR_POSITION_WEIGHT,
     PAR_SHARPNESS,
     PATCH_TEMPERATURE,
+    CaaPreset,
 )
 from clipseed.device import pick_device
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.refine.affinity import balance
-from clipseed.refine.caa import CaaOptions, caa, spread_within_boxes
+from clipseed.refine.caa import FMA_WSSS, CaaOptions, Source, caa, caa_of_raw, spread_within_boxes
 from clipseed.refine.distribution import distribution_affinity
 from clipseed.refine.par import refine_par
 from clipseed.runtime.clip_work import ClipChoice, TokenWork, about_clip
@@ -55,8 +56,9 @@ from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
 from clipseed.store.cams import CamSet
 from clipseed.store.files import freshen
-from clipseed.store.manifest import Manifest, package_versions
+from clipseed.store.manifest import Manifest, package_versions, recorded_prompts
 from clipseed.store.writer import recorded_manifest
+from clipseed.train.prompts.files import PromptFile, read_prompts, text_of
 
 Method = Literal["caa", "js", "par"]
 
@@ -77,7 +79,11 @@ class RefineOptions:
 
     Attributes:
         source: The CAMs to refine; images, model and vocabulary are those they were made with.
-        box_threshold: ``None``: CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
+        preset: FMA-WSSS's constants and source of CAA; the result keeps its scale, for ``clipseed sam-seed``. Its boxes
+            are the released code's, unless ``paper`` is ``False``.
+        box_threshold: ``None``: the preset's, or CLIP-ES's 0.7 for COCO's classes, 0.4 otherwise.
+        caa: Constants; ``None``: the preset's, or CLIP-ES's.
+        prompts: Where the learned prompts are now that the CAMs were made with, if they have moved.
         paper: Reproduce the released code; ``None``: as the CAMs were made.
         images, root, weights: Where the images, their data set and the weights are now, if they have moved.
     """
@@ -88,12 +94,19 @@ class RefineOptions:
     images: Path | None = None
     root: Path | None = None
     weights: str | None = None
+    prompts: Path | None = None
+    preset: CaaPreset | None = None
     box_threshold: float | None = None
-    caa: CaaOptions = field(default_factory=CaaOptions)
+    caa: CaaOptions | None = None
     temperature: float = PATCH_TEMPERATURE
     par: ParOptions = field(default_factory=ParOptions)
     paper: bool | None = None
     run: RunOptions = field(default_factory=RunOptions)
+
+
+def fma_constants(preset: CaaPreset) -> tuple[CaaOptions, Source]:
+    """Constants of a preset, and what spreads."""
+    return FMA_WSSS[preset.removeprefix("fma-")]
 
 
 @dataclass(kw_only=True)
@@ -142,6 +155,7 @@ def refine_manifest(
         "method": method,
         "options": {**kept, **options},
         "source": {key: source[key] for key in ("kind", "method", "options", "source") if key in source},
+        **({"prompts": source["prompts"]} if "prompts" in source else {}),
         "model": model,
         "weights": weights,
         "max_pixels": source.get("max_pixels"),
@@ -196,7 +210,8 @@ def run_refine(options: RefineOptions, start: Start | None = None, loading: Load
         manifest = refine_manifest(
             options.method, about["constants"], source, about["model"], about["weights"], options.source
         )
-        dtype = "float32" if cams.manifest["options"].get("paper") else "float16"
+        exact = cams.manifest["options"].get("paper") or options.preset
+        dtype = "float32" if exact else "float16"
         unit = dealt_unit(about["unit"], len(cams), shard.count * engine.hands)
         with CamWriter(
             out, manifest, dtype, unit, overwrite=options.run.overwrite, shard=shard, earlier=earlier_in_cams(cams)
@@ -212,6 +227,14 @@ def _open(options: RefineOptions, out: Path, cams: CamSet, loading: Loading | No
     """What can be refused is refused here, before workers start."""
     if options.method != "par" and cams.manifest["method"] in ("par", "dense-crf"):
         raise UsageError(f"{options.source}: holds maps of pixels; refine {options.method} works on patch maps")
+    if options.preset is not None:
+        if options.method != "caa":
+            raise UsageError("--preset belongs to refine caa")
+        if fma_constants(options.preset)[1] == "raw" and not cams.manifest["options"].get("raw"):
+            raise UsageError(
+                f"--preset {options.preset}: spreads maps at their own scale, and those of {options.source} are in "
+                "[0, 1]; make them with clipseed cam --raw"
+            )
     if options.method == "par":
         return open_engine(partial(_Par, options, cams), options.run.cluster)
     choice = _choice(options, cams.manifest)
@@ -235,14 +258,42 @@ def _released(options: RefineOptions, source: Manifest) -> bool:
     return bool(source["options"].get("paper")) if options.paper is None else options.paper
 
 
+def _learned(options: RefineOptions, source: Manifest) -> PromptFile | None:
+    """The learned prompts that CAMs were made with, where they were made with some.
+
+    Raises:
+        WeightsError: they are not where they were, or are others now.
+    """
+    sha256 = recorded_prompts(source)
+    if sha256 is None:
+        return None
+    path = options.prompts or Path(str(source.get("prompts")))
+    try:
+        found = read_prompts(path, str(source["vocabulary"].get("name")))
+    except (WeightsError, UsageError) as error:
+        raise WeightsError(
+            f"{options.source}: its prompts cannot be read; name them with --prompts. {error}"
+        ) from error
+    if found.sha256 != sha256:
+        raise WeightsError(f"--prompts {path}: not the prompts that {options.source} was made with")
+    return found
+
+
 def _chosen(options: RefineOptions, source: Manifest) -> CaaOptions:
+    """CAA's constants, with everything filled in."""
     name = str(source["vocabulary"].get("name"))
-    return caa_options(options.caa, options.box_threshold, name, _released(options, source))
+    if options.preset is None:
+        return caa_options(options.caa or CaaOptions(), options.box_threshold, name, _released(options, source))
+    constants, _ = fma_constants(options.preset)
+    threshold = constants.box_threshold if options.box_threshold is None else options.box_threshold
+    return caa_options(options.caa or constants, threshold, name, options.paper is not False)
 
 
 def _constants(options: RefineOptions, source: Manifest) -> dict[str, Any]:
-    caa = caa_manifest(_chosen(options, source))
-    return caa | ({"temperature": options.temperature} if options.method == "js" else {})
+    found = caa_manifest(_chosen(options, source))
+    if options.preset is not None:
+        found |= {"raw": True, "preset": options.preset}
+    return found | ({"temperature": options.temperature} if options.method == "js" else {})
 
 
 class _Refinement(TokenWork[Any, Cam]):
@@ -283,7 +334,8 @@ class _Spreading(_Refinement):
             raise WeightsError(f"--weights {choice.weights}: not the weights that {options.source} was made with")
         super().__init__(options, cams, self.clip.tower.device)
         if options.method == "js":
-            self.text = self.clip.encode_text(parse_vocabulary(source["vocabulary"], str(options.source), "classes"))
+            words = parse_vocabulary(source["vocabulary"], str(options.source), "classes")
+            self.text = text_of(self.clip, words, _learned(options, source))
 
     def about(self) -> dict[str, Any]:
         """Constants, model and where its weights are, device, and images per unit."""
@@ -304,7 +356,8 @@ class _Spreading(_Refinement):
             if cam.maps.shape[1:] != item.grid:
                 raise InputError(f"{item.sample.id}: its maps are not on the patch grid of the model")
         pixels = stacked([item.views[0] for item in items], self.device)
-        raw = [torch.from_numpy(cam.maps) for cam in cams]
+        given = cams if self.options.preset else [cam.unit() for cam in cams]
+        raw = [torch.from_numpy(cam.maps) for cam in given]
         maps = self._maps(self.clip, pixels, raw)
         broken = [k for k, found in enumerate(maps) if not torch.isfinite(found).all()]
         if broken and self.clip.exact is not self.clip:
@@ -312,10 +365,15 @@ class _Spreading(_Refinement):
             again = self._maps(self.clip.exact, pixels[broken], [raw[k] for k in broken])
             for k, found in zip(broken, again, strict=True):
                 maps[k] = found
-        return [replace(cam, maps=found.nan_to_num(0.0).numpy()) for cam, found in zip(cams, maps, strict=True)]
+        scaled = self.options.preset is not None
+        return [
+            replace(cam, maps=found.nan_to_num(0.0).numpy(), raw=scaled) for cam, found in zip(cams, maps, strict=True)
+        ]
 
     def _maps(self, clip: FrozenClip, pixels: Tensor, cams: list[Tensor]) -> list[Tensor]:
         attention = patch_attention(clip.tower, pixels, self.caa.layers)
+        if self.options.preset is not None:
+            return caa_of_raw(cams, attention, self.caa, fma_constants(self.options.preset)[1])
         if self.options.method == "caa":
             return caa(cams, attention, self.caa)
         scores = similarities(dense_features(clip, pixels, "svc"), self.text)
@@ -362,4 +420,4 @@ def along_colors(
     refined = refine_par(maps.to(device), pixels, par.iterations, par.dilations, par.sharpness, par.position_weight)
     refined /= (1 + par.position_weight) ** par.iterations  # its weights sum to more than 1
     found = refined.clamp_(0, 1).cpu().numpy()
-    return [replace(cam, maps=rows[: len(cam.classes)]) for cam, rows in zip(cams, found, strict=True)]
+    return [replace(cam, maps=rows[: len(cam.classes)], raw=False) for cam, rows in zip(cams, found, strict=True)]

@@ -178,7 +178,8 @@ def write_training_report(segmenter: Path, out: Path, title: str) -> TrainingRep
     from clipseed.report.training import render_training
     from clipseed.train.metrics import METRICS, read_metrics
     from clipseed.train.previews import read_previews
-    from clipseed.train.segmenter import read_segmenter, training_folder
+    from clipseed.train.running import training_folder
+    from clipseed.train.segmenter import read_segmenter
 
     file = read_segmenter(segmenter)
     folder = training_folder(segmenter)

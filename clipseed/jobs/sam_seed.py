@@ -284,7 +284,8 @@ class Seeder:
         if problem is not None:
             raise problem
         segments, prompted_class = self._segments(cam.id, cam.size, cam.stamp)
-        labels = label_mask(cam, self.rules, segments, prompted_class)
+        # Only FMA's regions take raw maps: where classes meet in one segment, their scale decides.
+        labels = label_mask(cam if self.rules.method == "fma" else cam.unit(), self.rules, segments, prompted_class)
         return Seeded(cam.id, labels, tuple(cam.classes.tolist()), cam.stamp, len(segments))
 
     def _segments(

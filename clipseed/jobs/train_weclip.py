@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,34 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from clipseed.clip.model import FrozenClip, chosen_weights, model_name
+from clipseed.clip.model import FrozenClip, model_name
 from clipseed.clip.text import TextBank
-from clipseed.data.dataset import DatasetOptions, open_dataset
+from clipseed.data.dataset import open_dataset
 from clipseed.data.types import ImageSet, Sample
-from clipseed.defaults import WECLIP_BATCH, Precision
+from clipseed.defaults import WECLIP_BATCH
 from clipseed.errors import ImageError, InputError, UsageError, WeightsError
 from clipseed.evaluate.confusion import check_labels, confusion, score
 from clipseed.evaluate.sources import MaskSource, find_ground_truth
-from clipseed.store.files import refuse_unwritable, storage_errors, write_skipped
 from clipseed.train.augment import Augmentation
-from clipseed.train.checkpoint import Settings, read_weights
+from clipseed.train.checkpoint import is_ours, read_weights
+from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
 from clipseed.train.inference import ViewOptions, shown
-from clipseed.train.loop import BEST, LoopOptions, Status, train
+from clipseed.train.loop import BEST, Status, train
 from clipseed.train.previews import SHOWN, keep_preview
-from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter, training_folder
-from clipseed.train.weclip.cache import refuse_too_large
-from clipseed.train.weclip.data import GivenMasks, LabelledCrops, fingerprint, trainable
+from clipseed.train.prompts.files import read_prompts, text_of
+from clipseed.train.running import (
+    LostImages,
+    TrainOptions,
+    TrainReport,
+    first_process,
+    refuse_large_cache,
+    refuse_other_crop,
+    source_of,
+    usable_samples,
+    without_augmentation,
+)
+from clipseed.train.segmenter import Segmenter, save_segmenter
+from clipseed.train.weclip.cache import bytes_for_each
 from clipseed.train.weclip.decoder import Decoder
 from clipseed.train.weclip.labels import strongest
 from clipseed.train.weclip.network import WeclipNetwork, fresh_decoder, sizes
@@ -39,112 +48,37 @@ from clipseed.train.weclip.trainer import Weclip
 from clipseed.types import LabelMask
 from clipseed.weights import read_weights as read_foreign_weights
 
-SKIPPED = "skipped.csv"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How any segmenter is trained: nothing here is peculiar to a method.
-
-    Attributes:
-        data: What to learn from.
-        out: ``NAME.safetensors``; checkpoint and metrics go to the folder ``NAME-training`` beside it.
-        model, weights: The frozen CLIP.
-        steps: ``None``: as published for the vocabulary.
-        batch: Images per step, over all processes.
-        val: Split that is scored every ``val_every`` steps, of the same data set; ``val_limit``: only its first images.
-        gt: Ground truth of that split; default: the data set's own.
-        init: A segmenter whose weights are the start.
-    """
-
-    data: DatasetOptions
-    out: Path
-    model: str | None = None
-    weights: str | None = None
-    steps: int | None = None
-    batch: int = WECLIP_BATCH
-    accumulate: int = 1
-    seed: int = 0
-    keep_every: int = 500
-    val: str | None = None
-    val_every: int = 1000
-    val_limit: int | None = None
-    gt: str | None = None
-    init: Path | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Precision = "auto"
-    workers: int = 0
-    overwrite: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """Where the run keeps what it needs to go on."""
-        return training_folder(self.out)
-
-    @property
-    def best(self) -> Path:
-        """The segmenter with the best validation."""
-        return self.out.with_name(f"{self.out.stem}-best.safetensors")
-
-    @property
-    def chosen_weights(self) -> str:
-        """Tag or file of the model's weights."""
-        return chosen_weights(self.weights, self.data.dataset)
-
-    def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            UsageError: naming the option.
-        """
-        if self.out.suffix != ".safetensors":
-            raise UsageError(f"--out {self.out}: give the name of a .safetensors file")
-        refuse_unwritable(self.out, "--out")
-        for name in ("val_every", "keep_every", "seed"):
-            if getattr(self, name) < (0 if name == "seed" else 1):
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: too small")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainWeclipOptions(TrainOptions):
     """Everything ``clipseed train weclip`` can be told.
 
     Attributes:
+        val: Split that is scored every ``val_every`` steps, of the same data set; ``val_limit``: only its first images.
+        gt: Ground truth of that split; default: the data set's own.
         constants: Of :class:`~clipseed.train.weclip.options.WeclipOptions`, those that are not to be the vocabulary's.
         paper: As the authors' code.
         masks: Folder of label masks to learn from instead of image-level labels, or ``toy``.
         soft: CAM file with the scores behind them.
         cache: No augmentation: every image has one crop, and what the frozen CLIP gives for it is kept in memory.
+        prompts: Learned prompts, in place of the vocabulary's words.
     """
 
+    val: str | None = None
+    val_every: int = 1000
+    val_limit: int | None = None
+    gt: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     paper: bool = False
     masks: str | None = None
     soft: Path | None = None
     cache: bool = False
+    prompts: Path | None = None
 
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run did.
-
-    Attributes:
-        best: ``{"step": …, "score": …}`` of the best validation, and ``best_out`` the segmenter of that step.
-        unlabelled: Ids of images that could not be used for want of labels or masks.
-        skipped: Images that could not be read, with reasons, and ``skipped_file`` their list.
-    """
-
-    out: Path
-    folder: Path
-    steps: int
-    images: int
-    model: Mapping[str, Any]
-    device: str
-    best: Mapping[str, Any] | None
-    best_out: Path | None
-    unlabelled: Sequence[str]
-    skipped: Mapping[str, str]
-    skipped_file: Path | None
+    @property
+    def best(self) -> Path:
+        """The segmenter with the best validation."""
+        return self.out.with_name(f"{self.out.stem}-best.safetensors")
 
 
 def run_train_weclip(
@@ -163,29 +97,31 @@ def run_train_weclip(
         ClipseedError: see the modules it uses.
     """
     options.check()
-    image_set = open_dataset(options.data)
+    if options.val_every < 1:
+        raise UsageError(f"--val-every {options.val_every}: too small")
+    learned = (
+        None if options.prompts is None else read_prompts(options.prompts, options.data.classes, options.data.dataset)
+    )
+    image_set = open_dataset(options.data if learned is None else learned.dataset(options.data))
     vocabulary = image_set.vocabulary
-    plain: dict[str, Any] = {"scales": (1.0, 1.0), "mirror": 0.0} if options.cache else {}
-    if given := sorted(plain.keys() & options.constants.keys()):
-        raise UsageError(f"--{given[0]}: --cache is for runs without augmentation")
+    plain = without_augmentation(options.constants, {"scales": (1.0, 1.0), "mirror": 0.0}, cache=options.cache)
     weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants, **plain})
     weclip.check()
     masks = _masks(options, image_set)
-    samples, unlabelled = trainable(image_set, masks)
-    if unlabelled:
-        what = "labels" if masks is None else "mask"
-        note(f"{len(unlabelled)} of {len(image_set.samples)} images have no {what} ({unlabelled[0]} …); left out")
+    if learned is not None and masks is not None:
+        raise UsageError("--prompts: with --masks no text is read; leave one of them out")
+    samples, unlabelled = usable_samples(image_set, masks, note)
     validation_set = None if options.val is None else _validation_set(options)
     steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
     note(f"loading {model_name(options.model, options.chosen_weights)}")
     clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
-    if weclip.crop % clip.tower.patch:
-        raise UsageError(f"--crop {weclip.crop}: give a multiple of a patch's {clip.tower.patch} pixels")
+    refuse_other_crop(weclip.crop, clip)
     decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
     loop_init, init = _start(options.init, decoder)
-    text = None if masks is not None else clip.encode_text(vocabulary)
+    text = None if masks is not None else text_of(clip, vocabulary, learned)
     if options.cache:
-        refuse_too_large(clip.tower, len(samples), weclip.crop, max(weclip.static_layers, weclip.rfm_layers))
+        layers = max(weclip.static_layers, weclip.rfm_layers)
+        refuse_large_cache(len(samples), bytes_for_each(clip.tower, weclip.crop, layers))
     trainer = Weclip(clip.tower, text, decoder, weclip, steps, cached=options.cache)
     augmentation = Augmentation(weclip.crop, weclip.scales, weclip.mirror)
     data = LabelledCrops(samples, image_set.reader, augmentation, masks, fixed=options.cache)
@@ -193,33 +129,29 @@ def run_train_weclip(
         "kind": "weclip", "options": weclip.manifest(), "tower": clip.info.sha256, "precision": clip.precision,
         "classes": [item.name for item in vocabulary.classes],
         "prompts": None if text is None else vocabulary.as_dict(),
+        **({} if learned is None else {"learned": learned.sha256}),
         "start": init, "cache": options.cache, **fingerprint(image_set, samples, masks),
     }  # fmt: skip
     segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
-    first = os.environ.get("RANK", "0") == "0"
-    lost = _Lost(options.folder / SKIPPED, trainer.skipped, options.overwrite)
-
-    def watch(status: Status) -> None:
-        lost.write()
-        report(status)
-
+    lost = LostImages(options, trainer.skipped)
+    batch, accumulate = options.batch or WECLIP_BATCH, options.accumulate or 1
     what = "labels" if masks is None else f"masks of {masks.source.name}"
-    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {options.batch}")
+    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {batch}")
+    every = options.val_every if validation_set else 0
     best = train(
-        trainer, data,
-        LoopOptions(
-            options.folder, steps, options.batch, accumulate=options.accumulate, seed=options.seed,
-            device=options.device, bfloat16=options.device.type == "cuda" and clip.tower.dtype is not torch.float32,
-            workers=options.workers, keep_every=options.keep_every,
-            validate_every=options.val_every if validation_set else 0, init=loop_init, overwrite=options.overwrite,
-        ),
-        settings,
+        trainer, data, options.loop(clip, steps, batch, accumulate, validate_every=every, init=loop_init), settings,
         None if validation_set is None else _Validation(segmenter, options.folder, text, *validation_set),
-        watch, note,
+        lost.watching(report), note,
     )  # fmt: skip
-    about = {"network": sizes(decoder), "options": weclip.manifest(), "source": _source(settings, image_set, steps)}
+    about: dict[str, Any] = {
+        "network": sizes(decoder),
+        "options": weclip.manifest(),
+        "source": source_of(settings, image_set, steps),
+    }
+    if learned is not None:
+        about["prompts"] = learned.sha256
     best_out = None
-    if first:
+    if first_process():
         save_segmenter(options.out, "weclip", decoder.state_dict(), vocabulary, clip, {**about, "step": steps})
         if best is not None:
             best_out = options.best
@@ -227,15 +159,9 @@ def run_train_weclip(
             save_segmenter(best_out, "weclip", weights, vocabulary, clip, {**about, **best})
         lost.write()
     return TrainReport(
-        options.out, options.folder, steps, len(samples), clip.manifest(), str(options.device), best, best_out,
-        unlabelled, lost.all, lost.path if lost.all else None,
+        options.out, options.folder, steps, len(samples), clip.manifest(), str(options.device), unlabelled, lost.all,
+        lost.path, best, best_out,
     )  # fmt: skip
-
-
-def _source(settings: Settings, image_set: ImageSet, steps: int) -> dict[str, Any]:
-    """Where a segmenter comes from, for whoever finds the file."""
-    kept = {key: settings[key] for key in ("dataset", "split", "labels", "toy_seed", "masks") if key in settings}
-    return {**kept, **{key: str(value) for key, value in image_set.source.items()}, "steps": steps}
 
 
 def _masks(options: TrainWeclipOptions, image_set: ImageSet) -> GivenMasks | None:
@@ -263,7 +189,7 @@ def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None
     return None, file.sha256
 
 
-def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
+def _validation_set(options: TrainWeclipOptions) -> tuple[ImageSet, MaskSource]:
     image_set = open_dataset(replace(options.data, split=options.val, limit=options.val_limit))
     truth = find_ground_truth(options.gt, image_set.manifest, vocabulary=image_set.vocabulary, exif=image_set.exif)
     if not any(truth.has(sample.id) for sample in image_set.samples):
@@ -313,22 +239,3 @@ class _Validation:
         with torch.inference_mode():
             scores = network.pseudo_scores(pixels, labels, (image.height, image.width), self._text)
             return {"pseudo": strongest(scores, labels)[0].cpu().numpy()}
-
-
-class _Lost:
-    """Images that could not be read, of this run and of those before that it goes on from."""
-
-    def __init__(self, path: Path, now: dict[str, str], overwrite: bool) -> None:
-        self.path, self._now = path, now
-        self._before: dict[str, str] = {}
-        if not overwrite and path.is_file():
-            with path.open(encoding="utf-8", newline="") as stream:
-                self._before = {row["id"]: row["reason"] for row in csv.DictReader(stream)}
-
-    @property
-    def all(self) -> dict[str, str]:
-        return {**self._before, **self._now}
-
-    def write(self) -> None:
-        with storage_errors(self.path):
-            write_skipped(self.path, sorted(self.all.items()))

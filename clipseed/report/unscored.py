@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -101,7 +101,7 @@ def _card(item: Shown, name: Any) -> dict[str, Any]:
         grey = greyed(photo)
         tiles = [("image", f"image {item.id}", photo_uri(photo))]
         for kind, cam in item.cams:
-            small = Cam(cam.id, cam.classes, cam.maps, (photo.shape[0], photo.shape[1]))
+            small = replace(cam, size=(photo.shape[0], photo.shape[1]))
             overlay = maps_overlay(grey, small.upsampled(), small.classes)
             tiles.append((f"CAMs, {kind}", f"CAMs of {item.id}, {kind}", photo_uri(overlay)))
         for kind, mask in masks:

@@ -8,14 +8,14 @@ With n images and C maps in all a CAM file holds, beside what :mod:`clipseed.sto
 ``class_offset`` (n+1,) i8    where each image's classes begin in ``class_id``
 ``class_id``     (C,) i4      class indices (mask value = index + 1)
 ``cam_offset``   (n+1,) i8    where each image's maps begin in ``cam``
-``cam``          (sum K h w)  f2 or f4, values in [0, 1], maps row by row, class by class
+``cam``          (sum K h w)  f2 or f4, values in [0, 1], or of any scale (``raw``), row by row, class by class
 ===============  ===========  ==========================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -36,9 +36,10 @@ class Cam:
     Attributes:
         id: Sample id.
         classes: ``(K,)`` class indices, in label order; mask value = index + 1.
-        maps: ``(K, h, w)`` float32 in [0, 1] on the patch grid.
+        maps: ``(K, h, w)`` float32 in [0, 1] on the patch grid; with ``raw`` signed and of any scale.
         size: ``(H, W)`` of the image in pixels.
         stamp: The file of the image as it was.
+        raw: The maps are as the gradient gave them (``clipseed cam --raw``), which FMA-WSSS's steps build on.
     """
 
     id: str
@@ -46,16 +47,30 @@ class Cam:
     maps: npt.NDArray[np.float32]
     size: tuple[int, int]
     stamp: FileStamp = UNKNOWN
+    raw: bool = False
+
+    def unit(self) -> Cam:
+        """The same with maps in [0, 1]: raw ones without their negative values, stretched class by class."""
+        from clipseed.pseudo.pixels import unit_range
+
+        return replace(self, maps=unit_range(self.maps), raw=False) if self.raw else self
 
     def upsampled(self) -> npt.NDArray[np.float32]:
-        """Maps at the image's size: ``(K, H, W)`` float32, bilinear with half-pixel centres (as CLIP-ES's code)."""
+        """Maps at the image's size: ``(K, H, W)`` float32, bilinear with half-pixel centres (as CLIP-ES's code).
+
+        In [0, 1] in any case: raw maps lose their negative values and are stretched at that size.
+        """
         import cv2
 
         height, width = self.size
         out = np.empty((len(self.classes), height, width), np.float32)
         for index, cam in enumerate(self.maps):
             out[index] = cv2.resize(cam, (width, height), interpolation=cv2.INTER_LINEAR)
-        return out
+        if not self.raw:
+            return out
+        from clipseed.pseudo.pixels import unit_range
+
+        return unit_range(out)
 
     def label_mask(
         self, *, threshold: float | None = None, alpha: float | None = None, released: bool = False
@@ -100,7 +115,8 @@ def _pack(records: Sequence[Cam], cam_dtype: str) -> Arrays:
 def _unpack(file: RecordFile[Cam], row: int) -> Cam:
     height, width = (int(side) for side in file.grids[row])
     maps = file.heavy("cam", "cam_offset", row).astype(np.float32).reshape(-1, height, width)
-    return Cam(file.ids[row], classes_of(file, row), maps, file.size(row), file.stamp(row))
+    raw = bool((file.manifest.get("options") or {}).get("raw"))
+    return Cam(file.ids[row], classes_of(file, row), maps, file.size(row), file.stamp(row), raw)
 
 
 def classes_of(file: RecordFile[Cam], row: int) -> npt.NDArray[np.int32]:

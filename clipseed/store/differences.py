@@ -19,7 +19,7 @@ _OPTION_OF = {
     "smooth_xy", "smooth_weight", "colour_xy", "colour_rgb", "colour_weight", "iterations", "alpha", "confidence",
     "engine", "scales", "flip", "max_side", "min_side", "paper", "exif", "layers", "rounds", "power", "box_threshold",
     "boxes", "temperature", "dilations", "sharpness", "position_weight", "uncovered", "without_masks", "min_confidence",
-    "points_per_side", "crop_layers", "empty", "threshold",
+    "points_per_side", "crop_layers", "empty", "threshold", "raw", "prompts", "softmax_floor", "preset",
     "stability_threshold", "tag_threshold", "tag_top_k", "split", "precision",
 }  # fmt: skip
 """Entries whose option has the same name."""

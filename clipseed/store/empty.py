@@ -178,7 +178,8 @@ def _why(manifest: Manifest, kind: str, classes: int) -> str:
     method = manifest.get("method")
     if method not in ("softmax-gradcam", "gradcam"):
         return "its score is the same in every patch"
-    if method == "softmax-gradcam" and classes == 1 and not (manifest.get("vocabulary") or {}).get("background"):
+    words = (manifest.get("vocabulary") or {}).get("background") or (manifest.get("options") or {}).get("prompts")
+    if method == "softmax-gradcam" and classes == 1 and not words:
         return NOTHING_COMPETES
     if (manifest.get("options") or {}).get("paper"):
         return "no patch speaks for it, or the softmax is so sure that the released code's gradient vanishes"

@@ -60,6 +60,17 @@ def label_manifest(
     return {**made, **kept}
 
 
+def recorded_prompts(manifest: Manifest) -> str | None:
+    """SHA-256 of the learned prompts that an output, or what it was made from, was made with; ``None`` for words."""
+    part: Any = manifest
+    while isinstance(part, dict):
+        options = part.get("options")
+        if isinstance(options, dict) and options.get("prompts"):
+            return str(options["prompts"])
+        part = part.get("source")
+    return None
+
+
 class OtherSettings(StoreError):
     """An output exists with another manifest."""
 

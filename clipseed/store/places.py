@@ -15,8 +15,8 @@ from clipseed.store.manifest import Manifest
 from clipseed.store.names import is_portable
 
 _OF_DATASET = ("images", "root", "ground_truth")
-_OTHERS = ("weights", "input")
-"""Where weights are, and what the output was made from, which is noted relatively only."""
+_OTHERS = ("weights", "prompts", "input")
+"""Where weights and learned prompts are, and what the output was made from, which is noted relatively only."""
 
 
 def home(out: Path) -> Path:

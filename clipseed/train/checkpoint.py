@@ -158,6 +158,17 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, about
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a safetensors file has our metadata; damaged and missing ones count as ours, whose reader says so."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as opened:
+            return _HEADER in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return True
+
+
 def start_from(module: nn.Module, path: Path) -> str:
     """Give a module the weights of a file (``--init``); returns the file's digest.
 

@@ -23,7 +23,7 @@ from clipseed.data.images import AnyImage, opened
 from clipseed.data.vocabulary import Vocabulary, load_vocabulary, parse_vocabulary
 from clipseed.defaults import Precision
 from clipseed.errors import UsageError, WeightsError
-from clipseed.train.checkpoint import read_weights, save_weights
+from clipseed.train.checkpoint import is_ours, read_weights, save_weights
 from clipseed.train.inference import Network, ViewOptions, averaged_logits, shown
 from clipseed.types import LabelMask
 from clipseed.weights import read_weights as read_foreign_weights
@@ -92,11 +92,6 @@ class Segmenter:
         """
         labels: LabelMask = self.scores(image, view).argmax(axis=0).astype(np.uint8)
         return labels
-
-
-def training_folder(segmenter: Path) -> Path:
-    """Where the run of ``NAME.safetensors``, or of ``NAME-best.safetensors``, kept its metrics: ``NAME-training``."""
-    return segmenter.with_name(f"{segmenter.stem.removesuffix('-best')}-training")
 
 
 def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -220,17 +215,6 @@ def refuse_other_classes(vocabulary: Vocabulary, classes: str | None, path: Path
             f"--classes {classes}: {len(named.classes)} classes, {path} was trained on {len(vocabulary.classes)}"
             + (f" (the first that differs: {first})" if first else "")
         )
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a safetensors file has our metadata; damaged and missing ones count as ours, whose reader says so."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as opened:
-            return "clipseed" in (opened.metadata() or {})
-    except (OSError, SafetensorError):
-        return True
 
 
 def _tower(about: Mapping[str, Any], place: Placement, path: Path) -> FrozenClip:

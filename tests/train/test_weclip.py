@@ -21,10 +21,10 @@ from clipseed.refine.affinity import balance
 from clipseed.refine.boxes import box_masks
 from clipseed.refine.par import refine_par
 from clipseed.train.augment import Augmentation
+from clipseed.train.crops import Crops, LabelledCrops
 from clipseed.train.distributed import Team
 from clipseed.train.inference import ViewOptions, averaged_logits, shown
 from clipseed.train.weclip.affinity import pair_labels, token_affinity
-from clipseed.train.weclip.data import Crops, LabelledCrops
 from clipseed.train.weclip.decoder import Decoder, kept_channels
 from clipseed.train.weclip.frozen import initial_cams, look
 from clipseed.train.weclip.labels import refined_scores, score_maps, strongest

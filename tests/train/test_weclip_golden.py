@@ -19,12 +19,12 @@ from clipseed.refine.affinity import balance, spread
 from clipseed.refine.boxes import box_masks
 from clipseed.refine.caa import CaaOptions
 from clipseed.refine.par import refine_par
+from clipseed.train.crops import Crops
 from clipseed.train.inference import ViewOptions, averaged_logits, released_size
 from clipseed.train.segmenter import enlarged
 from clipseed.train.weclip import schedule
 from clipseed.train.weclip import trainer as weclip_trainer
 from clipseed.train.weclip.affinity import near, pair_labels, token_affinity
-from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.frozen import initial_cams, look, see
 from clipseed.train.weclip.labels import score_maps, spread_cams, strongest
 from clipseed.train.weclip.losses import affinity_loss, balanced_loss

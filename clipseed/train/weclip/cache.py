@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from clipseed.clip.vision import VisionTower
-from clipseed.errors import UsageError
 from clipseed.train.weclip.frozen import Seen
 
 See = Callable[[Tensor, Sequence[Sequence[int]]], Seen]
@@ -51,18 +49,7 @@ class SeenCache:
         return torch.stack([self._labels[index] for index in indices])
 
 
-def refuse_too_large(tower: VisionTower, images: int, crop: int, layers: int) -> None:
-    """Find out before the work whether a cache fits into the machine's memory.
-
-    Raises:
-        UsageError: it does not.
-    """
-    patches = (crop // tower.patch) ** 2
-    blocks = len(tower.blocks)
-    one = patches * ((blocks - 1) * tower.width * tower.stream.itemsize + min(layers, blocks) * patches * 4)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if images * one > 0.8 * there:
-        raise UsageError(
-            f"--cache: {images} images need {images * one / 2**30:.0f} GiB, and the machine has {there / 2**30:.0f}; "
-            "leave it out, or take fewer images with --limit"
-        )
+def bytes_for_each(tower: VisionTower, crop: int, layers: int) -> int:
+    """Memory that one image takes, with the attention of so many blocks."""
+    patches, blocks = (crop // tower.patch) ** 2, len(tower.blocks)
+    return patches * ((blocks - 1) * tower.width * tower.stream.itemsize + min(layers, blocks) * patches * 4)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from clipseed.clip.text import TextBank
 from clipseed.clip.vision import VisionTower
+from clipseed.train.crops import Crops
 from clipseed.train.distributed import current_team
 from clipseed.train.losses import confidence_guided_loss
 from clipseed.train.weclip.affinity import pair_labels, token_affinity
 from clipseed.train.weclip.cache import SeenCache
-from clipseed.train.weclip.data import Crops
 from clipseed.train.weclip.decoder import Decoder, kept_channels
 from clipseed.train.weclip.frozen import Seen, pixels_of, see
 from clipseed.train.weclip.labels import strongest

@@ -1,4 +1,4 @@
-"""What a decoder learns from: augmented crops of images whose classes, or whose masks, are known."""
+"""What trainers on a frozen CLIP learn from: augmented crops of images whose classes, or whose masks, are known."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.tv_tensors import Image, Mask
 
+from clipseed.data.images import patch_grid, resize_to_grid
 from clipseed.data.types import ImageReader, ImageSet, Sample
+from clipseed.defaults import CAM_MAX_SIDE
 from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.confusion import check_labels
 from clipseed.evaluate.sources import MaskSource
@@ -34,6 +39,7 @@ class Crops:
         confidence: ``(B, S, S)`` of given masks, where there is one.
         indices: Numbers of the images in the data set.
         skipped: Ids of images that cannot be read, with the reason; others stand in for them.
+        images: Whole images ``(3, h, w)`` uint8 of whole patches, each of its own size, in place of ``pixels``.
     """
 
     pixels: Tensor
@@ -43,6 +49,7 @@ class Crops:
     confidence: Tensor | None = None
     indices: Sequence[int] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    images: Sequence[Tensor] = ()
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Crops:
         """The batch on a device."""
@@ -54,7 +61,8 @@ class Crops:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Crops:
         confidence = None if self.confidence is None else change(self.confidence)
-        return replace(self, pixels=change(self.pixels), known=change(self.known), confidence=confidence)
+        images = [change(image) for image in self.images]
+        return replace(self, pixels=change(self.pixels), known=change(self.known), confidence=confidence, images=images)
 
 
 @dataclass(frozen=True)
@@ -93,15 +101,18 @@ class LabelledCrops:
         reader: Opens their images.
         augmentation: What happens to an image and to all that lies on it.
         masks: In place of labels.
-        fixed: Every image has one crop, which comes again and again.
+        fixed: Every image has one crop, which comes again and again, and is remembered.
+        patch: Likewise, but images are whole, at the size at which ``clipseed cam`` sees them with patches of so many
+            pixels; what is known of them is stretched to a crop's size.
     """
 
     def __init__(
         self, samples: Sequence[Sample], reader: ImageReader, augmentation: Augmentation, masks: GivenMasks | None,
-        *, fixed: bool = False,
+        *, fixed: bool = False, patch: int | None = None,
     ) -> None:  # fmt: skip
         self._samples, self._reader, self._augmentation, self._masks = samples, reader, augmentation, masks
-        self._fixed = fixed
+        self._fixed, self._patch = fixed or patch is not None, patch
+        self._kept: dict[int, _Known] = {}
         self._soft: CamSet | None = None  # opened by the process that reads it
 
     def __len__(self) -> int:
@@ -113,6 +124,13 @@ class LabelledCrops:
         Raises:
             InputError: a mask does not fit, or no image at all can be read.
         """
+        if not self._fixed:
+            return self._cut(index, seed)
+        if index not in self._kept:
+            self._kept[index] = self._cut(index, seed)
+        return replace(self._kept[index], seed=seed)
+
+    def _cut(self, index: int, seed: int) -> _Known:
         skipped: dict[str, str] = {}
         for step in range(len(self._samples)):
             number = (index + step) % len(self._samples)
@@ -122,14 +140,26 @@ class LabelledCrops:
             except ImageError as error:
                 skipped[sample.id] = str(error)
                 continue
+            labels = tuple(sorted(sample.labels or ()))
+            if self._patch is not None:
+                parts = self._whole(pixels, self._known_of(sample, (pixels.shape[0], pixels.shape[1])), self._patch)
+                return _Known(parts, labels, seed, number, skipped)
             image = Image(torch.from_numpy(pixels).permute(2, 0, 1))
-            parts = [image, Mask(self._known_of(sample, (pixels.shape[0], pixels.shape[1])))]
+            lying = [image, Mask(self._known_of(sample, (pixels.shape[0], pixels.shape[1])))]
             if self._masks is not None and self._masks.soft is not None:
-                parts.append(Scores(self._confidence(sample, (pixels.shape[0], pixels.shape[1]))))
-            cut = self._augmentation(number if self._fixed else seed, *parts)
-            return _Known(cut, tuple(sorted(sample.labels or ())), seed, number, skipped)
+                lying.append(Scores(self._confidence(sample, (pixels.shape[0], pixels.shape[1]))))
+            cut = self._augmentation(number if self._fixed else seed, *lying)
+            return _Known(cut, labels, seed, number, skipped)
         reason = next(iter(skipped.values()))
         raise InputError(f"none of the {len(skipped)} images to train on can be read; one of them: {reason}")
+
+    def _whole(self, pixels: npt.NDArray[np.uint8], known: Tensor, patch: int) -> tuple[Tensor, ...]:
+        """The image as whole patches, and what is known of it at a crop's size."""
+        grid = patch_grid(pixels.shape[0], pixels.shape[1], patch, CAM_MAX_SIDE)
+        view = torch.from_numpy(resize_to_grid(PIL.Image.fromarray(pixels), grid, patch).copy()).permute(2, 0, 1)
+        side = self._augmentation.crop
+        stretched = F.interpolate(known[None, None].float(), size=(side, side), mode="nearest-exact")
+        return view.contiguous(), stretched[0, 0].to(torch.uint8)
 
     def _known_of(self, sample: Sample, size: tuple[int, int]) -> Tensor:
         if self._masks is None:
@@ -155,11 +185,16 @@ class LabelledCrops:
 
     def collate(self, samples: Sequence[_Known]) -> Crops:
         """A batch of crops."""
-        parts = [torch.stack(column) for column in zip(*(sample.parts for sample in samples), strict=True)]
+        columns = list(zip(*(sample.parts for sample in samples), strict=True))
+        images: Sequence[Tensor] = ()
+        if self._patch is not None:
+            images, columns[0] = columns[0], tuple(torch.zeros(3, 0, 0, dtype=torch.uint8) for _ in samples)
+        parts = [torch.stack(column) for column in columns]
         skipped = {key: why for sample in samples for key, why in sample.skipped.items()}
         confidence = parts[2][:, 0].clamp(0, 1) if len(parts) > 2 else None
         labels, seeds = [sample.labels for sample in samples], [sample.seed for sample in samples]
-        return Crops(parts[0], parts[1], labels, seeds, confidence, [sample.index for sample in samples], skipped)
+        indices = [sample.index for sample in samples]
+        return Crops(parts[0], parts[1], labels, seeds, confidence, indices, skipped, images)
 
 
 def trainable(image_set: ImageSet, masks: GivenMasks | None) -> tuple[Sequence[Sample], list[str]]:

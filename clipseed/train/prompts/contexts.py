@@ -1,0 +1,107 @@
+"""From context vectors to the prototypes of a text bank, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipseed.clip.model import FrozenClip
+from clipseed.clip.text import TextBank
+from clipseed.errors import UsageError
+from clipseed.train.prompts.layout import PromptLayout
+
+_ROUNDING = 4
+"""Prompts whose length differs by less are encoded together: padding costs more than a few more products."""
+
+
+class LearnedContext(nn.Module):
+    """What is trained: ``context`` ``(M, D)`` or ``(U, M, D)``, nothing else."""
+
+    def __init__(self, context: Tensor) -> None:
+        super().__init__()
+        self.context = nn.Parameter(context)
+
+
+def fresh_context(layout: PromptLayout, width: int, deviation: float, seed: int) -> Tensor:
+    """Context from a normal distribution around 0, out of a generator of its own.
+
+    Args:
+        layout: Of the prompts.
+        width: Of a token embedding.
+        deviation: Of the distribution; 0.015 and 0.0125 in FMA-WSSS.
+        seed: Has nothing to do with the order of images.
+    """
+    return deviation * torch.randn(layout.shape(width), generator=torch.Generator().manual_seed(seed))
+
+
+class PromptTexts:
+    """Text features of a layout's prompts with any context in them.
+
+    Args:
+        clip: Frozen.
+        layout: Of the prompts, which are embedded once.
+        floor: Of the softmax, see :class:`~clipseed.clip.text.TextBank`.
+
+    Raises:
+        UsageError: a prompt is longer than the text tower's context.
+        WeightsError: the text tower cannot be fed with embeddings.
+    """
+
+    def __init__(self, clip: FrozenClip, layout: PromptLayout, floor: float = 0.0) -> None:
+        self.layout, self._clip, self._floor = layout, clip, floor
+        try:
+            with torch.no_grad():
+                self.embedded = clip.embed_prompts(layout.prompts)
+        except ValueError as error:
+            raise UsageError(f"--context-length {layout.length}: {error}") from error
+        self._groups = torch.tensor(layout.groups, device=self.embedded.ends.device)
+        # With names at the end, everything up to the context's last token is the same in prompts of one context.
+        alike = layout.contexts == 1 and layout.position == "end"
+        self._shared = 1 + layout.length if alike else 0
+
+    @property
+    def width(self) -> int:
+        """Of a token embedding, D."""
+        return int(self.embedded.embeddings.shape[-1])
+
+    def features(self, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Unit text features of the prompts ``(G, E)``, or of some of them ``(R, E)``; float32."""
+        chosen = torch.arange(len(self.layout.names)) if rows is None else torch.tensor(rows, dtype=torch.long)
+        chosen = chosen.to(self._groups.device)
+        ends = self.embedded.ends[chosen] // _ROUNDING
+        found: list[Tensor] = []
+        places: list[Tensor] = []
+        for length in sorted(set(ends.tolist())):
+            place = (ends == length).nonzero()[:, 0]
+            some = chosen[place]
+            vectors = context if context.ndim == 2 else context[self._groups[some]]
+            prompts = self.embedded.take(some).filled(vectors)
+            found.append(self._clip.encode_embeddings(prompts.embeddings, prompts.ends, self._shared).float())
+            places.append(place)
+        return F.normalize(torch.cat(found)[torch.cat(places).argsort()], dim=-1)
+
+    def compared(self, features: Tensor) -> TextBank:
+        """Unit features of the classes ``(F, E)`` as texts that are compared with images, without any background."""
+        return self._clip.text_bank(features, len(features))
+
+    def bank(self, context: Tensor, present: Sequence[int] | None = None) -> TextBank:
+        """The prompts as texts that compete.
+
+        Args:
+            context: To put in.
+            present: Encode only these classes and the background: the others take no part, and their prototypes are 0.
+                Ignored where the softmax looks at all of them.
+        """
+        layout = self.layout
+        if present is None or self._floor or len(set(present)) == layout.classes:
+            texts = self.features(context)
+        else:
+            rows = [*sorted(set(present)), *range(layout.classes, len(layout.names))]
+            some = self.features(context, rows)
+            texts = some.new_zeros(len(layout.names), some.shape[1])
+            texts = texts.index_copy(0, torch.tensor(rows, dtype=torch.long, device=some.device), some)
+        return replace(self._clip.text_bank(texts, layout.classes), floor=self._floor)
