@@ -73,7 +73,7 @@ class GivenMasks:
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownCrop:
     """One crop: pixels, what is known of them, labels, confidence, and what could not be read on the way."""
 
     parts: tuple[Tensor, ...]
@@ -107,7 +107,7 @@ class LabelledCrops:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def sample(self, index: int, seed: int) -> _Known:
+    def sample(self, index: int, seed: int) -> KnownCrop:
         """One crop.
 
         Raises:
@@ -123,11 +123,10 @@ class LabelledCrops:
                 skipped[sample.id] = str(error)
                 continue
             image = Image(torch.from_numpy(pixels).permute(2, 0, 1))
-            parts = [image, Mask(self._known_of(sample, (pixels.shape[0], pixels.shape[1])))]
-            if self._masks is not None and self._masks.soft is not None:
-                parts.append(Scores(self._confidence(sample, (pixels.shape[0], pixels.shape[1]))))
+            size = (pixels.shape[0], pixels.shape[1])
+            parts = [image, Mask(self._known_of(sample, size)), *self.scores_of(sample, size)]
             cut = self._augmentation(number if self._fixed else seed, *parts)
-            return _Known(cut, tuple(sorted(sample.labels or ())), seed, number, skipped)
+            return KnownCrop(cut, tuple(sorted(sample.labels or ())), seed, number, skipped)
         reason = next(iter(skipped.values()))
         raise InputError(f"none of the {len(skipped)} images to train on can be read; one of them: {reason}")
 
@@ -142,18 +141,18 @@ class LabelledCrops:
         check_labels(mask, self._masks.classes, where, allow_ignore=True)
         return torch.from_numpy(mask.copy())
 
-    def _confidence(self, sample: Sample, size: tuple[int, int]) -> Tensor:
-        """Confidence ``(1, H, W)`` of a given mask's pixels."""
-        assert self._masks is not None
-        assert self._masks.soft is not None
+    def scores_of(self, sample: Sample, size: tuple[int, int]) -> list[Scores]:
+        """What else lies on an image: the confidence ``(1, H, W)`` of a given mask's pixels, where there are scores."""
+        if self._masks is None or self._masks.soft is None:
+            return []
         if self._soft is None:
             self._soft = open_cams(self._masks.soft)
         cam = self._soft[sample.id]
         if cam.size != size:
             raise InputError(f"{self._masks.soft}: the scores of {sample.id} are those of an image of another size")
-        return torch.from_numpy(confidence_of(cam))[None]
+        return [Scores(torch.from_numpy(confidence_of(cam))[None])]
 
-    def collate(self, samples: Sequence[_Known]) -> Crops:
+    def collate(self, samples: Sequence[KnownCrop]) -> Crops:
         """A batch of crops."""
         parts = [torch.stack(column) for column in zip(*(sample.parts for sample in samples), strict=True)]
         skipped = {key: why for sample in samples for key, why in sample.skipped.items()}
