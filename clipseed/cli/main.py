@@ -24,6 +24,7 @@ from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
 from clipseed.cli.train import weclip
+from clipseed.cli.train_bridge import bridge
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__
 
@@ -47,7 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
-_train = typer.Typer(help="Train a segmenter on frozen CLIP.", no_args_is_help=True)
+_train = typer.Typer(help="Train a segmenter: on frozen CLIP, or a light one that CLIP guides.", no_args_is_help=True)
 
 app.command("cam")(cam)
 app.add_typer(_refine, name="refine")
@@ -60,6 +61,7 @@ app.command("sam-masks")(sam_masks)
 app.command("sam-seed")(sam_seed)
 app.add_typer(_train, name="train")
 _train.command("weclip")(weclip)
+_train.command("bridge")(bridge)
 app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)

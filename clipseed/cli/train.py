@@ -173,10 +173,10 @@ def weclip(
     console = Console(output.quiet or not first)
     with console:
         done = run_train_weclip(options, lambda status: console.note(str(status)), console.note)
-    return _finish(console, done, allowed, output) if first else 0
+    return finish_training(console, done, allowed, output) if first else 0
 
 
-def _finish(console: Console, done: TrainReport, allowed: float, output: shared.OutputArguments) -> int:
+def finish_training(console: Console, done: TrainReport, allowed: float, output: shared.OutputArguments) -> int:
     """Tell how it went, and give the exit code."""
     if done.skipped:
         reasons = some([f"{key} ({why})" for key, why in done.skipped.items()], 3)

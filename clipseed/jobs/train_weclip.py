@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from clipseed.clip.model import FrozenClip, chosen_weights, model_name
 from clipseed.clip.text import TextBank
@@ -24,8 +25,9 @@ from clipseed.evaluate.sources import MaskSource, find_ground_truth
 from clipseed.store.files import refuse_unwritable, storage_errors, write_skipped
 from clipseed.train.augment import Augmentation
 from clipseed.train.checkpoint import Settings, read_weights
+from clipseed.train.data import TrainingData
 from clipseed.train.inference import ViewOptions, shown
-from clipseed.train.loop import BEST, LoopOptions, Status, train
+from clipseed.train.loop import BEST, LoopOptions, Status, Trainer, train
 from clipseed.train.previews import SHOWN, keep_preview
 from clipseed.train.segmenter import Segmenter, is_ours, save_segmenter, training_folder
 from clipseed.train.weclip.cache import refuse_too_large
@@ -175,7 +177,7 @@ def run_train_weclip(
     if unlabelled:
         what = "labels" if masks is None else "mask"
         note(f"{len(unlabelled)} of {len(image_set.samples)} images have no {what} ({unlabelled[0]} …); left out")
-    validation_set = None if options.val is None else _validation_set(options)
+    scored = None if options.val is None else validation_set(options)
     steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
     note(f"loading {model_name(options.model, options.chosen_weights)}")
     clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
@@ -196,43 +198,85 @@ def run_train_weclip(
         "start": init, "cache": options.cache, **fingerprint(image_set, samples, masks),
     }  # fmt: skip
     segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
+    what = "labels" if masks is None else f"masks of {masks.source.name}"
+    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {options.batch}")
+    about = {"network": sizes(decoder), "options": weclip.manifest(), "source": source_of(settings, image_set, steps)}
+
+    def save(path: Path, weights: Mapping[str, Tensor], more: Mapping[str, Any]) -> None:
+        save_segmenter(path, "weclip", weights, vocabulary, clip, {**about, **more})
+
+    half = options.device.type == "cuda" and clip.tower.dtype is not torch.float32
+    validate = None if scored is None else Validation(segmenter, options.folder, text, *scored)
+    return train_segmenter(
+        options, Training(trainer, data, settings, validate, save, steps, half, loop_init), report, note,
+        model=clip.manifest(), unlabelled=unlabelled,
+    )  # fmt: skip
+
+
+class SkippingTrainer(Trainer, Protocol):
+    """A trainer that tells which images could not be read."""
+
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of any trainer.
+
+    Attributes:
+        trainer, data, settings, validate: As of :func:`~clipseed.train.loop.train`.
+        save: Writes a segmenter: its path, its weights, and ``step`` and perhaps ``score`` for its description.
+        steps: Of the run.
+        bfloat16: Networks run under autocast.
+        init: What the loop starts from.
+    """
+
+    trainer: SkippingTrainer
+    data: TrainingData
+    settings: Settings
+    validate: Callable[[int], Mapping[str, float]] | None
+    save: Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
+    steps: int
+    bfloat16: bool = False
+    init: Path | None = None
+
+
+def train_segmenter(
+    options: TrainOptions, training: Training, report: Callable[[Status], None], note: Callable[[str], None], *,
+    model: Mapping[str, Any], unlabelled: Sequence[str],
+) -> TrainReport:  # fmt: skip
+    """Train, write the segmenter and the one that scored best, and list the images that could not be read."""
     first = os.environ.get("RANK", "0") == "0"
-    lost = _Lost(options.folder / SKIPPED, trainer.skipped, options.overwrite)
+    lost = LostImages(options.folder / SKIPPED, training.trainer.skipped, options.overwrite)
 
     def watch(status: Status) -> None:
         lost.write()
         report(status)
 
-    what = "labels" if masks is None else f"masks of {masks.source.name}"
-    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {options.batch}")
     best = train(
-        trainer, data,
+        training.trainer, training.data,
         LoopOptions(
-            options.folder, steps, options.batch, accumulate=options.accumulate, seed=options.seed,
-            device=options.device, bfloat16=options.device.type == "cuda" and clip.tower.dtype is not torch.float32,
-            workers=options.workers, keep_every=options.keep_every,
-            validate_every=options.val_every if validation_set else 0, init=loop_init, overwrite=options.overwrite,
+            options.folder, training.steps, options.batch, accumulate=options.accumulate, seed=options.seed,
+            device=options.device, bfloat16=training.bfloat16, workers=options.workers, keep_every=options.keep_every,
+            validate_every=options.val_every if training.validate else 0, init=training.init,
+            overwrite=options.overwrite,
         ),
-        settings,
-        None if validation_set is None else _Validation(segmenter, options.folder, text, *validation_set),
-        watch, note,
+        training.settings, training.validate, watch, note,
     )  # fmt: skip
-    about = {"network": sizes(decoder), "options": weclip.manifest(), "source": _source(settings, image_set, steps)}
     best_out = None
     if first:
-        save_segmenter(options.out, "weclip", decoder.state_dict(), vocabulary, clip, {**about, "step": steps})
+        training.save(options.out, training.trainer.module.state_dict(), {"step": training.steps})
         if best is not None:
             best_out = options.best
-            weights, _ = read_weights(options.folder / BEST)
-            save_segmenter(best_out, "weclip", weights, vocabulary, clip, {**about, **best})
+            training.save(best_out, read_weights(options.folder / BEST)[0], best)
         lost.write()
     return TrainReport(
-        options.out, options.folder, steps, len(samples), clip.manifest(), str(options.device), best, best_out,
+        options.out, options.folder, training.steps, len(training.data), model, str(options.device), best, best_out,
         unlabelled, lost.all, lost.path if lost.all else None,
     )  # fmt: skip
 
 
-def _source(settings: Settings, image_set: ImageSet, steps: int) -> dict[str, Any]:
+def source_of(settings: Settings, image_set: ImageSet, steps: int) -> dict[str, Any]:
     """Where a segmenter comes from, for whoever finds the file."""
     kept = {key: settings[key] for key in ("dataset", "split", "labels", "toy_seed", "masks") if key in settings}
     return {**kept, **{key: str(value) for key, value in image_set.source.items()}, "steps": steps}
@@ -263,7 +307,12 @@ def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None
     return None, file.sha256
 
 
-def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
+def validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
+    """The images of ``--val``, and their ground truth.
+
+    Raises:
+        InputError: none of them has any.
+    """
     image_set = open_dataset(replace(options.data, split=options.val, limit=options.val_limit))
     truth = find_ground_truth(options.gt, image_set.manifest)
     if not any(truth.has(sample.id) for sample in image_set.samples):
@@ -271,7 +320,7 @@ def _validation_set(options: TrainOptions) -> tuple[ImageSet, MaskSource]:
     return image_set, truth
 
 
-class _Validation:
+class Validation:
     """Scores a segmenter as ``clipseed evaluate`` does: one confusion matrix over all images with ground truth."""
 
     def __init__(
@@ -315,7 +364,7 @@ class _Validation:
             return {"pseudo": strongest(scores, labels)[0].cpu().numpy()}
 
 
-class _Lost:
+class LostImages:
     """Images that could not be read, of this run and of those before that it goes on from."""
 
     def __init__(self, path: Path, now: dict[str, str], overwrite: bool) -> None:
@@ -327,8 +376,10 @@ class _Lost:
 
     @property
     def all(self) -> dict[str, str]:
+        """Ids and reasons."""
         return {**self._before, **self._now}
 
     def write(self) -> None:
+        """Write their list; an old one goes where there are none."""
         with storage_errors(self.path):
             write_skipped(self.path, sorted(self.all.items()))

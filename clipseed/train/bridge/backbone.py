@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         self.name, self.body = name, body
         info: Any = body.feature_info
         self.channels: list[int] = info.channels()
-        config: Any = getattr(body, "pretrained_cfg", None) or timm.get_pretrained_cfg(name).to_dict()
+        config: Any = getattr(body, "pretrained_cfg", None) or timm.create_model(name).pretrained_cfg
         for key in ("mean", "std"):  # of the name, so they need not be in any file
             self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1), persistent=False)
 

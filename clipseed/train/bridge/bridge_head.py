@@ -19,17 +19,17 @@ class BridgeHead(nn.Module):
         channels: Of the four maps.
         classes: Texts, with the background.
         text_dim: Their width.
-        width, dropout: Of the FPN; a width of 0 leaves it out, and scores are the prediction.
+        fpn_width, dropout: Of the FPN; a width of 0 leaves it out, and scores are the prediction.
         bridge: Further arguments of the bridge.
     """
 
     def __init__(
-        self, channels: Sequence[int], classes: int, text_dim: int, width: int, dropout: float, **bridge: Any
+        self, channels: Sequence[int], classes: int, text_dim: int, fpn_width: int, dropout: float, **bridge: Any
     ) -> None:
         super().__init__()
         self.bridge = TextBridge(channels[2] + channels[3], text_dim, **bridge)
         with_fpn = [*channels[:2], channels[2] + classes, channels[3]]
-        self.fpn = SemanticFpn(with_fpn, classes, width, dropout) if width else None
+        self.fpn = SemanticFpn(with_fpn, classes, fpn_width, dropout) if fpn_width else None
 
     def forward(self, levels: Sequence[Tensor], text: Tensor, allowed: Tensor | None = None) -> HeadOutput:
         """Logits at stride 4 and scores at stride 16, or the scores alone."""

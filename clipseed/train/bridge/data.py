@@ -81,7 +81,9 @@ class SoftCrops(Crops):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Crops:
         assert self.soft is not None
-        return replace(super()._each(change), soft=change(self.soft))
+        moved = super()._each(change)
+        assert isinstance(moved, SoftCrops)
+        return replace(moved, soft=change(self.soft))
 
 
 class CamCrops(LabelledCrops):

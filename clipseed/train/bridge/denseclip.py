@@ -1,4 +1,4 @@
-"""A head in the style of DenseCLIP (Rao et al., CVPR 2022): texts refined by the image, and their scores beside the map.
+"""A head in the style of DenseCLIP (Rao et al., CVPR 2022): refined texts, and their scores beside the map.
 
 The context decoder of DenseCLIP looks at the image's pixel embeddings and gives each text a small change; pixels never
 see the texts (one way). Where DenseCLIP has the attention pooling of CLIP's image encoder, other backbones have a

@@ -59,8 +59,8 @@ def label_loss(logits: Tensor, labels: Tensor, confidence: Tensor | None, least:
 def soft_loss(logits: Tensor, soft: Tensor, known: Tensor, kind: BridgeLoss, team: Team = ALONE) -> Tensor:
     """A loss of probabilities p from logits and soft labels y: ``collision`` or ``soft-ce``.
 
-    ``collision``: ``-log sum_c y_c p_c`` (the DS-CRF preprint, 2026): cross-entropy where y is one class, without gradient
-    where y is uniform. ``soft-ce``: ``-sum_c y_c log p_c``.
+    ``collision``: ``-log sum_c y_c p_c`` (the DS-CRF preprint, 2026): cross-entropy where y is one class, without
+    gradient where y is uniform. ``soft-ce``: ``-sum_c y_c log p_c``.
 
     Args:
         logits: ``(B, K, h, w)``.

@@ -35,12 +35,17 @@ class TextSegmenter(nn.Module):
     def __init__(self, backbone: Backbone, text: Tensor, options: BridgeOptions) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = make_head(backbone.channels, len(text), text.shape[1], options)
+        self.head: nn.Module = make_head(backbone.channels, len(text), text.shape[1], options)
         self.register_buffer("text", text)
 
     def forward(self, images: Tensor, allowed: Tensor | None = None) -> HeadOutput:
         """Logits of RGB images ``(B, 3, H, W)`` from 0 to 255; see :class:`~clipseed.train.bridge.head.Head`."""
         return self.head(self.backbone(images), self.text, allowed)  # type: ignore[no-any-return]
+
+    def by_text(self, images: Tensor, text: Tensor) -> Tensor | None:
+        """Logits by texts ``(K, D)`` of any classes; ``None`` where the head cannot."""
+        head: Any = self.head
+        return head.by_text(self.backbone(images), text)  # type: ignore[no-any-return]
 
 
 def make_head(channels: list[int], classes: int, text_dim: int, options: BridgeOptions) -> nn.Module:
@@ -80,12 +85,15 @@ class BridgeNetwork:
         device: Where it computes.
         other: Texts ``(1 + K, D)`` of other classes than the module was trained with, which it then scores by text.
         about: What describes it in manifests.
+        dtype: In which convolutions and products are computed; normalisation and logits are float32.
     """
 
     def __init__(
-        self, module: TextSegmenter, device: torch.device, about: Mapping[str, Any], other: Tensor | None = None
-    ) -> None:
+        self, module: TextSegmenter, device: torch.device, about: Mapping[str, Any], other: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         self.module, self._device, self._about = module.to(device), device, dict(about)
+        self._dtype = dtype
         self._other = None if other is None else other.to(device)
 
     @property
@@ -106,10 +114,10 @@ class BridgeNetwork:
         """``(B, 3, H, W)`` from 0 to 255 to ``(B, K, h, w)``, float32; batch norms as trained, without dropout."""
         training = self.module.training
         self.module.eval()
-        if self._other is None:
-            found: Tensor = self.module(images).logits
-        else:
-            found = self.module.head.by_text(self.module.backbone(images), self._other)
+        half = self._dtype is not torch.float32
+        with torch.autocast(self._device.type, self._dtype if half else torch.bfloat16, enabled=half):
+            found = self.module(images).logits if self._other is None else self.module.by_text(images, self._other)
+        assert isinstance(found, Tensor)
         self.module.train(training)
         return found.float()
 
@@ -121,11 +129,11 @@ def refuse_other_text(module: TextSegmenter, text: Tensor, path: Path) -> None:
         UsageError: its head does not score by text, or texts are of another width.
     """
     with torch.no_grad():
-        levels = module.eval().backbone(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST))
-        if module.head.by_text(levels, module.text) is None:
+        probe = torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)
+        if module.eval().by_text(probe, module.text) is None:
             raise UsageError(
-                f"--classes: {path} has a plain FPN head, whose last layer has one output for each class it was trained "
-                "on and never reads a text; other words need --head bridge, lseg or denseclip"
+                f"--classes: {path} has a plain FPN head, whose last layer has one output for each class it was "
+                "trained on and never reads a text; other words need --head bridge, lseg or denseclip"
             )
     if text.shape[1] != module.text.shape[1]:
         raise UsageError(

@@ -35,7 +35,7 @@ TOY: dict[str, Any] = {"crop": 128, "scales": (0.75, 1.25), "fpn_width": 64, "lr
 
 @dataclass(frozen=True)
 class BridgeOptions:
-    """What decides a segmenter, besides backbone, texts and number of steps. Defaults are DenseCLIP's where it has them.
+    """What decides a segmenter, besides backbone, texts and steps; DenseCLIP's settings where it has them.
 
     Attributes:
         head: ``bridge``, ``fpn``, ``lseg`` or ``denseclip``.
@@ -60,7 +60,7 @@ class BridgeOptions:
     width: int = BRIDGE_WIDTH
     token_width: int = BRIDGE_WIDTH
     heads: int = BRIDGE_HEADS
-    token_mixing: TokenMixing = "attn"
+    token_mixing: TokenMixing = "attn"  # noqa: S105
     direction: BridgeDirection = "both"
     fpn_width: int = FPN_WIDTH
     dropout: float = FPN_DROPOUT

@@ -17,7 +17,7 @@ def poly_factor(step: int, steps: int, warm_up: int, least: float) -> float:
         warm_up: Steps.
         least: Where it ends, as a share of the full rate.
     """
-    factor = (1 - least) * (1 - min(step, steps) / steps) ** POWER + least
+    factor: float = (1 - least) * (1 - min(step, steps) / steps) ** POWER + least
     if step < warm_up:
         factor *= 1 - (1 - step / warm_up) * (1 - WARM_UP_START)
     return factor

@@ -143,7 +143,7 @@ class BridgeBlock(nn.Module):
         x = self.convolutions(x)
         if self.text_to_vision is not None:
             told = self.text_to_vision(x.flatten(2).transpose(1, 2), tokens, allowed)
-            x = told.transpose(1, 2).unflatten(2, x.shape[-2:])
+            x = told.transpose(1, 2).reshape(x.shape)
         return x, tokens
 
 
@@ -168,7 +168,7 @@ class TextBridge(nn.Module):
 
     def __init__(
         self, in_channels: int, text_dim: int, num_blocks: int = 3, width: int = 256, token_width: int = 256,
-        heads: int = 4, ffn: int = 2, expand: int = 2, token_mixing: TokenMixing = "attn", tau: float = 0.07,
+        heads: int = 4, ffn: int = 2, expand: int = 2, token_mixing: TokenMixing = "attn", tau: float = 0.07,  # noqa: S107
         direction: BridgeDirection = "both",
     ) -> None:  # fmt: skip
         super().__init__()
@@ -207,7 +207,7 @@ class TextBridge(nn.Module):
 
 def _split(x: Tensor, heads: int) -> Tensor:
     """``(B, n, C)`` to ``(B, heads, n, C / heads)``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _merged(x: Tensor) -> Tensor:
