@@ -14,6 +14,7 @@ from clipseed.cli.crf import crf
 from clipseed.cli.demo import demo
 from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
+from clipseed.cli.export_model import export_model
 from clipseed.cli.inspect import inspect
 from clipseed.cli.merge import merge
 from clipseed.cli.predict import predict
@@ -63,6 +64,7 @@ app.add_typer(_train, name="train")
 _train.command("weclip")(weclip)
 _train.command("bridge")(bridge)
 app.command("predict")(predict)
+app.command("export-model")(export_model)
 app.command("merge")(merge)
 app.command("evaluate")(evaluate)
 app.command("report")(report)

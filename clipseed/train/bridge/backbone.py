@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +114,19 @@ def _with_weights(name: str, indices: list[int], path: Path) -> nn.Module:
             given.setdefault(key, wanted[key])
     check_fit(given, wanted, path, f"give weights of {name} (--backbone, --backbone-weights)")
     whole.load_state_dict(given, strict=False)
-    return timm.create_model(
-        name, pretrained=True, features_only=True, out_indices=indices,
-        pretrained_cfg_overlay={"state_dict": whole.state_dict()},
-    )  # fmt: skip
+    with _untold("timm.models._builder"):  # that the maps need no classifier
+        return timm.create_model(
+            name, pretrained=True, features_only=True, out_indices=indices,
+            pretrained_cfg_overlay={"state_dict": whole.state_dict()},
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _untold(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
