@@ -401,6 +401,39 @@ def spread(values: Sequence[float]) -> str:
     )
 
 
+def differences(study: Study) -> list[str]:
+    """What the tables say about the two questions, in points of mIoU."""
+    tables = study.arms()
+
+    def gap(one: Arm, other: Arm) -> str | None:
+        a, b = study.found(one), study.found(other)
+        return f"{statistics.mean(a) - statistics.mean(b):+.1f}" if a and b else None
+
+    def arm(table: str, name: str, backbone: str) -> Arm | None:
+        return next((arm for arm in tables[table] if arm.name == name and arm.backbone == backbone), None)
+
+    lines = []
+    places = [("photos", LITE0, "photographs"), *(("heads", name, name) for name in study.size.backbones)]
+    for other in ("denseclip", "fpn", "lseg"):
+        found = []
+        for table, backbone, title in places:
+            one, two = arm(table, "bridge", backbone), arm(table, other, backbone)
+            if one and two and (value := gap(one, two)):
+                found.append(f"{title} {value}")
+        if found:
+            lines.append(f"- The bridge less `{other}`: {', '.join(found)}.")
+    plain, random = arm("heads", "bridge", SMALLEST), arm("controls", "random vectors", SMALLEST)
+    moved = arm("controls", "names permuted", SMALLEST)
+    photo = arm("photos", "bridge", LITE0)
+    pairs = [("random vectors, photographs", photo, arm("photos", "bridge, random vectors", LITE0)),
+             ("permuted names, photographs", photo, arm("photos", "bridge, names permuted", LITE0)),
+             ("random vectors, toy", plain, random), ("permuted names, toy", plain, moved)]  # fmt: skip
+    told = [f"{title} {value}" for title, one, two in pairs if one and two and (value := gap(one, two))]
+    if told:
+        lines.append(f"- CLIP's text less a control (above 0: language helps): {', '.join(told)}.")
+    return ["Mean differences, with the noise of the tables below:", "", *lines] if lines else []
+
+
 def page(study: Study) -> str:
     """The template, filled in with what there is."""
     tables, size, scores = study.arms(), study.size, study.scores
@@ -435,6 +468,7 @@ def page(study: Study) -> str:
     int8 = "not measured" if small is None else (
         f"{small['fp32']} mIoU in {small['fp32_mb']} MB became {small['int8']} in {small['int8_mb']} MB"
     )  # fmt: skip
+    reading = differences(study)
     facts = ", ".join(f"{key} {value}" for key, value in asdict(size).items())
     text = (Path(__file__).parent / "results-bridge.in.md").read_text(encoding="utf-8")
     sections = {
@@ -445,6 +479,7 @@ def page(study: Study) -> str:
         "ZERO": zero,
         "INT8": [int8],
         "SIZE": [facts],
+        "READING": reading,
     }
     for key, lines in sections.items():
         text = text.replace(f"@{key}@", "\n".join(lines))
