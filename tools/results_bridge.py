@@ -79,11 +79,14 @@ class Size:
     photo_crop: int = 256
     photo_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     photo_side: int = 384
+    counted: tuple[str, ...] = (SMALLEST, "mobilenetv3_large_100", "resnet18", "mobilenetv2_100", LITE0)
+    timed: tuple[str, ...] = counted
+    zero_shot: tuple[str, ...] = ("lseg", "denseclip", "bridge")
 
 
 QUICK = Size(
-    backbones=(SMALLEST, "mobilenetv3_large_100", "resnet18"), scenes=100, steps=150, crop=96, held_out=50, seeds=2,
-    rates=(1e-3,), photo_steps=100, photo_crop=128, photo_rates=(3e-4,), photo_side=256,
+    backbones=(LITE0,), scenes=100, steps=100, crop=96, held_out=50, seeds=3, rates=(1e-3,), photo_steps=100,
+    photo_crop=128, photo_rates=(3e-4,), photo_side=256, timed=(SMALLEST,), zero_shot=("lseg", "bridge"),
 )  # fmt: skip
 
 
@@ -170,11 +173,12 @@ class Study:
         }  # fmt: skip
         masks = {"masks": "SegmentationClass" if real else str(places.get("crf")), "cams": str(places.get("caa.h5")),
                  "truth": "SegmentationClass"}  # fmt: skip
+        pretrained = self.photos is not None and arm.backbone == LITE0
         run_train_bridge(
             TrainBridgeOptions(
                 data=DatasetOptions("voc", root=root, split="train", classes="voc" if real else "toy"), out=out,
                 backbone=arm.backbone, masks=masks[arm.labels], text=str(places[arm.text]), seed=seed,
-                backbone_weights=places["weights"] if real else None, batch=size.batch, keep_every=10**6,
+                backbone_weights=self.real()["weights"] if pretrained else None, batch=size.batch, keep_every=10**6,
                 steps=size.photo_steps if real else size.steps, constants=constants, device=torch.device("cpu"),
                 precision="fp32",
             ),
@@ -206,7 +210,7 @@ class Study:
             tables["heads"] += [Arm("toy", backbone, head, (("head", head),)) for head in HEADS]
 
         def bridge(name: str, *options: tuple[str, Any], **given: str) -> Arm:
-            return Arm("toy", SMALLEST, name, (("head", "bridge"), *options), **given)
+            return Arm("toy", self.size.backbones[0], name, (("head", "bridge"), *options), **given)
 
         tables["controls"] = [
             bridge("random vectors", text="random"), bridge("names permuted", text="permuted"),
@@ -225,15 +229,23 @@ class Study:
             ]  # fmt: skip
         return tables
 
-    def jobs(self) -> Iterator[tuple[Arm, int]]:
-        """What to train, the most telling first, seed by seed."""
-        tables = self.arms()
-        for seed in range(self.size.seeds):
-            main = [arm for arm in tables["heads"] if arm.backbone == SMALLEST]
-            others = [arm for arm in tables["heads"] if arm.backbone != SMALLEST]
-            for arm in [*tables["photos"][:5], *main, *tables["controls"][:2], *others, *tables["photos"][5:],
-                        *tables["controls"][2:]]:  # fmt: skip
-                yield arm, seed
+    def plan(self) -> Iterator[Callable[[], Any]]:
+        """Everything there is to do, the most telling first."""
+        tables, seeds = self.arms(), range(self.size.seeds)
+        heads = tables["heads"]
+        first = [arm for arm in heads if arm.backbone == self.size.backbones[0]]
+        photos = tables["photos"][: len(HEADS) + 1]
+        rest = [*heads[len(first) :], *tables["controls"][2:], *tables["photos"][len(photos) :]]
+
+        def runs(arms: Sequence[Arm], chosen: Sequence[int]) -> Iterator[Callable[[], Any]]:
+            yield from (lambda arm=arm, seed=seed: self.run(arm, seed) for seed in chosen for arm in arms)
+
+        yield from runs(photos, seeds[:2])
+        yield from runs([*first, *tables["controls"][:2]], seeds[:1])
+        yield from (self.zero_shot, self.int8, self.counts, self.times)
+        yield from runs(photos, seeds[2:])
+        yield from runs(rest, seeds[:1])
+        yield from runs([*first, *tables["controls"][:2], *rest], seeds[1:])
 
     def rates_of(self, arm: Arm) -> tuple[float, ...]:
         return self.size.photo_rates if arm.world == "photos" else self.size.rates
@@ -277,14 +289,16 @@ class Study:
             kept = [item for item in toy["classes"] if item["name"] in seen]
             classes.write_text(json.dumps({**toy, "name": "seen", "classes": kept}), encoding="utf-8")
             scores: dict[str, Any] = {}
-            for head in ("lseg", "denseclip", "bridge"):
+            weights = self.real()["weights"] if self.photos is not None and self.size.backbones[0] == LITE0 else None
+            for head in self.size.zero_shot:
                 out = self.folder / f"zero-{head}.safetensors"
                 run_train_bridge(
                     TrainBridgeOptions(
                         data=DatasetOptions(
                             "folder", images=places["train"] / "JPEGImages", classes=str(classes), auto_labels=True
                         ),
-                        out=out, backbone=SMALLEST, masks=str(hidden), weights="toy", batch=self.size.batch,
+                        out=out, backbone=self.size.backbones[0], masks=str(hidden), weights="toy",
+                        batch=self.size.batch, backbone_weights=weights,
                         steps=self.size.steps, keep_every=10**6, device=torch.device("cpu"), precision="fp32",
                         constants={
                             "head": head, "crop": self.size.crop, "scales": (0.75, 1.25), "lr": 1e-3,
@@ -310,7 +324,9 @@ class Study:
 
         def run() -> dict[str, float]:
             places = self.toy()
-            arm = next(arm for arm in self.arms()["heads"] if arm.backbone == SMALLEST and arm.name == "bridge")
+            arm = next(
+                arm for arm in self.arms()["heads"] if arm.backbone == self.size.backbones[0] and arm.name == "bridge"
+            )
             out = self.train(arm, 0, self.best_rate(arm) or self.size.rates[0])
             plain, small = self.folder / "bridge.onnx", self.folder / "bridge-int8.onnx"
             export_onnx(out, plain)
@@ -325,34 +341,40 @@ class Study:
 
         return dict(self.keep("int8", run))
 
-    def cost(self) -> dict[str, Any]:
-        """Parameters, multiply-adds at 512, seconds of one thread for it, and for a training step; default widths."""
-        text = F.normalize(torch.randn(21, 512), dim=-1)
+    def counts(self) -> None:
+        """Parameters, and multiply-adds of a 512x512 image; default widths."""
 
-        def measured(backbone: str, head: str) -> dict[str, float]:
-            module = fresh_segmenter(backbone, text, BridgeOptions(head=head), 0)  # type: ignore[arg-type]
-            image = torch.rand(1, 3, 512, 512) * 255
-            module.eval()
+        def counted(backbone: str, head: str) -> dict[str, float]:
+            module = fresh_segmenter(backbone, torch.ones(21, 512), BridgeOptions(head=head), 0).eval()  # type: ignore[arg-type]
+            image = torch.zeros(1, 3, 512, 512)
             macs = multiply_adds(lambda: module(image))
+            return {"parameters": round(parameters(module) / 1e6, 2), "macs": round(macs / 1e9, 2)}
+
+        for backbone in self.size.counted:
+            for head in HEADS:
+                self.keep(f"count/{backbone}/{head}", lambda b=backbone, h=head: counted(b, h))
+
+    def times(self) -> None:
+        """CPU-seconds of one thread for a 512x512 image, and for a training step; default widths."""
+
+        def timed(backbone: str, head: str) -> dict[str, float]:
+            text = F.normalize(torch.randn(21, 512), dim=-1)
+            module = fresh_segmenter(backbone, text, BridgeOptions(head=head), 0).eval()  # type: ignore[arg-type]
+            image, crop = torch.rand(1, 3, 512, 512) * 255, torch.rand(2, 3, 256, 256) * 255
             with torch.inference_mode():
                 forward = least(lambda: module(image))
             module.train()
-            crop = torch.rand(2, 3, 256, 256) * 255
 
             def step() -> None:
                 found = module(crop)
                 loss = F.cross_entropy(found.logits, torch.zeros(found.logits[:, 0].shape, dtype=torch.long))
                 (loss if found.scores is None else loss + found.scores.mean()).backward()
 
-            return {
-                "parameters": round(parameters(module) / 1e6, 2), "macs": round(macs / 1e9, 2),
-                "forward": round(forward, 2), "step": round(least(step), 2),
-            }  # fmt: skip
+            return {"forward": round(forward, 2), "step": round(least(step), 2)}
 
-        return {
-            f"{backbone}/{head}": self.keep(f"cost/{backbone}/{head}", lambda b=backbone, h=head: measured(b, h))
-            for backbone in self.size.backbones for head in HEADS
-        }  # fmt: skip
+        for backbone in self.size.timed:
+            for head in HEADS:
+                self.keep(f"time/{backbone}/{head}", lambda b=backbone, h=head: timed(b, h))
 
 
 def score_onnx(network: Path, devkit: Path) -> float:
@@ -412,7 +434,7 @@ def differences(study: Study) -> list[str]:
     def arm(table: str, name: str, backbone: str) -> Arm | None:
         return next((arm for arm in tables[table] if arm.name == name and arm.backbone == backbone), None)
 
-    lines = []
+    lines, first = [], study.size.backbones[0]
     places = [("photos", LITE0, "photographs"), *(("heads", name, name) for name in study.size.backbones)]
     for other in ("denseclip", "fpn", "lseg"):
         found = []
@@ -422,8 +444,8 @@ def differences(study: Study) -> list[str]:
                 found.append(f"{title} {value}")
         if found:
             lines.append(f"- The bridge less `{other}`: {', '.join(found)}.")
-    plain, random = arm("heads", "bridge", SMALLEST), arm("controls", "random vectors", SMALLEST)
-    moved = arm("controls", "names permuted", SMALLEST)
+    plain, random = arm("heads", "bridge", first), arm("controls", "random vectors", first)
+    moved = arm("controls", "names permuted", first)
     photo = arm("photos", "bridge", LITE0)
     pairs = [("random vectors, photographs", photo, arm("photos", "bridge, random vectors", LITE0)),
              ("permuted names, photographs", photo, arm("photos", "bridge, names permuted", LITE0)),
@@ -441,7 +463,7 @@ def page(study: Study) -> str:
     for backbone in size.backbones:
         row = [spread(study.found(arm)) for arm in tables["heads"] if arm.backbone == backbone]
         heads.append(f"| {backbone} | {' | '.join(row)} |")
-    plain = next(arm for arm in tables["heads"] if arm.backbone == SMALLEST and arm.name == "bridge")
+    plain = next(arm for arm in tables["heads"] if arm.backbone == size.backbones[0] and arm.name == "bridge")
     controls = ["| bridge | mIoU |", "| --- | --- |", f"| as it is | {spread(study.found(plain))} |"]
     controls += [f"| {arm.name} | {spread(study.found(arm))} |" for arm in tables["controls"]]
     photos = ["| head | mIoU |", "| --- | --- |"]
@@ -450,14 +472,17 @@ def page(study: Study) -> str:
         "| backbone | head | parameters, M | GMACs at 512 | CPU-s at 512 | CPU-s of a training step |",
         "| --- " * 6 + "|",
     ]
-    for backbone in size.backbones:
+    for backbone in size.counted:
         for head in HEADS:
-            if found := scores.get(f"cost/{backbone}/{head}"):
-                base = scores[f"cost/{backbone}/fpn"]["step"]
-                cost.append(
-                    f"| {backbone} | {head} | {found['parameters']} | {found['macs']} | {found['forward']} | "
-                    f"{found['step']} ({found['step'] / base:.2f} of the FPN's) |"
+            if found := scores.get(f"count/{backbone}/{head}"):
+                took, plain_took = (scores.get(f"time/{backbone}/{name}") for name in (head, "fpn"))
+                ratio = (
+                    f"{took['step']} ({took['step'] / plain_took['step']:.2f} of the FPN's)"
+                    if took and plain_took
+                    else "–"
                 )
+                forward = took["forward"] if took else "–"
+                cost.append(f"| {backbone} | {head} | {found['parameters']} | {found['macs']} | {forward} | {ratio} |")
     zero = [
         "| head | the 8 classes that were trained | " + " | ".join(HELD_OUT_CLASSES) + " |",
         "| --- | --- | --- | --- |",
@@ -507,10 +532,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     study = Study(work, size, places if all(places.values()) else None)
     until = time.monotonic() + 60 * chosen.minutes
-    steps: list[Callable[[], Any]] = [lambda arm=arm, seed=seed: study.run(arm, seed) for arm, seed in study.jobs()]
-    first = len(steps) // size.seeds
-    steps[first:first] = [study.zero_shot, study.int8, study.cost]
-    for step in steps if not chosen.page_only else []:
+    for step in study.plan() if not chosen.page_only else ():
         if time.monotonic() > until:
             log("out of time; the same command goes on")
             break
