@@ -33,6 +33,13 @@ PositiveClasses = Literal["crop", "image"]
 ContrastReduction = Literal["pairs", "images"]
 ActivationReduction = Literal["pixels", "sides", "pairs"]
 CaaPreset = Literal["fma-voc-coarse", "fma-voc-fine", "fma-coco-coarse"]
+HeadName = Literal["bridge", "fpn", "lseg", "denseclip"]
+BridgeDirection = Literal["both", "v2t", "t2v", "none"]
+"""Which way the bridge is open: vision to text, text to vision."""
+TokenMixing = Literal["attn", "none"]
+BridgeLoss = Literal["ce", "collision", "soft-ce"]
+AbsentPolicy = Literal["ignore", "mask", "keep"]
+"""What becomes, in a loss, of classes that an image is known not to show."""
 
 SamModel = Literal["auto", "vit_b", "vit_l", "vit_h"]
 SamPreset = Literal["fma", "stock"]
@@ -108,6 +115,23 @@ PROMPT_WARM_UP = 500
 PROMPT_WARM_UP_LR = 1e-5
 PROMPT_CROP = 224
 PROMPT_BATCH = 16
+
+BRIDGE_STEPS = 20_000
+BRIDGE_TOY_STEPS = 1000
+BRIDGE_BATCH = 16
+BRIDGE_LR = 1e-4
+BRIDGE_LEAST_LR = 1e-6
+BRIDGE_WEIGHT_DECAY = 1e-4
+BRIDGE_WARM_UP = 1500
+BRIDGE_CROP = 384
+BRIDGE_BLOCKS = 3
+BRIDGE_WIDTH = 256
+BRIDGE_HEADS = 4
+BRIDGE_SCORE_WEIGHT = 0.4
+"""Of the loss of scores by text, DenseCLIP's."""
+FPN_WIDTH = 256
+FPN_DROPOUT = 0.1
+
 PREDICT_MAX_SIDE = 512
 CONFIDENCE = 0.95
 """Least confidence of a pixel that counts, CLIP-ES's mu, the same for VOC and COCO."""

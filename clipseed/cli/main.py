@@ -16,6 +16,7 @@ from clipseed.cli.demo import demo
 from clipseed.cli.doctor import doctor
 from clipseed.cli.evaluate import evaluate
 from clipseed.cli.export import export
+from clipseed.cli.export_model import export_model
 from clipseed.cli.inspect import inspect
 from clipseed.cli.label import label
 from clipseed.cli.merge import merge
@@ -29,6 +30,7 @@ from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
 from clipseed.cli.train import prompts as train_prompts
 from clipseed.cli.train import weclip
+from clipseed.cli.train_bridge import bridge
 from clipseed.cli.try_photo import try_photo
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__
@@ -53,7 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
-_train = typer.Typer(help="Train on a frozen CLIP: a segmenter, or prompts.", no_args_is_help=True)
+_train = typer.Typer(help="Train a segmenter, or prompts, with the help of a frozen CLIP.", no_args_is_help=True)
 
 app.command("label", cls=Command)(label)
 app.command("try", cls=Command)(try_photo)
@@ -69,7 +71,9 @@ app.command("sam-seed", cls=Command)(sam_seed)
 app.add_typer(_train, name="train")
 _train.command("weclip", cls=Command)(weclip)
 _train.command("prompts", cls=Command)(train_prompts)
+_train.command("bridge", cls=Command)(bridge)
 app.command("predict", cls=Command)(predict)
+app.command("export-model", cls=Command)(export_model)
 app.command("merge", cls=Command)(merge)
 app.command("evaluate", cls=Command)(evaluate)
 app.command("report", cls=Command)(report)

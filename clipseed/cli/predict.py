@@ -39,7 +39,11 @@ def predict(
         ),
     ] = None,
     classes: Annotated[
-        Optional[str], shared.data_option(help="Class list of an authors' checkpoint (default: VOC's or COCO's).")
+        Optional[str],
+        shared.data_option(
+            help="Class list of an authors' checkpoint (default: VOC's or COCO's), or other words for a segmenter that "
+            "scores by text."
+        ),
     ] = None,
     prompts: Annotated[
         Optional[Path], shared.data_option(help="--labels: learned prompts in place of the classes' words.")
@@ -56,6 +60,10 @@ def predict(
         Optional[bool],
         shared.model_option("--flip/--no-flip", help="Average with the mirrored image (default: with --paper only)."),
     ] = None,
+    window: Annotated[
+        int, shared.model_option(help="Slide a window of this side over each image; 0: the whole image.", min=0)
+    ] = 0,
+    window_stride: Annotated[int, shared.model_option(help="How far it slides; 0: two thirds of its side.", min=0)] = 0,
     paper: Annotated[
         bool, shared.model_option("--paper", help="WeCLIP's published test: long side 512, two scales, mirrored.")
     ] = False,
@@ -75,6 +83,8 @@ def predict(
 
       clipseed predict weclip.safetensors --images photos
 
+      clipseed predict bridge.safetensors --images photos --classes other.txt --max-side 0 --window 512
+
       clipseed predict weclip.safetensors --dataset voc --split val --paper --crf
 
       clipseed predict weclip.safetensors --dataset voc --split trainaug --labels own --out refined
@@ -93,7 +103,9 @@ def predict(
         raise UsageError("--labels own: a folder has no labels; give a file of them")
     given = shared.numbers(scales, "--scales") if scales is not None else None
     plain = (1.0, 0.75) if paper and labels is None else (1.0,)
-    view = ViewOptions(given or plain, paper and labels is None if flip is None else flip, max_side, paper)
+    view = ViewOptions(
+        given or plain, paper and labels is None if flip is None else flip, max_side, window, window_stride, paper
+    )
     run = prepare("predict", running, output)
     options = PredictOptions(
         segmenter=segmenter, data=data, out=out, classes=classes, labels_known=labels is not None, view=view, crf=crf,

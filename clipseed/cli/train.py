@@ -185,7 +185,7 @@ def weclip(
         data=data, out=out, steps=steps, batch=batch_size, masks=masks, soft=soft, cache=cache, prompts=prompts,
         constants=constants.chosen(), paper=paper, **vars(tower), **training.parsed(), **vars(validation),
     )  # fmt: skip
-    return _train(lambda *talk: run_train_weclip(options, *talk), training.allow_skipped, output)
+    return run_training(lambda *talk: run_train_weclip(options, *talk), training.allow_skipped, output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,10 +318,10 @@ def prompts(
         data=data, out=out, steps=steps, batch=batch_size, task=task, seeds=seeds, context_seed=context_seed,
         cache=cache, constants=constants.chosen(), **vars(tower), **training.parsed(),
     )  # fmt: skip
-    return _train(lambda *talk: run_train_prompts(options, *talk), training.allow_skipped, output)
+    return run_training(lambda *talk: run_train_prompts(options, *talk), training.allow_skipped, output)
 
 
-def _train(
+def run_training(
     run: Callable[[Callable[[Status], None], Callable[[str], None]], TrainReport], allow_skipped: str | None,
     output: shared.OutputArguments,
 ) -> int:  # fmt: skip

@@ -48,7 +48,8 @@ class PredictOptions:
     Attributes:
         segmenter: File of ``clipseed train``, or a checkpoint of WeCLIP's authors.
         data: The images; their vocabulary is the segmenter's.
-        classes: Class list of an authors' checkpoint; of another, to be checked against its own.
+        classes: Class list of an authors' checkpoint; of another, to be checked against its own, or, where its head
+            scores by text, other words to ask it with.
         labels_known: Make refined pseudo-labels of the classes that images are labelled with, instead of predictions:
             CAMs, refined with the decoder's affinity and along colours (WeCLIP).
         view: Scales, mirror image, size.
@@ -56,7 +57,7 @@ class PredictOptions:
         soft: CAM file for the scores behind the masks.
         empty: As of :class:`~clipseed.jobs.crf.CrfOptions`, where labels are known.
         prompts: Learned prompts, in place of the vocabulary's words, where labels are known.
-        model, weights: The frozen CLIP, where it is not where it was.
+        model, weights: The frozen CLIP, where it is not where it was, or that reads other words.
     """
 
     segmenter: Path
@@ -121,6 +122,8 @@ def _check(options: PredictOptions) -> None:
     options.run.check()
     if options.labels_known and (len(options.view.scales) > 1 or options.view.flip):
         raise UsageError("--labels: refined pseudo-labels come from one view; leave --scales and --flip out")
+    if options.labels_known and options.view.window:
+        raise UsageError("--labels: refined pseudo-labels come from whole images; leave --window out")
     if options.soft is not None and options.soft.resolve() == options.out.resolve():
         raise UsageError(f"--out and --soft are both {options.out}; give each its own place")
 
@@ -149,6 +152,7 @@ def _manifest(options: PredictOptions, image_set: ImageSet, file: SegmenterFile,
             "segmenter": file.about["digest"], "labels": labels, "scales": list(view.scales), "flip": view.flip,
             "max_side": view.max_side, "min_side": 0, "paper": view.released, "crf": options.crf,
             "exif": options.data.exif, "empty": options.empty,
+            **({"window": [view.window, view.window_stride]} if view.window else {}),
         },
         "source": {"segmenter": options.segmenter.name},
         "model": about["model"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip, model_name
@@ -128,10 +129,9 @@ def run_train_prompts(
     lost = LostImages(options, trainer.skipped)
     what = "labels" if masks is None else f"masks of {masks.source.name}"
     note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {batch}")
-    train(
-        trainer, data, options.loop(clip, steps, batch, accumulate, init=loop_init), settings, None,
-        lost.watching(report), note,
-    )  # fmt: skip
+    half = clip.tower.dtype is not torch.float32
+    loop = options.loop(steps, batch, accumulate, half=half, init=loop_init)
+    train(trainer, data, loop, settings, None, lost.watching(report), note)
     if first_process():
         about = {
             "task": options.task, "options": chosen.manifest(), "step": steps,

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL.Image import Image
+from torch import Tensor
 
 from clipseed.clip.model import FrozenClip, model_name
-from clipseed.clip.text import TextBank
 from clipseed.data.dataset import open_dataset
-from clipseed.data.types import ImageSet, Sample
+from clipseed.data.types import ImageSet
 from clipseed.defaults import WECLIP_BATCH
-from clipseed.errors import ImageError, InputError, UsageError, WeightsError
-from clipseed.evaluate.confusion import check_labels, confusion, score
-from clipseed.evaluate.sources import MaskSource, find_ground_truth
+from clipseed.errors import UsageError, WeightsError
+from clipseed.evaluate.sources import find_ground_truth
 from clipseed.train.augment import Augmentation
-from clipseed.train.checkpoint import is_ours, read_weights
+from clipseed.train.checkpoint import is_ours
 from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
-from clipseed.train.inference import ViewOptions, shown
-from clipseed.train.loop import BEST, Status, train
-from clipseed.train.previews import SHOWN, keep_preview
+from clipseed.train.loop import Status
 from clipseed.train.prompts.files import read_prompts, text_of
 from clipseed.train.running import (
-    LostImages,
-    TrainOptions,
     TrainReport,
-    first_process,
     refuse_large_cache,
     refuse_other_crop,
     source_of,
@@ -38,24 +30,21 @@ from clipseed.train.running import (
     without_augmentation,
 )
 from clipseed.train.segmenter import Segmenter, save_segmenter
+from clipseed.train.segmenter_run import SegmenterOptions, Training, Validation, train_segmenter, validation_set
 from clipseed.train.weclip.cache import bytes_for_each
 from clipseed.train.weclip.decoder import Decoder
-from clipseed.train.weclip.labels import strongest
 from clipseed.train.weclip.network import WeclipNetwork, fresh_decoder, sizes
 from clipseed.train.weclip.options import WeclipOptions, default_steps, preset
 from clipseed.train.weclip.released import decoder_of, decoder_state
 from clipseed.train.weclip.trainer import Weclip
-from clipseed.types import LabelMask
 from clipseed.weights import read_weights as read_foreign_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainWeclipOptions(TrainOptions):
+class TrainWeclipOptions(SegmenterOptions):
     """Everything ``clipseed train weclip`` can be told.
 
     Attributes:
-        val: Split that is scored every ``val_every`` steps, of the same data set; ``val_limit``: only its first images.
-        gt: Ground truth of that split; default: the data set's own.
         constants: Of :class:`~clipseed.train.weclip.options.WeclipOptions`, those that are not to be the vocabulary's.
         paper: As the authors' code.
         masks: Folder of label masks to learn from instead of image-level labels, or ``toy``.
@@ -64,21 +53,12 @@ class TrainWeclipOptions(TrainOptions):
         prompts: Learned prompts, in place of the vocabulary's words.
     """
 
-    val: str | None = None
-    val_every: int = 1000
-    val_limit: int | None = None
-    gt: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     paper: bool = False
     masks: str | None = None
     soft: Path | None = None
     cache: bool = False
     prompts: Path | None = None
-
-    @property
-    def best(self) -> Path:
-        """The segmenter with the best validation."""
-        return self.out.with_name(f"{self.out.stem}-best.safetensors")
 
 
 def run_train_weclip(
@@ -97,8 +77,6 @@ def run_train_weclip(
         ClipseedError: see the modules it uses.
     """
     options.check()
-    if options.val_every < 1:
-        raise UsageError(f"--val-every {options.val_every}: too small")
     learned = (
         None if options.prompts is None else read_prompts(options.prompts, options.data.classes, options.data.dataset)
     )
@@ -111,7 +89,7 @@ def run_train_weclip(
     if learned is not None and masks is not None:
         raise UsageError("--prompts: with --masks no text is read; leave one of them out")
     samples, unlabelled = usable_samples(image_set, masks, note)
-    validation_set = None if options.val is None else _validation_set(options)
+    scored = None if options.val is None else validation_set(options)
     steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
     note(f"loading {model_name(options.model, options.chosen_weights)}")
     clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
@@ -133,34 +111,24 @@ def run_train_weclip(
         "start": init, "cache": options.cache, **fingerprint(image_set, samples, masks),
     }  # fmt: skip
     segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
-    lost = LostImages(options, trainer.skipped)
-    batch, accumulate = options.batch or WECLIP_BATCH, options.accumulate or 1
+    batch = options.batch or WECLIP_BATCH
     what = "labels" if masks is None else f"masks of {masks.source.name}"
     note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {batch}")
-    every = options.val_every if validation_set else 0
-    best = train(
-        trainer, data, options.loop(clip, steps, batch, accumulate, validate_every=every, init=loop_init), settings,
-        None if validation_set is None else _Validation(segmenter, options.folder, text, *validation_set),
-        lost.watching(report), note,
-    )  # fmt: skip
     about: dict[str, Any] = {
         "network": sizes(decoder),
         "options": weclip.manifest(),
         "source": source_of(settings, image_set, steps),
+        **({} if learned is None else {"prompts": learned.sha256}),
     }
-    if learned is not None:
-        about["prompts"] = learned.sha256
-    best_out = None
-    if first_process():
-        save_segmenter(options.out, "weclip", decoder.state_dict(), vocabulary, clip, {**about, "step": steps})
-        if best is not None:
-            best_out = options.best
-            weights, _ = read_weights(options.folder / BEST)
-            save_segmenter(best_out, "weclip", weights, vocabulary, clip, {**about, **best})
-        lost.write()
-    return TrainReport(
-        options.out, options.folder, steps, len(samples), clip.manifest(), str(options.device), unlabelled, lost.all,
-        lost.path, best, best_out,
+
+    def save(path: Path, weights: Mapping[str, Tensor], more: Mapping[str, Any]) -> None:
+        save_segmenter(path, "weclip", weights, vocabulary, clip, {**about, **more})
+
+    half = clip.tower.dtype is not torch.float32
+    validate = None if scored is None else Validation(segmenter, options.folder, text, *scored)
+    return train_segmenter(
+        options, Training(trainer, data, settings, validate, save, steps, batch, half, loop_init), report, note,
+        model=clip.manifest(), unlabelled=unlabelled,
     )  # fmt: skip
 
 
@@ -187,55 +155,3 @@ def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None
         raise WeightsError(f"--init {path}: weights of another decoder ({', '.join(differ)})")
     decoder.load_state_dict(theirs.state_dict())
     return None, file.sha256
-
-
-def _validation_set(options: TrainWeclipOptions) -> tuple[ImageSet, MaskSource]:
-    image_set = open_dataset(replace(options.data, split=options.val, limit=options.val_limit))
-    truth = find_ground_truth(options.gt, image_set.manifest, vocabulary=image_set.vocabulary, exif=image_set.exif)
-    if not any(truth.has(sample.id) for sample in image_set.samples):
-        raise InputError(f"--val {options.val}: none of its {len(image_set.samples)} images has a mask in {truth.name}")
-    return image_set, truth
-
-
-class _Validation:
-    """Scores a segmenter as ``clipseed evaluate`` does: one confusion matrix over all images with ground truth."""
-
-    def __init__(
-        self, segmenter: Segmenter, folder: Path, text: TextBank | None, image_set: ImageSet, truth: MaskSource
-    ) -> None:
-        self._segmenter, self._reader, self._truth = segmenter, image_set.reader, truth
-        self._folder, self._text = folder, text
-        self._samples: list[Sample] = [sample for sample in image_set.samples if truth.has(sample.id)]
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Mean IoU (``score``) and pixel accuracy."""
-        classes = len(self._segmenter.classes) + 1
-        counts = np.zeros((classes, classes), np.int64)
-        view = ViewOptions()
-        for place, sample in enumerate(self._samples):
-            try:
-                image = self._reader(sample)
-            except ImageError:
-                continue
-            truth = self._truth.read(sample.id)
-            if truth.shape != (image.height, image.width):
-                raise InputError(f"{self._truth.name}: the mask of {sample.id} has another size than its image")
-            check_labels(truth, classes, f"{self._truth.name}: {sample.id}", allow_ignore=True)
-            prediction = self._segmenter.predict(image, view)
-            counts += confusion(truth, prediction, classes)
-            if place < SHOWN:
-                masks = {"prediction": prediction, **self._pseudo_label(image, sample)}
-                keep_preview(self._folder, place, step, image, truth, masks)
-        found = score(counts)
-        return {"score": found.miou, "pixel_accuracy": found.pixel_accuracy}
-
-    def _pseudo_label(self, image: Image, sample: Sample) -> dict[str, LabelMask]:
-        """What the decoder would learn about an image now, where its classes are known."""
-        network = self._segmenter.network
-        if self._text is None or not sample.labels or not isinstance(network, WeclipNetwork):
-            return {}
-        labels = [tuple(sorted(sample.labels))]
-        pixels = shown(image, network.patch, ViewOptions())[None].to(network.device)
-        with torch.inference_mode():
-            scores = network.pseudo_scores(pixels, labels, (image.height, image.width), self._text)
-            return {"pseudo": strongest(scores, labels)[0].cpu().numpy()}

@@ -21,6 +21,7 @@ POINTS = 200
 """Most points of a curve: losses are averaged over neighbouring steps."""
 _CAPTIONS = {
     "loss": "Loss", "segmentation": "Segmentation loss", "affinity": "Affinity loss",
+    "scores": "Loss of the scores by text",
     "saturated": "Share of affinities above 0.99, where the sigmoid is flat",
     "probability": "Mean probability that CLIP gives to the images' classes; where it is tiny, words and images do not "
     "belong together",

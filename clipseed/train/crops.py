@@ -81,7 +81,7 @@ class GivenMasks:
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownCrop:
     """One crop: pixels, what is known of them, labels, confidence, and what could not be read on the way."""
 
     parts: tuple[Tensor, ...]
@@ -112,13 +112,13 @@ class LabelledCrops:
     ) -> None:  # fmt: skip
         self._samples, self._reader, self._augmentation, self._masks = samples, reader, augmentation, masks
         self._fixed, self._patch = fixed or patch is not None, patch
-        self._kept: dict[int, _Known] = {}
+        self._kept: dict[int, KnownCrop] = {}
         self._soft: CamSet | None = None  # opened by the process that reads it
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def sample(self, index: int, seed: int) -> _Known:
+    def sample(self, index: int, seed: int) -> KnownCrop:
         """One crop.
 
         Raises:
@@ -130,7 +130,7 @@ class LabelledCrops:
             self._kept[index] = self._cut(index, seed)
         return replace(self._kept[index], seed=seed)
 
-    def _cut(self, index: int, seed: int) -> _Known:
+    def _cut(self, index: int, seed: int) -> KnownCrop:
         skipped: dict[str, str] = {}
         for step in range(len(self._samples)):
             number = (index + step) % len(self._samples)
@@ -142,14 +142,13 @@ class LabelledCrops:
                 continue
             labels = tuple(sorted(sample.labels or ()))
             if self._patch is not None:
-                parts = self._whole(pixels, self._known_of(sample, (pixels.shape[0], pixels.shape[1])), self._patch)
-                return _Known(parts, labels, seed, number, skipped)
+                whole = self._whole(pixels, self._known_of(sample, (pixels.shape[0], pixels.shape[1])), self._patch)
+                return KnownCrop(whole, labels, seed, number, skipped)
             image = Image(torch.from_numpy(pixels).permute(2, 0, 1))
-            lying = [image, Mask(self._known_of(sample, (pixels.shape[0], pixels.shape[1])))]
-            if self._masks is not None and self._masks.soft is not None:
-                lying.append(Scores(self._confidence(sample, (pixels.shape[0], pixels.shape[1]))))
-            cut = self._augmentation(number if self._fixed else seed, *lying)
-            return _Known(cut, labels, seed, number, skipped)
+            size = (pixels.shape[0], pixels.shape[1])
+            parts = [image, Mask(self._known_of(sample, size)), *self.scores_of(sample, size)]
+            cut = self._augmentation(number if self._fixed else seed, *parts)
+            return KnownCrop(cut, labels, seed, number, skipped)
         reason = next(iter(skipped.values()))
         raise InputError(f"none of the {len(skipped)} images to train on can be read; one of them: {reason}")
 
@@ -172,18 +171,18 @@ class LabelledCrops:
         check_labels(mask, self._masks.classes, where, allow_ignore=True)
         return torch.from_numpy(mask.copy())
 
-    def _confidence(self, sample: Sample, size: tuple[int, int]) -> Tensor:
-        """Confidence ``(1, H, W)`` of a given mask's pixels."""
-        assert self._masks is not None
-        assert self._masks.soft is not None
+    def scores_of(self, sample: Sample, size: tuple[int, int]) -> list[Scores]:
+        """What else lies on an image: the confidence ``(1, H, W)`` of a given mask's pixels, where there are scores."""
+        if self._masks is None or self._masks.soft is None:
+            return []
         if self._soft is None:
             self._soft = open_cams(self._masks.soft)
         cam = self._soft[sample.id]
         if cam.size != size:
             raise InputError(f"{self._masks.soft}: the scores of {sample.id} are those of an image of another size")
-        return torch.from_numpy(confidence_of(cam))[None]
+        return [Scores(torch.from_numpy(confidence_of(cam))[None])]
 
-    def collate(self, samples: Sequence[_Known]) -> Crops:
+    def collate(self, samples: Sequence[KnownCrop]) -> Crops:
         """A batch of crops."""
         columns = list(zip(*(sample.parts for sample in samples), strict=True))
         images: Sequence[Tensor] = ()

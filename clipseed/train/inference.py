@@ -49,6 +49,8 @@ class ViewOptions:
         scales: Factors on its size; logits are averaged at the size that the first gives.
         flip: Average with those of the mirrored image, too.
         max_side: Longer images are shrunk to it first; 0: never.
+        window: Side of a window in pixels that slides over the image, brought to whole patches; 0: the whole image.
+        window_stride: How far it slides; 0: two thirds of its side.
         released: As WeCLIP's released code: each image is brought to ``max_side``, smaller ones, too, and sides are
             cut off to whole patches. Otherwise sides are stretched to whole patches.
     """
@@ -56,6 +58,8 @@ class ViewOptions:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     max_side: int = PREDICT_MAX_SIDE
+    window: int = 0
+    window_stride: int = 0
     released: bool = False
 
     def check(self) -> None:
@@ -64,6 +68,12 @@ class ViewOptions:
             raise UsageError("--scales: give factors between 0.1 and 8, such as 1,0.75")
         if self.max_side < 0 or (self.released and not self.max_side):
             raise UsageError(f"--max-side {self.max_side}: give a number of pixels")
+        if self.window < 0 or self.window_stride < 0 or (self.window_stride and not self.window):
+            raise UsageError("--window, --window-stride: give numbers of pixels, a stride only with a window")
+        if self.window and self.released:
+            raise UsageError("--window: WeCLIP's published test sees whole images; leave --window or --paper out")
+        if self.window_stride > self.window:
+            raise UsageError(f"--window-stride {self.window_stride}: at most the window's {self.window} pixels")
 
 
 def shown(image: Image.Image, patch: int, options: ViewOptions) -> Tensor:
@@ -88,9 +98,9 @@ def averaged_logits(network: Network, images: Tensor, options: ViewOptions) -> T
     total: Tensor | None = None
     for scale in options.scales:
         view = _scaled(images, scale, network.patch, released=options.released)
-        found = network.logits(view)
+        found = _seen(network, view, options)
         if options.flip:
-            found = (found + network.logits(view.flip(-1)).flip(-1)) / 2
+            found = (found + _seen(network, view.flip(-1), options).flip(-1)) / 2
         if total is None:
             total = found
         elif found.shape == total.shape:
@@ -99,6 +109,50 @@ def averaged_logits(network: Network, images: Tensor, options: ViewOptions) -> T
             total = total + F.interpolate(found, size=total.shape[-2:], mode="bilinear", align_corners=False)
     assert total is not None
     return total / len(options.scales)
+
+
+def _seen(network: Network, images: Tensor, options: ViewOptions) -> Tensor:
+    """Logits of images as a whole, or through a window."""
+    return (
+        windowed_logits(network, images, options.window, options.window_stride)
+        if options.window
+        else network.logits(images)
+    )
+
+
+def windowed_logits(network: Network, images: Tensor, window: int, stride: int = 0) -> Tensor:
+    """Logits ``(B, K, h, w)`` of images ``(B, 3, H, W)`` of whole patches, seen through a sliding window.
+
+    Where windows overlap, their logits are averaged. The last ones end with the image.
+
+    Args:
+        network: Whose logits have a whole number of cells for each patch, or one for several patches.
+        images: 0 to 255.
+        window: Side in pixels, brought up to whole patches; longer than the image it is the image.
+        stride: Between two windows, brought down to whole patches; 0: two thirds of the window.
+    """
+    patch = network.patch
+    sides = [min(-(-window // patch) * patch, side) for side in images.shape[-2:]]
+    step = max(1, (stride or 2 * window // 3) // patch) * patch
+    total: Tensor | None = None
+    for top in _starts(images.shape[-2], sides[0], step):
+        for left in _starts(images.shape[-1], sides[1], step):
+            found = network.logits(images[..., top : top + sides[0], left : left + sides[1]])
+            cell = sides[0] // found.shape[-2]
+            if total is None:
+                size = (images.shape[-2] // cell, images.shape[-1] // cell)
+                total, seen = found.new_zeros(*found.shape[:2], *size), found.new_zeros(size)
+            place = (..., slice(top // cell, (top + sides[0]) // cell), slice(left // cell, (left + sides[1]) // cell))
+            total[place] += found
+            seen[place] += 1
+    assert total is not None
+    return total / seen
+
+
+def _starts(length: int, window: int, step: int) -> list[int]:
+    """Where windows begin along one side."""
+    starts = list(range(0, length - window + 1, step))
+    return starts if starts[-1] + window == length else [*starts, length - window]
 
 
 def _scaled(images: Tensor, scale: float, patch: int, *, released: bool) -> Tensor:

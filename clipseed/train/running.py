@@ -80,11 +80,11 @@ class TrainOptions:
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: too small")
 
-    def loop(self, clip: FrozenClip, steps: int, batch: int, accumulate: int, **more: Any) -> LoopOptions:
-        """As the loop has them."""
+    def loop(self, steps: int, batch: int, accumulate: int, *, half: bool, **more: Any) -> LoopOptions:
+        """As the loop has them; ``half``: networks compute in bfloat16, on a GPU."""
         return LoopOptions(
             self.folder, steps, batch, accumulate=accumulate, seed=self.seed, device=self.device,
-            bfloat16=self.device.type == "cuda" and clip.tower.dtype is not torch.float32, workers=self.workers,
+            bfloat16=half and self.device.type == "cuda", workers=self.workers,
             keep_every=self.keep_every, overwrite=self.overwrite, **more,
         )  # fmt: skip
 

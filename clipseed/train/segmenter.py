@@ -8,9 +8,9 @@ where it comes from. Kinds differ in the network that they make of this; everyth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,15 @@ from clipseed.clip.model import FrozenClip
 from clipseed.data.images import AnyImage, opened
 from clipseed.data.vocabulary import Vocabulary, load_vocabulary, parse_vocabulary
 from clipseed.defaults import Precision
+from clipseed.device import dtype_name, pick_device, pick_dtype
 from clipseed.errors import UsageError, WeightsError
 from clipseed.train.checkpoint import is_ours, read_weights, save_weights
 from clipseed.train.inference import Network, ViewOptions, averaged_logits, shown
 from clipseed.types import LabelMask
 from clipseed.weights import read_weights as read_foreign_weights
+
+if TYPE_CHECKING:
+    from clipseed.train.bridge.network import BridgeNetwork
 
 PLAIN_VIEW = ViewOptions()
 
@@ -100,7 +104,7 @@ def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def save_segmenter(
-    path: Path, kind: str, weights: Mapping[str, Tensor], vocabulary: Vocabulary, clip: FrozenClip,
+    path: Path, kind: str, weights: Mapping[str, Tensor], vocabulary: Vocabulary, clip: FrozenClip | None,
     about: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write a segmenter.
@@ -110,21 +114,17 @@ def save_segmenter(
         kind: One of ``KINDS``.
         weights: What was trained.
         vocabulary: Its classes.
-        clip: The frozen CLIP that it runs on.
+        clip: The frozen CLIP that it runs on, or whose text features it keeps; ``None`` where neither is so.
         about: What the kind needs to make a network (``network``, ``options``), and where it comes from (``source``).
 
     Raises:
         StoreError: it cannot be written.
     """
-    save_weights(
-        path, weights, {
-            "kind": kind, "vocabulary": vocabulary.as_dict(), "tower": clip.manifest(), "weights": clip.location,
-            **about,
-        },
-    )  # fmt: skip
+    tower = {} if clip is None else {"tower": clip.manifest(), "weights": clip.location}
+    save_weights(path, weights, {"kind": kind, "vocabulary": vocabulary.as_dict(), **tower, **about})
 
 
-KINDS = ("weclip",)
+KINDS = ("weclip", "bridge")
 """What :func:`load_segmenter` can make a network of."""
 
 
@@ -137,6 +137,7 @@ class SegmenterFile:
         vocabulary: Its classes.
         about: What the file says of itself; ``digest`` and ``kind`` among it.
         released: It is a checkpoint of WeCLIP's authors, with a CLIP inside.
+        other_words: The vocabulary is not what it was trained with: CLIP has to read its words.
     """
 
     path: Path
@@ -144,13 +145,17 @@ class SegmenterFile:
     vocabulary: Vocabulary
     about: Mapping[str, Any]
     released: bool = False
+    other_words: bool = False
 
     def on(self, place: Placement) -> Segmenter:
         """The segmenter on its CLIP.
 
         Raises:
             WeightsError: the CLIP is not where it was, another one was named, or the weights do not fit it.
+            UsageError: it cannot be asked with other words.
         """
+        if self.about["kind"] == "bridge":
+            return Segmenter(self._bridge(place), self.vocabulary, self.about, self.path)
         from clipseed.train.weclip.network import WeclipNetwork, refuse_other_tower, restored
         from clipseed.train.weclip.options import WeclipOptions, preset
         from clipseed.train.weclip.released import decoder_of
@@ -166,16 +171,54 @@ class SegmenterFile:
         options = WeclipOptions(**preset(self.vocabulary.name, released=True))
         return Segmenter(WeclipNetwork(clip, decoder, options), self.vocabulary, self.about, self.path)
 
+    def _bridge(self, place: Placement) -> BridgeNetwork:
+        from clipseed.train.bridge.network import BridgeNetwork, refuse_other_text, restored
+        from clipseed.train.bridge.text import tokens_of
+
+        device = pick_device(place.device)
+        dtype = pick_dtype(place.precision, device)
+        module, text = restored(self.weights, self.about, self.path), None
+        network = self.about["network"]
+        described = {
+            "model": f"{network['backbone']} with {self.about['options']['head']}", "weights": self.path.name,
+            "sha256": self.about["digest"], "precision": dtype_name(dtype),
+        }  # fmt: skip
+        if self.other_words:
+            refuse_other_text(module, module.text, self.path)
+            clip = _text_clip(self.about, place, self.path)
+            text = tokens_of(clip.encode_text(self.vocabulary))
+            refuse_other_text(module, text, self.path)
+            described["text"] = clip.info.sha256
+        return BridgeNetwork(module, device, {"model": described, "weights": None}, text, dtype)
+
+
+def _text_clip(about: Mapping[str, Any], place: Placement, path: Path) -> FrozenClip:
+    """The CLIP that reads other words: the one whose text features a segmenter was trained with, or that was named."""
+    place = replace(place, device="cpu", precision="fp32")
+    if "tower" in about:
+        return _tower(about, place, path)
+    if about["network"]["text"] == "random":
+        raise UsageError(f"--classes: {path} was trained with random vectors in place of texts; no word means anything")
+    if place.weights is None:
+        raise UsageError(
+            f"--classes: {path} was trained with the texts of a file; name the CLIP they are of: --weights"
+        )
+    return FrozenClip.load(place.model, place.weights, place.device, place.precision)
+
 
 def read_segmenter(path: Path, classes: str | None = None) -> SegmenterFile:
     """Read a segmenter's file; see :func:`load_segmenter`."""
     if path.suffix != ".safetensors" or not is_ours(path):
         return _read_released(path, classes)
     tensors, about = read_weights(path)
-    if about.get("kind") not in KINDS or "tower" not in about:
+    if about.get("kind") not in KINDS or (about["kind"] == "weclip" and "tower" not in about):
         what = "a checkpoint of training, not a segmenter" if about.get("kind") == "checkpoint" else "no segmenter"
         raise WeightsError(f"{path}: {what}; give the file that clipseed train wrote with --out")
     vocabulary = parse_vocabulary(about["vocabulary"], str(path), "segmenter")
+    if about["kind"] == "bridge" and classes is not None:
+        named = load_vocabulary(classes)
+        if named.classes != vocabulary.classes:
+            return SegmenterFile(path, tensors, named, about, other_words=True)
     refuse_other_classes(vocabulary, classes, path)
     return SegmenterFile(path, tensors, vocabulary, about)
 
@@ -194,6 +237,7 @@ def load_segmenter(
         device: Likewise.
         precision: Likewise.
         classes: Class list of an authors' checkpoint, which does not name its own; default: VOC's or COCO's by number.
+            Of a bridge that scores by text, any classes: the CLIP whose text features it keeps reads their words.
 
     Raises:
         WeightsError: missing, damaged, no segmenter, or for another CLIP.
