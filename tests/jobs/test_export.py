@@ -552,6 +552,14 @@ def test_corrected_masks_and_tags_come_back(project: Path, capsys: pytest.Captur
     scores = json.loads(capsys.readouterr().out)
     assert (scores["miou"], scores["images"]) == (1.0, 3)
 
+    words = ("--classes", "classes.txt", "--labels", "project.json", "--masks", "project.json", "--weights", "toy")
+    small = ("--steps", "1", "--batch-size", "2", "--crop", "32", "--width", "8", "--blocks", "1", "--heads", "1")
+    folder = ("--dataset", "folder", "--images", "photos", "--json", "--rfm-layers", "2")
+    assert main(["train", "weclip", *folder, *words, *small]) in (0, 3)
+    learned = json.loads(capsys.readouterr().out)
+    assert learned["images"] == 3
+    assert set(learned["left_out"]) == {"drawn", "damaged", "wrong size"}
+
     labels = read_labels(project / "project.json", vocabulary)
     assert {key: {k + 1 for k in row} for key, row in labels.items()} == {
         key: set(np.unique(source.read(key)).tolist()) - {0, 255} for key in source.ids()
