@@ -13,6 +13,7 @@ import numpy as np
 from clipseed.data.dataset import ImageFinder, image_finder, relocated
 from clipseed.data.images import to_rgb
 from clipseed.data.orientation import ImageHeader, read_header, turned, turned_back
+from clipseed.data.paths import is_folder
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
 from clipseed.errors import ImageError, InputError, UsageError
@@ -242,6 +243,10 @@ def _export(
 
 
 def _finder(options: ExportOptions, manifest: Manifest, placement: ImagePlacement) -> ImageFinder:
+    if options.image_folder is not None and options.root is not None:
+        raise UsageError("--image-folder and --root: give one of them")
+    if options.image_folder is not None and not is_folder(options.image_folder):
+        raise UsageError(f"--image-folder {options.image_folder}: no such folder")
     moved = relocated(manifest, options.image_folder, options.root)
     dataset = moved.get("dataset")
     known = isinstance(dataset, dict) and (dataset.get("images") or dataset.get("name") == "toy")

@@ -391,6 +391,7 @@ def test_links_references_and_what_formats_refuse(project: Path, capsys: pytest.
         ("irn", (), "holds masks"),
         ("coco", ("--threshold", "0.3"), "apply to CAMs"),
         ("coco", ("--background-class", "tree"), "give another name"),
+        ("coco", ("--image-folder", "nowhere"), "--image-folder nowhere: no such folder"),
     ):
         assert main(["export", "pseudo", "--format", kind, "--out", "refused", *words]) == 2
         assert told in capsys.readouterr().err
