@@ -19,7 +19,10 @@ def export(
     *,
     source: Annotated[
         Optional[Path],
-        typer.Argument(metavar="[MASKS_OR_CAMS]", help="Folder of label masks, or CAMs (default: the newest stage's)."),
+        typer.Argument(
+            metavar="[MASKS_OR_CAMS]",
+            help="Folder of label masks, CAMs, or corrected masks (default: the newest stage's).",
+        ),
     ] = None,
     format: Annotated[
         ExportFormat, shared.output_option("--format", help=f"What to write: {shared.listed(ExportFormat)}.")

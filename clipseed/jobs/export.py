@@ -18,6 +18,7 @@ from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.confusion import check_labels
+from clipseed.evaluate.sources import MaskSource, is_annotated, open_annotated
 from clipseed.formats.label_studio import LOCAL_FILES
 from clipseed.formats.writers import WRITERS
 from clipseed.formats.writing import IGNORE_NAME, ClassTable, Encoded, Item, TextFile, Writer
@@ -44,7 +45,7 @@ class ExportOptions:
     """Everything ``clipseed export`` can be told.
 
     Attributes:
-        source: Label masks, or CAMs.
+        source: Label masks, or CAMs; or masks of an annotation tool, which need ``classes``.
         placement: What becomes of the images; ``None``: what the format is best served with.
         image_folder, root: Where the images, or their data set, are now.
         orient: Whether masks lie on the stored pixels or as viewers turn the image; ``None``: as the format needs it.
@@ -110,15 +111,26 @@ def run_export(options: ExportOptions, start: Start | None = None) -> ExportRepo
         StoreError: it cannot be written, or the folder was exported with other settings.
     """
     kind = _checked(options)
+    if is_annotated(options.source):
+        if options.classes is None:
+            raise UsageError(f"{options.source}: say which classes its labels are, --classes voc, coco, toy or FILE")
+        annotated = open_annotated(options.source, load_vocabulary(options.classes))
+        _check_masks(options, kind)
+        return _export(options, kind, annotated, {"options": {"exif": True}}, start)
     prediction = open_prediction(options.source)
     if isinstance(prediction, LabelMaskFolder):
-        if kind.cams:
-            raise UsageError(f"--format {options.format} holds CAMs; {options.source} holds masks")
-        if options.threshold is not None or options.alpha is not None:
-            raise UsageError(f"--threshold and --alpha apply to CAMs; {options.source} holds finished masks")
+        _check_masks(options, kind)
         return _export(options, kind, prediction, prediction.manifest or {}, start)
     with prediction as cams:
         return _export(options, kind, cams, cams.manifest, start)
+
+
+def _check_masks(options: ExportOptions, kind: type[Writer]) -> None:
+    """Refuse what is asked of masks and makes sense for CAMs only."""
+    if kind.cams:
+        raise UsageError(f"--format {options.format} holds CAMs; {options.source} holds masks")
+    if options.threshold is not None or options.alpha is not None:
+        raise UsageError(f"--threshold and --alpha apply to CAMs; {options.source} holds finished masks")
 
 
 def _checked(options: ExportOptions) -> type[Writer]:
@@ -186,14 +198,14 @@ def _ignore(options: ExportOptions, kind: type[Writer]) -> IgnoreExport:
 
 
 def _export(
-    options: ExportOptions, kind: type[Writer], prediction: CamSet | LabelMaskFolder, manifest: Manifest,
+    options: ExportOptions, kind: type[Writer], prediction: CamSet | MaskSource, manifest: Manifest,
     start: Start | None,
 ) -> ExportReport:  # fmt: skip
-    masks = isinstance(prediction, LabelMaskFolder)
-    ids = sorted(prediction.ids()) if isinstance(prediction, LabelMaskFolder) else list(prediction)
+    cams = isinstance(prediction, CamSet)
+    ids = list(prediction) if isinstance(prediction, CamSet) else sorted(prediction.ids())
     if not ids:
         raise InputError(f"{options.source}: neither CAMs nor PNG masks in this folder")
-    source = _Source(prediction, None if masks else _rules(options, kind, manifest), manifest)
+    source = _Source(prediction, _rules(options, kind, manifest) if cams else None, manifest)
     table = _table(options, kind, manifest)
     placement = options.placement or kind.placements[0]
     finder = None if kind.cams else _finder(options, manifest, placement)
@@ -278,7 +290,7 @@ def _suffix(kind: type[Writer], files: dict[str, Path | None], placement: ImageP
 class _Source:
     """Masks, or CAMs made into masks."""
 
-    prediction: CamSet | LabelMaskFolder
+    prediction: CamSet | MaskSource
     rules: Rules | None
     manifest: Manifest
 
@@ -290,7 +302,7 @@ class _Source:
 
     def labels(self, identifier: str) -> LabelMask:
         """The mask of an image."""
-        if isinstance(self.prediction, LabelMaskFolder):
+        if not isinstance(self.prediction, CamSet):
             return self.prediction.read(identifier)
         cam = self.prediction[identifier]
         if self.rules is None:
@@ -299,7 +311,7 @@ class _Source:
 
     def maps(self, identifier: str) -> tuple[Any, Any] | None:
         """Classes and maps at the image's size, of CAMs that are exported as such."""
-        if self.rules is not None or isinstance(self.prediction, LabelMaskFolder):
+        if self.rules is not None or not isinstance(self.prediction, CamSet):
             return None
         cam = self.prediction[identifier]
         return cam.classes, cam.upsampled()

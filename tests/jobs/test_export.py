@@ -561,6 +561,12 @@ def test_corrected_masks_and_tags_come_back(project: Path, capsys: pytest.Captur
     assert learned["images"] == 3
     assert set(learned["left_out"]) == {"drawn", "damaged", "wrong size"}
 
+    onward = ("--classes", "classes.txt", "--image-folder", "photos", "--format", "voc")
+    assert main(["export", "project.json", *onward, "--out", "onward"]) == 0
+    np.testing.assert_array_equal(as_voc_mask("onward", "turned"), truth("turned", turned=False))
+    np.testing.assert_array_equal(as_voc_mask("onward", "plain"), found)
+    assert main(["export", "project.json", *onward[2:], "--out", "other"]) == 2
+
     labels = read_labels(project / "project.json", vocabulary)
     assert {key: {k + 1 for k in row} for key, row in labels.items()} == {
         key: set(np.unique(source.read(key)).tolist()) - {0, 255} for key in source.ids()
