@@ -25,7 +25,8 @@ def export(
         ),
     ] = None,
     format: Annotated[
-        ExportFormat, shared.output_option("--format", help=f"What to write: {shared.listed(ExportFormat)}.")
+        ExportFormat,
+        shared.output_option("--format", metavar="FORMAT", help=f"What to write: {shared.listed(ExportFormat)}."),
     ],
     out: Annotated[Path, shared.output_option(help="Folder to write.")] = Path("export"),
     images: Annotated[

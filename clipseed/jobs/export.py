@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from clipseed.data.dataset import ImageFinder, image_finder, relocated
 from clipseed.data.images import to_rgb
@@ -207,10 +208,11 @@ def _export(
         raise InputError(f"{options.source}: neither CAMs nor PNG masks in this folder")
     source = _Source(prediction, _rules(options, kind, manifest) if cams else None, manifest)
     table = _table(options, kind, manifest)
-    placement = options.placement or kind.placements[0]
-    finder = None if kind.cams else _finder(options, manifest, placement)
+    finder = None if kind.cams else _finder(options, manifest)
+    drawn = finder is not None and finder.folder is None
+    placement = options.placement or ("copy" if drawn else kind.placements[0])
     files = {key: None if finder is None else finder.path(key) for key in ids}
-    suffix, jpeg = _suffix(kind, files, placement)
+    suffix, jpeg = (".png", False) if drawn and kind.jpeg == "mixed" else _suffix(kind, files, placement)
     root = str(finder.folder.resolve()) if finder and finder.folder and placement == "reference" else None
     writer = kind(table, root, suffix, options.image_url)
     orient = options.orient or ("exif" if kind.turned else "stored")
@@ -254,7 +256,7 @@ def _export(
     return report
 
 
-def _finder(options: ExportOptions, manifest: Manifest, placement: ImagePlacement) -> ImageFinder:
+def _finder(options: ExportOptions, manifest: Manifest) -> ImageFinder:
     if options.image_folder is not None and options.root is not None:
         raise UsageError("--image-folder and --root: give one of them")
     if options.image_folder is not None and not is_folder(options.image_folder):
@@ -265,7 +267,7 @@ def _finder(options: ExportOptions, manifest: Manifest, placement: ImagePlacemen
     if not known or not isinstance(dataset, dict):
         raise UsageError(f"{options.source} does not say where its images are; name their folder with --image-folder")
     finder = image_finder(dataset, max_pixels=manifest.get("max_pixels"))
-    if finder.folder is None and placement != "copy":
+    if finder.folder is None and options.placement not in (None, "copy"):
         raise UsageError("--images: the images of the built-in world are drawn, not files; give --images copy")
     return finder
 
@@ -333,7 +335,8 @@ class _Maker:
 
     Attributes:
         jpeg: Images that are no JPEG become one.
-        rotated: Images whose EXIF turns them; ``reencoded``: that became JPEG; ``ignored``: whose 255 was lost.
+        rotated: Images whose EXIF turns them.
+        reencoded: Images that became JPEG.
     """
 
     source: _Source
@@ -431,8 +434,6 @@ class _Maker:
         image = to_rgb(finder(identifier))
         if self.orient == "exif" and header.orientation != 1:
             pixels = np.asarray(image).transpose(2, 0, 1)
-            from PIL import Image
-
             image = Image.fromarray(turned(pixels, header.orientation).transpose(1, 2, 0))
         buffer = io.BytesIO()
         if self.jpeg:

@@ -617,6 +617,25 @@ def test_what_annotation_tools_may_get_wrong(project: Path) -> None:
         LabelStudioMasks(project / "project.json", vocabulary)
 
 
+def test_drawn_images(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The built-in world has no files: its scenes become some, without loss where the format allows it."""
+    from clipseed.data.toy.dataset import toy_mask, toy_set
+
+    scenes = toy_set(load_vocabulary("toy"), 5, 2)
+    for sample in scenes.samples:
+        (project / "toy").mkdir(exist_ok=True)
+        write_label_mask(project / "toy" / f"{sample.id}.png", toy_mask(5, sample.id))
+    manifest = {"kind": "crf", "options": {}, "vocabulary": scenes.vocabulary.as_dict(), "dataset": scenes.manifest}
+    (project / "toy/manifest.json").write_text(json.dumps(manifest))
+    for kind in ("mmseg", "coco"):
+        assert main(["export", "toy", "--format", kind, "--out", f"toy-{kind}"]) == 0
+    assert main(["export", "toy", "--format", "coco", "--images", "link", "--out", "x"]) == 2
+    first = scenes.samples[0]
+    for path in ("toy-mmseg/img_dir/train", "toy-coco/images/train"):
+        stored = np.asarray(Image.open(project / path / f"{first.id}.png"))
+        np.testing.assert_array_equal(stored, np.asarray(scenes.reader(first)))
+
+
 def test_every_format_is_tested(project: Path) -> None:
     assert {*READERS, "yolo-polygons", "irn"} == set(WRITERS)
     with pytest.raises(InputError, match="neither CAMs nor"):
