@@ -9,7 +9,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import prepare, rate
+from clipseed.cli._run import prepare, rate, refuse_restricted_segmenter
 from clipseed.defaults import PREDICT_MAX_SIDE, DatasetName
 from clipseed.errors import UsageError
 
@@ -43,6 +43,7 @@ def predict(
     ] = None,
     reading: shared.ReadingArguments,
     tower: shared.TowerArguments,
+    permissive: shared.Permissive = False,
     max_side: Annotated[
         int, shared.model_option(help="Shrink longer images to this side; 0: never.", min=0)
     ] = PREDICT_MAX_SIDE,
@@ -91,6 +92,8 @@ def predict(
     given = shared.numbers(scales, "--scales") if scales is not None else None
     plain = (1.0, 0.75) if paper and labels is None else (1.0,)
     view = ViewOptions(given or plain, paper and labels is None if flip is None else flip, max_side, paper)
+    if permissive:
+        refuse_restricted_segmenter(segmenter, classes)
     run = prepare("predict", running, output)
     options = PredictOptions(
         segmenter=segmenter, data=data, out=out, classes=classes, labels_known=labels is not None, view=view, crf=crf,

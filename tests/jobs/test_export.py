@@ -19,6 +19,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from clipseed.cli.main import main
+from clipseed.clip import licenses
 from clipseed.data.labels import read_labels
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.defaults import ExportFormat
@@ -507,7 +508,9 @@ def test_brush_code() -> None:
     np.testing.assert_array_equal(brush_mask(packed.tolist(), (1, 2), "x"), [[True, True]])
 
 
-def test_corrected_masks_and_tags_come_back(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrected_masks_and_tags_come_back(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What annotators exported is ground truth, something to learn from, and image-level labels."""
     (project / "pseudo/damaged.png").unlink()
     assert export("labelstudio", "--allow-skipped") == 0
@@ -560,6 +563,13 @@ def test_corrected_masks_and_tags_come_back(project: Path, capsys: pytest.Captur
     learned = json.loads(capsys.readouterr().out)
     assert learned["images"] == 3
     assert set(learned["left_out"]) == {"drawn", "damaged", "wrong size"}
+
+    predicting = ["predict", "weclip.safetensors", "--images", "photos", "--permissive"]
+    assert main(predicting) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(licenses, "_OWN", licenses.UNKNOWN)
+        assert main(predicting) == 2
+    assert "is not known" in capsys.readouterr().err
 
     onward = ("--classes", "classes.txt", "--image-folder", "photos", "--format", "voc")
     assert main(["export", "project.json", *onward, "--out", "onward"]) == 0
