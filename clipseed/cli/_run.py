@@ -220,6 +220,20 @@ def refuse_restricted(tower: TowerArguments, dataset: str | None) -> None:
     refuse(tower.model, chosen_weights(tower.weights, dataset or "folder"))
 
 
+def refuse_restricted_segmenter(segmenter: Path, classes: str | None) -> None:
+    """The same for the CLIP that a segmenter was trained on; of an authors' checkpoint nothing is known.
+
+    Raises:
+        UsageError: its weights are not known to be free for commercial use.
+    """
+    from clipseed.clip.licenses import refuse_restricted as refuse
+    from clipseed.train.segmenter import read_segmenter
+
+    tower = read_segmenter(segmenter, classes).about.get("tower") or {}
+    model = tower.get("model")
+    refuse(None if model == "inferred" else model, str(tower.get("weights") or segmenter))
+
+
 def rate(report: RunReport) -> str:
     """`` in 12.3 s, 4.5 images/s``, or the seconds each one takes; nothing where nothing was computed."""
     computed = report.stats.computed

@@ -19,10 +19,14 @@ def export(
     *,
     source: Annotated[
         Optional[Path],
-        typer.Argument(metavar="[MASKS_OR_CAMS]", help="Folder of label masks, or CAMs (default: the newest stage's)."),
+        typer.Argument(
+            metavar="[MASKS_OR_CAMS]",
+            help="Folder of label masks, CAMs, or corrected masks (default: the newest stage's).",
+        ),
     ] = None,
     format: Annotated[
-        ExportFormat, shared.output_option("--format", help=f"What to write: {shared.listed(ExportFormat)}.")
+        ExportFormat,
+        shared.output_option("--format", metavar="FORMAT", help=f"What to write: {shared.listed(ExportFormat)}."),
     ],
     out: Annotated[Path, shared.output_option(help="Folder to write.")] = Path("export"),
     images: Annotated[

@@ -9,7 +9,7 @@ import typer
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import made, prepare
+from clipseed.cli._run import made, prepare, refuse_restricted_segmenter
 from clipseed.defaults import PREDICT_MAX_SIDE, DatasetName
 from clipseed.errors import UsageError
 
@@ -50,6 +50,7 @@ def predict(
     ] = None,
     reading: shared.ReadingArguments,
     tower: shared.TowerArguments,
+    permissive: shared.Permissive = False,
     max_side: Annotated[
         int, shared.model_option(help="Shrink longer images to this side; 0: never.", min=0)
     ] = PREDICT_MAX_SIDE,
@@ -106,6 +107,8 @@ def predict(
     view = ViewOptions(
         given or plain, paper and labels is None if flip is None else flip, max_side, window, window_stride, paper
     )
+    if permissive:
+        refuse_restricted_segmenter(segmenter, classes)
     run = prepare("predict", running, output)
     options = PredictOptions(
         segmenter=segmenter, data=data, out=out, classes=classes, labels_known=labels is not None, view=view, crf=crf,

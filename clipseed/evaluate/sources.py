@@ -78,6 +78,20 @@ class ToyTruth:
         return f"{self.name} {identifier}".encode()
 
 
+def is_annotated(path: Path) -> bool:
+    """Whether a path holds masks of an annotation tool: a JSON file, or an unpacked export of CVAT."""
+    return is_cvat_folder(path) or (path.suffix.lower() == ".json" and is_file(path))
+
+
+def open_annotated(path: Path, vocabulary: Vocabulary) -> MaskSource:
+    """Masks of an annotation tool, as that shows images: turned as their EXIF says.
+
+    Raises:
+        InputError: a malformed file.
+    """
+    return CvatMasks(path, vocabulary) if is_folder(path) else LabelStudioMasks(path, vocabulary)
+
+
 class AsStored:
     """Masks of an annotation tool on the pixels as image files store them.
 
@@ -150,12 +164,10 @@ def find_ground_truth(
     bases = [Path()]
     bases += [Path(str(root)) for root in (recorded.get("root"), os.environ.get("CLIPSEED_VOC")) if root]
     for base in bases:
+        if vocabulary and is_annotated(base / given):
+            return _lying(open_annotated(base / given, vocabulary), recorded, exif)
         if is_folder(base / given):
-            if vocabulary and is_cvat_folder(base / given):
-                return _lying(CvatMasks(base / given, vocabulary), recorded, exif)
             return LabelMaskFolder(base / given)
-        if vocabulary and given.lower().endswith(".json") and is_file(base / given):
-            return _lying(LabelStudioMasks(base / given, vocabulary), recorded, exif)
     looked = ", ".join(str((base / given).absolute()) for base in dict.fromkeys(bases))
     if given.lower().endswith(".zip") and is_file(Path(given)):
         raise InputError(f"{option} {given}: unpack it, and name the folder")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +111,7 @@ class Writer:
     ignores: ClassVar[tuple[IgnoreExport, ...]] = ("keep", "background")
     background: ClassVar[str | None] = "background"
     smallest: ClassVar[int] = 1
-    jpeg: ClassVar[str] = "never"
+    jpeg: ClassVar[Literal["never", "mixed", "always"]] = "never"
     addresses: ClassVar[bool] = False
     cams: ClassVar[bool] = False
     lost: ClassVar[str] = ""

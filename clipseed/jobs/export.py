@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from clipseed.data.dataset import ImageFinder, image_finder, relocated
 from clipseed.data.images import to_rgb
 from clipseed.data.orientation import ImageHeader, read_header, turned, turned_back
+from clipseed.data.paths import is_folder
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.evaluate.confusion import check_labels
+from clipseed.evaluate.sources import MaskSource, is_annotated, open_annotated
 from clipseed.formats.label_studio import LOCAL_FILES
 from clipseed.formats.writers import WRITERS
 from clipseed.formats.writing import IGNORE_NAME, ClassTable, Encoded, Item, TextFile, Writer
@@ -43,7 +46,7 @@ class ExportOptions:
     """Everything ``clipseed export`` can be told.
 
     Attributes:
-        source: Label masks, or CAMs.
+        source: Label masks, or CAMs; or masks of an annotation tool, which need ``classes``.
         placement: What becomes of the images; ``None``: what the format is best served with.
         image_folder, root: Where the images, or their data set, are now.
         orient: Whether masks lie on the stored pixels or as viewers turn the image; ``None``: as the format needs it.
@@ -109,15 +112,26 @@ def run_export(options: ExportOptions, start: Start | None = None) -> ExportRepo
         StoreError: it cannot be written, or the folder was exported with other settings.
     """
     kind = _checked(options)
+    if is_annotated(options.source):
+        if options.classes is None:
+            raise UsageError(f"{options.source}: say which classes its labels are, --classes voc, coco, toy or FILE")
+        annotated = open_annotated(options.source, load_vocabulary(options.classes))
+        _check_masks(options, kind)
+        return _export(options, kind, annotated, {"options": {"exif": True}}, start)
     prediction = open_prediction(options.source)
     if isinstance(prediction, LabelMaskFolder):
-        if kind.cams:
-            raise UsageError(f"--format {options.format} holds CAMs; {options.source} holds masks")
-        if options.threshold is not None or options.alpha is not None:
-            raise UsageError(f"--threshold and --alpha apply to CAMs; {options.source} holds finished masks")
+        _check_masks(options, kind)
         return _export(options, kind, prediction, prediction.manifest or {}, start)
     with prediction as cams:
         return _export(options, kind, cams, cams.manifest, start)
+
+
+def _check_masks(options: ExportOptions, kind: type[Writer]) -> None:
+    """Refuse what is asked of masks and makes sense for CAMs only."""
+    if kind.cams:
+        raise UsageError(f"--format {options.format} holds CAMs; {options.source} holds masks")
+    if options.threshold is not None or options.alpha is not None:
+        raise UsageError(f"--threshold and --alpha apply to CAMs; {options.source} holds finished masks")
 
 
 def _checked(options: ExportOptions) -> type[Writer]:
@@ -185,19 +199,20 @@ def _ignore(options: ExportOptions, kind: type[Writer]) -> IgnoreExport:
 
 
 def _export(
-    options: ExportOptions, kind: type[Writer], prediction: CamSet | LabelMaskFolder, manifest: Manifest,
+    options: ExportOptions, kind: type[Writer], prediction: CamSet | MaskSource, manifest: Manifest,
     start: Start | None,
 ) -> ExportReport:  # fmt: skip
-    masks = isinstance(prediction, LabelMaskFolder)
-    ids = sorted(prediction.ids()) if isinstance(prediction, LabelMaskFolder) else list(prediction)
+    cams = isinstance(prediction, CamSet)
+    ids = list(prediction) if isinstance(prediction, CamSet) else sorted(prediction.ids())
     if not ids:
         raise InputError(f"{options.source}: neither CAMs nor PNG masks in this folder")
-    source = _Source(prediction, None if masks else _rules(options, kind, manifest), manifest)
+    source = _Source(prediction, _rules(options, kind, manifest) if cams else None, manifest)
     table = _table(options, kind, manifest)
-    placement = options.placement or kind.placements[0]
-    finder = None if kind.cams else _finder(options, manifest, placement)
+    finder = None if kind.cams else _finder(options, manifest)
+    drawn = finder is not None and finder.folder is None
+    placement = options.placement or ("copy" if drawn else kind.placements[0])
     files = {key: None if finder is None else finder.path(key) for key in ids}
-    suffix, jpeg = _suffix(kind, files, placement)
+    suffix, jpeg = (".png", False) if drawn and kind.jpeg == "mixed" else _suffix(kind, files, placement)
     root = str(finder.folder.resolve()) if finder and finder.folder and placement == "reference" else None
     writer = kind(table, root, suffix, options.image_url)
     orient = options.orient or ("exif" if kind.turned else "stored")
@@ -241,14 +256,18 @@ def _export(
     return report
 
 
-def _finder(options: ExportOptions, manifest: Manifest, placement: ImagePlacement) -> ImageFinder:
+def _finder(options: ExportOptions, manifest: Manifest) -> ImageFinder:
+    if options.image_folder is not None and options.root is not None:
+        raise UsageError("--image-folder and --root: give one of them")
+    if options.image_folder is not None and not is_folder(options.image_folder):
+        raise UsageError(f"--image-folder {options.image_folder}: no such folder")
     moved = relocated(manifest, options.image_folder, options.root)
     dataset = moved.get("dataset")
     known = isinstance(dataset, dict) and (dataset.get("images") or dataset.get("name") == "toy")
     if not known or not isinstance(dataset, dict):
         raise UsageError(f"{options.source} does not say where its images are; name their folder with --image-folder")
     finder = image_finder(dataset, max_pixels=manifest.get("max_pixels"))
-    if finder.folder is None and placement != "copy":
+    if finder.folder is None and options.placement not in (None, "copy"):
         raise UsageError("--images: the images of the built-in world are drawn, not files; give --images copy")
     return finder
 
@@ -273,7 +292,7 @@ def _suffix(kind: type[Writer], files: dict[str, Path | None], placement: ImageP
 class _Source:
     """Masks, or CAMs made into masks."""
 
-    prediction: CamSet | LabelMaskFolder
+    prediction: CamSet | MaskSource
     rules: Rules | None
     manifest: Manifest
 
@@ -285,7 +304,7 @@ class _Source:
 
     def labels(self, identifier: str) -> LabelMask:
         """The mask of an image."""
-        if isinstance(self.prediction, LabelMaskFolder):
+        if not isinstance(self.prediction, CamSet):
             return self.prediction.read(identifier)
         cam = self.prediction[identifier]
         if self.rules is None:
@@ -294,7 +313,7 @@ class _Source:
 
     def maps(self, identifier: str) -> tuple[Any, Any] | None:
         """Classes and maps at the image's size, of CAMs that are exported as such."""
-        if self.rules is not None or isinstance(self.prediction, LabelMaskFolder):
+        if self.rules is not None or not isinstance(self.prediction, CamSet):
             return None
         cam = self.prediction[identifier]
         return cam.classes, cam.upsampled()
@@ -316,7 +335,8 @@ class _Maker:
 
     Attributes:
         jpeg: Images that are no JPEG become one.
-        rotated: Images whose EXIF turns them; ``reencoded``: that became JPEG; ``ignored``: whose 255 was lost.
+        rotated: Images whose EXIF turns them.
+        reencoded: Images that became JPEG.
     """
 
     source: _Source
@@ -414,8 +434,6 @@ class _Maker:
         image = to_rgb(finder(identifier))
         if self.orient == "exif" and header.orientation != 1:
             pixels = np.asarray(image).transpose(2, 0, 1)
-            from PIL import Image
-
             image = Image.fromarray(turned(pixels, header.orientation).transpose(1, 2, 0))
         buffer = io.BytesIO()
         if self.jpeg:

@@ -456,6 +456,10 @@ def test_coverage_and_single_images(
     assert main([*words, "--worst", "2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [item["id"] for item in data["worst"]] == [row["id"] for row in rows[:2]]
+    assert main(["report", *words[1:], "--out", str(tmp_path / "page.html")]) == 0
+    told = f"{100 * covered / known:.2f} % of the pixels are labelled; mean IoU there"
+    assert told in capsys.readouterr().err
+    assert told in (tmp_path / "page.html").read_text()
     assert data["coverage"] == covered / known
 
 

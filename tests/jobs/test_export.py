@@ -19,6 +19,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from clipseed.cli.main import main
+from clipseed.clip import licenses
 from clipseed.data.labels import read_labels
 from clipseed.data.vocabulary import load_vocabulary
 from clipseed.defaults import ExportFormat
@@ -391,6 +392,7 @@ def test_links_references_and_what_formats_refuse(project: Path, capsys: pytest.
         ("irn", (), "holds masks"),
         ("coco", ("--threshold", "0.3"), "apply to CAMs"),
         ("coco", ("--background-class", "tree"), "give another name"),
+        ("coco", ("--image-folder", "nowhere"), "--image-folder nowhere: no such folder"),
     ):
         assert main(["export", "pseudo", "--format", kind, "--out", "refused", *words]) == 2
         assert told in capsys.readouterr().err
@@ -506,7 +508,9 @@ def test_brush_code() -> None:
     np.testing.assert_array_equal(brush_mask(packed.tolist(), (1, 2), "x"), [[True, True]])
 
 
-def test_corrected_masks_and_tags_come_back(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrected_masks_and_tags_come_back(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What annotators exported is ground truth, something to learn from, and image-level labels."""
     (project / "pseudo/damaged.png").unlink()
     assert export("labelstudio", "--allow-skipped") == 0
@@ -551,6 +555,27 @@ def test_corrected_masks_and_tags_come_back(project: Path, capsys: pytest.Captur
     assert main(["evaluate", "pseudo", "--gt", "as-cvat", *words]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert (scores["miou"], scores["images"]) == (1.0, 3)
+
+    words = ("--classes", "classes.txt", "--labels", "project.json", "--masks", "project.json", "--weights", "toy")
+    small = ("--steps", "1", "--batch-size", "2", "--crop", "32", "--width", "8", "--blocks", "1", "--heads", "1")
+    folder = ("--dataset", "folder", "--images", "photos", "--json", "--rfm-layers", "2")
+    assert main(["train", "weclip", *folder, *words, *small]) in (0, 3)
+    learned = json.loads(capsys.readouterr().out)
+    assert learned["images"] == 3
+    assert set(learned["left_out"]) == {"drawn", "damaged", "wrong size"}
+
+    predicting = ["predict", "weclip.safetensors", "--images", "photos", "--permissive"]
+    assert main(predicting) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(licenses, "_OWN", licenses.UNKNOWN)
+        assert main(predicting) == 2
+    assert "is not known" in capsys.readouterr().err
+
+    onward = ("--classes", "classes.txt", "--image-folder", "photos", "--format", "voc")
+    assert main(["export", "project.json", *onward, "--out", "onward"]) == 0
+    np.testing.assert_array_equal(as_voc_mask("onward", "turned"), truth("turned", turned=False))
+    np.testing.assert_array_equal(as_voc_mask("onward", "plain"), found)
+    assert main(["export", "project.json", *onward[2:], "--out", "other"]) == 2
 
     labels = read_labels(project / "project.json", vocabulary)
     assert {key: {k + 1 for k in row} for key, row in labels.items()} == {
@@ -600,6 +625,25 @@ def test_what_annotation_tools_may_get_wrong(project: Path) -> None:
     (project / "project.json").write_text(json.dumps([{"image": "x", "id": 1}]))
     with pytest.raises(InputError, match="JSON-MIN"):
         LabelStudioMasks(project / "project.json", vocabulary)
+
+
+def test_drawn_images(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The built-in world has no files: its scenes become some, without loss where the format allows it."""
+    from clipseed.data.toy.dataset import toy_mask, toy_set
+
+    scenes = toy_set(load_vocabulary("toy"), 5, 2)
+    for sample in scenes.samples:
+        (project / "toy").mkdir(exist_ok=True)
+        write_label_mask(project / "toy" / f"{sample.id}.png", toy_mask(5, sample.id))
+    manifest = {"kind": "crf", "options": {}, "vocabulary": scenes.vocabulary.as_dict(), "dataset": scenes.manifest}
+    (project / "toy/manifest.json").write_text(json.dumps(manifest))
+    for kind in ("mmseg", "coco"):
+        assert main(["export", "toy", "--format", kind, "--out", f"toy-{kind}"]) == 0
+    assert main(["export", "toy", "--format", "coco", "--images", "link", "--out", "x"]) == 2
+    first = scenes.samples[0]
+    for path in ("toy-mmseg/img_dir/train", "toy-coco/images/train"):
+        stored = np.asarray(Image.open(project / path / f"{first.id}.png"))
+        np.testing.assert_array_equal(stored, np.asarray(scenes.reader(first)))
 
 
 def test_every_format_is_tested(project: Path) -> None:

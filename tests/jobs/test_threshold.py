@@ -195,3 +195,23 @@ def test_from_python(folder: Path) -> None:
     with open_cams("cams.h5") as cams:
         for key, cam in cams.items():
             np.testing.assert_array_equal(cam.label_mask(threshold=0.4), read_label_mask(Path(f"pseudo/{key}.png")))
+
+
+def test_a_legend_lies_beside_the_masks(folder: Path) -> None:
+    """It follows the classes; a file of its name that is somebody's own stays."""
+    assert thresholded("cams.h5", "--threshold", "0.4") == 0
+    legend = folder / "pseudo" / "classes.csv"
+    rows = [line.split(",") for line in legend.read_text().splitlines()]
+    names = load_vocabulary("voc").class_names
+    assert rows[0] == ["value", "name", "color"]
+    assert [(int(value), name) for value, name, _ in rows[1:]] == [
+        (0, "background"), *enumerate(names, 1), (255, "ignore"),
+    ]  # fmt: skip
+    assert [color for _, _, color in rows[1:4]] == ["#000000", "#800000", "#008000"]
+    legend.write_text("value,name,color\n0,old,#000000\n")
+    assert thresholded("cams.h5", "--threshold", "0.4") == 0
+    assert legend.read_text().splitlines()[1] == "0,background,#000000"
+    Path("mine").mkdir()
+    Path("mine/classes.csv").write_text("cat\ndog\n")
+    assert thresholded("cams.h5", "--threshold", "0.4", "--out", "mine") == 0
+    assert Path("mine/classes.csv").read_text() == "cat\ndog\n"
