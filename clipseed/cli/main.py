@@ -22,6 +22,7 @@ from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
 from clipseed.cli.refine import caa, js, par
 from clipseed.cli.report import report
+from clipseed.cli.reproduce import reproduce
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
@@ -71,6 +72,7 @@ app.command("evaluate", cls=Command)(evaluate)
 app.command("report", cls=Command)(report)
 app.command("inspect", cls=Command)(inspect)
 app.command("prompts", cls=Command)(prompts)
+app.command("reproduce", cls=Command)(reproduce)
 app.command("demo", cls=Command)(demo)
 app.command("doctor", cls=Command)(doctor)
 
