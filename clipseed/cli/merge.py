@@ -17,7 +17,10 @@ from clipseed.cli._run import tell_empty
 def merge(
     *,
     sources: Annotated[
-        list[Path], typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks.")
+        list[Path],
+        typer.Argument(
+            metavar="OUTPUTS", help="Outputs of the same command: NAME.h5, folder of units, or folders of masks."
+        ),
     ],
     out: Annotated[
         Optional[Path],

@@ -33,7 +33,8 @@ class SourceArguments:
     """What is refined, into what, and where its images are."""
 
     source: Annotated[
-        Optional[Path], typer.Argument(help="CAMs to refine (default: what the stage before left here).")
+        Optional[Path],
+        typer.Argument(metavar="CAMS", help="CAMs to refine (default: what the stage before left here)."),
     ] = None
     out: Annotated[
         Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the CAMs).")

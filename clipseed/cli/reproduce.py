@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @grouped()
 def reproduce(
     *,
-    system: Annotated[ReproducedSystem, typer.Argument(help="clip-es, weclip or fma-wsss.")],
+    system: Annotated[ReproducedSystem, typer.Argument(metavar="SYSTEM", help="clip-es, weclip or fma-wsss.")],
     dataset: Annotated[
         ReproduceDataset, shared.data_option(help="voc, coco, or toy, whose numbers nobody has published.")
     ] = "voc",

@@ -16,7 +16,7 @@ from clipseed.cli._run import prepare, rate
 def threshold(
     *,
     source: Annotated[
-        Optional[Path], typer.Argument(metavar="[CAMS]", help="CAMs (default: what the stage before left here).")
+        Optional[Path], typer.Argument(metavar="CAMS", help="CAMs (default: what the stage before left here).")
     ] = None,
     threshold: Annotated[
         Optional[float], shared.method_option(help="Background score everywhere, 0 to below 1 (see clipseed evaluate).")
