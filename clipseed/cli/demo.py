@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SCENES = 60
 
 
-@grouped()
+@grouped
 def demo(
     *,
     out: Annotated[Path, shared.output_option(help="Folder for the demo's files.")] = Path("demo"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clipseed.jobs.evaluate import EvaluateReport
 
 
-@grouped()
+@grouped
 def evaluate(
     *,
     prediction: Annotated[

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipseed.jobs.inspect import AnyInspection, CamInspection, FeatureInspection, SegmentInspection
 
 
-@grouped()
+@grouped
 def inspect(
     *,
     cams: Annotated[

@@ -13,7 +13,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import tell_empty
 
 
-@grouped()
+@grouped
 def merge(
     *,
     sources: Annotated[

@@ -71,7 +71,7 @@ class AffinityArguments:
         return {"box_threshold": self.box_threshold, "weights": self.weights, "caa": constants}
 
 
-@grouped()
+@grouped
 def caa(
     *,
     source: SourceArguments,
@@ -91,7 +91,7 @@ def caa(
     return _run("caa", source, running, output, compute.parsed(), paper=paper, **affinity.parsed())
 
 
-@grouped()
+@grouped
 def js(
     *,
     source: SourceArguments,
@@ -105,7 +105,7 @@ def js(
     return _run("js", source, running, output, compute.parsed(), temperature=temperature, **affinity.parsed())
 
 
-@grouped()
+@grouped
 def par(
     *,
     source: SourceArguments,

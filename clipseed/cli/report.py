@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _page_option = partial(typer.Option, rich_help_panel="Page")
 
 
-@grouped()
+@grouped
 def report(
     *,
     inputs: Annotated[

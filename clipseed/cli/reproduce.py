@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clipseed.jobs.reproduce import Scored, Step
 
 
-@grouped()
+@grouped
 def reproduce(
     *,
     system: Annotated[ReproducedSystem, typer.Argument(metavar="SYSTEM", help="clip-es, weclip or fma-wsss.")],

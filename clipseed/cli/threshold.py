@@ -12,7 +12,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import prepare, rate
 
 
-@grouped()
+@grouped
 def threshold(
     *,
     source: Annotated[

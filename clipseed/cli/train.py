@@ -113,7 +113,7 @@ class WeclipArguments:
         return given
 
 
-@grouped()
+@grouped
 def weclip(
     *,
     where: shared.DatasetArguments,

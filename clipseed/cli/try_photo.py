@@ -14,7 +14,7 @@ from clipseed.cli._run import say_toy_is_no_photo
 from clipseed.defaults import LabelRecipe
 
 
-@grouped()
+@grouped
 def try_photo(
     *,
     photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="An image.")],

@@ -301,6 +301,8 @@ def _fma_wsss(options: ReproduceOptions) -> list[Step]:
     family = "coco" if options.dataset == "coco" else "voc"
     where, clip, device = _images(options, split), _clip(options), ("--device", options.device)
     checkpoint = ("--checkpoint", options.checkpoint) if options.checkpoint else ()
+    if options.dataset == "toy":
+        checkpoint = (*checkpoint, "--points-per-side", "16", "--crop-layers", "0")  # for images of 200 pixels
     training = ("--steps", str(options.steps)) if options.steps else ()
     fine_maps = "{out}/cams-fine.h5" if family == "coco" else "{out}/cams-fine-caa.h5"
     published = {
@@ -316,8 +318,8 @@ def _fma_wsss(options: ReproduceOptions) -> list[Step]:
         return Step(f"{stage} CAMs after CAA", words)
 
     def cams(stage: str, prompts: str) -> Step:
-        words = ("cam", *where, "--prompts", f"{{out}}/{prompts}.safetensors", "--out", f"{{out}}/cams-{stage}.h5",
-                 *clip)  # fmt: skip
+        words = ("cam", *where, "--prompts", f"{{out}}/{prompts}.safetensors", "--raw",
+                 "--out", f"{{out}}/cams-{stage}.h5", *clip)  # fmt: skip
         return Step(f"{stage} CAMs", words)
 
     def seeds(stage: str, maps: str, score: Score | None) -> Step:

@@ -19,6 +19,8 @@ _RECORDS = _CAMS | {"sam-masks"}
 _MASKS = frozenset({"label", "crf", "threshold", "sam-seed", "predict"})
 _READ_BY: dict[str, frozenset[str]] = {
     "evaluate": _CAMS | _MASKS,
+    "export": _MASKS,
+    "irn": _CAMS,
     "report": _CAMS | _MASKS,
     "inspect": _RECORDS,
     "crf": _CAMS,
@@ -31,8 +33,8 @@ _READ_BY: dict[str, frozenset[str]] = {
 }
 """Outputs of which commands each command reads; scores that were kept beside label masks are never meant."""
 _DOES = {
-    "evaluate": "score", "report": "report on", "inspect": "show", "crf": "label", "threshold": "label",
-    "sam-seed": "label", "sam-masks": "segment",
+    "evaluate": "score", "report": "report on", "inspect": "show", "export": "export", "irn": "export", "crf": "label",
+    "threshold": "label", "sam-seed": "label", "sam-masks": "segment",
 }  # fmt: skip
 
 
