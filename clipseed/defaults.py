@@ -14,6 +14,8 @@ EngineName = Literal["local", "ray"]
 EmptyPolicy = Literal["background", "ignore", "skip"]
 """What becomes of the label mask of an image in which some label got no pixel."""
 
+ReproducedSystem = Literal["clip-es", "weclip", "fma-wsss"]
+ReproduceDataset = Literal["voc", "coco", "toy"]
 LabelRecipe = Literal["clip-es", "svc", "segments"]
 """What ``clipseed label`` does with an image (:data:`clipseed.jobs.label.RECIPES`)."""
 CamMethod = Literal["softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"]

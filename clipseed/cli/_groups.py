@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints, overload
 
 from typer.core import TyperCommand, TyperOption
 from typer.models import OptionInfo
@@ -19,12 +19,21 @@ from typer.models import OptionInfo
 MORE = "More"
 
 
-def grouped(*, first: Sequence[str] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
+@overload
+def grouped(command: Callable[..., int]) -> Callable[..., int]: ...
+
+
+@overload
+def grouped(*, first: Sequence[str]) -> Callable[[Callable[..., int]], Callable[..., int]]: ...
+
+
+def grouped(command: Callable[..., int] | None = None, *, first: Sequence[str] = ()) -> Any:
     """Let a command take groups: each field of a parameter that is a dataclass becomes an option of its own.
 
     The order of the parameters is that of the help text. Typer sees the options, the command gets the group filled in.
 
     Args:
+        command: The command, where this is its decorator as it stands.
         first: Names of the options that most runs need, in their order; all others stand under "More". Without any,
             options stand in the panels that they were declared with.
     """
@@ -52,7 +61,7 @@ def grouped(*, first: Sequence[str] = ()) -> Callable[[Callable[..., int]], Call
         del run.__wrapped__  # whoever asks for the signature gets the options
         return run
 
-    return decorated
+    return decorated if command is None else decorated(command)
 
 
 class Command(TyperCommand):

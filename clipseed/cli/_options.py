@@ -354,6 +354,12 @@ def allowed_skips(text: str | None) -> float:
     return number
 
 
+def refuse_no_png(path: Path | None, option: str) -> None:
+    """Raise UsageError for a picture whose name promises another format than PNG."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise UsageError(f"{option} {path}: it becomes a PNG; give NAME.png")
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given; the others keep the job's own defaults."""
     return {name: value for name, value in options.items() if value is not None}
@@ -366,7 +372,7 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         UsageError: not numbers.
     """
     try:
-        found = tuple(float(part) for part in text.split(",") if part.strip())
+        found = tuple(float(part) for part in text.split(",")) if text.strip() else ()
     except ValueError as error:
         raise UsageError(f"{option} {text[:40]}: give numbers separated by commas") from error
     if not found:

@@ -189,7 +189,10 @@ def exit_code(console: Console, left_out: int, allowed: float) -> int:
     if left_out <= allowed:
         return 0
     if allowed:
-        console.warn(f"--allow-skipped {allowed:g}: {counted(left_out, 'image')} left out, so the exit code is 3")
+        were = "was" if left_out == 1 else "were"
+        console.warn(
+            f"--allow-skipped {allowed:g}: {counted(left_out, 'image')} {were} left out, so the exit code is 3"
+        )
     return 3
 
 

@@ -19,7 +19,9 @@ _kernel_option = partial(typer.Option, rich_help_panel="Kernels (default: the pr
 @grouped(first=("source", "confidence", "alpha", "preset", "solver", "soft", "empty", "out", "device"))
 def crf(
     *,
-    source: Annotated[Optional[Path], typer.Argument(help="CAMs (default: what the stage before left here).")] = None,
+    source: Annotated[
+        Optional[Path], typer.Argument(metavar="CAMS", help="CAMs (default: what the stage before left here).")
+    ] = None,
     out: Annotated[Path, shared.output_option(help="Folder for the masks.")] = Path("pseudo"),
     solver: Annotated[CrfSolver, typer.Option(help="pydensecrf runs in worker processes, on CPUs.")] = "torch",
     preset: Annotated[CrfPreset, typer.Option(help="Whose published kernels.")] = "clip-es",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SCENES = 60
 
 
-@grouped()
+@grouped
 def demo(
     *,
     out: Annotated[Path, shared.output_option(help="Folder for the demo's files.")] = Path("demo"),
@@ -82,8 +82,8 @@ def demo(
         print_json({"stages": [s.as_dict() for s in result.stages], "previews": list(map(str, result.previews))})
     labels, maps = result.previews
     console.note(
-        f"\n{labels}: images, their truth, maps and pseudo-labels\n{maps}: every map by itself\n\nTry next:\n"
-        + "\n".join(f"  {line}" for line in _next_commands(out))
+        f"\n{labels}: images, their truth, CAM, CAA, labels by CRF and by segments\n{maps}: every map by itself\n"
+        "\nTry next:\n" + "\n".join(f"  {line}" for line in _next_commands(out))
     )
     return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, percent, print_json, print_table, some
+from clipseed.cli._console import Console, counted, percent, print_json, print_table, some
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code, last_output
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from clipseed.jobs.evaluate import EvaluateReport
 
 
-@grouped()
+@grouped
 def evaluate(
     *,
     prediction: Annotated[
         Optional[Path],
         typer.Argument(
-            help="CAMs (.h5 or folder of units) or a folder of PNG masks (default: the last one made here)."
+            metavar="CAMS_OR_MASKS",
+            help="CAMs (.h5 or folder of units) or a folder of PNG masks (default: the last one made here).",
         ),
     ] = None,
     scoring: shared.ScoringArguments,
@@ -76,7 +77,7 @@ def _warn(console: Console, report: EvaluateReport) -> None:
     if report.missing_ground_truth:
         ids = report.missing_ground_truth
         console.warn(f"{len(ids)} predictions have no ground truth and were not scored: {some(ids)}")
-    if report.missing_predictions:
+    if report.missing_predictions and report.missing_matter:
         ids = report.missing_predictions
         where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
         console.warn(f"{len(ids)} {where} have no prediction and were not scored: {some(ids)}")
@@ -111,7 +112,8 @@ def _print(report: EvaluateReport) -> None:
         best = " (best of the sweep)" if len(report.curve) > 1 else ""
         setting = f", threshold {report.threshold:g}{best}"
     rows = [(name, percent(value)) for name, value in _rows(report)]
-    print_table((f"{report.prediction} on {report.split}, {report.images} images{setting}", "%"), rows)
+    typer.echo(f"{report.prediction} on {report.split}, {counted(report.images, 'image')}{setting}")
+    print_table(("class", "%"), rows)
 
 
 def _write_csv(path: Path, report: EvaluateReport) -> None:

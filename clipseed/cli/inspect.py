@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from clipseed.jobs.inspect import AnyInspection, CamInspection, FeatureInspection, SegmentInspection
 
 
-@grouped()
+@grouped
 def inspect(
     *,
     cams: Annotated[
-        Optional[Path], typer.Argument(help="CAMs, segments or features file (default: the last one made here).")
+        Optional[Path],
+        typer.Argument(metavar="OUTPUT", help="CAMs, segments or features file (default: the last one made here)."),
     ] = None,
     preview: Annotated[Optional[Path], shared.output_option(help="Write an overlay of some maps to this PNG.")] = None,
     count: Annotated[int, typer.Option(help="Images in the preview.", min=1, max=64)] = 4,
@@ -38,6 +39,7 @@ def inspect(
     for name, value in (("id", id), ("images", images), ("root", root)):
         if value and preview is None:
             raise UsageError(f"--{name} belongs to --preview")
+    shared.refuse_no_png(preview, "--preview")
     refuse_unwritable(preview, "--preview")
     chosen = cams or last_output(Console(output.quiet), "inspect")
     inspection = inspect_output(chosen, verify=verify)

@@ -114,4 +114,5 @@ def _summary(done: LabelReport) -> str:
 def _next_commands(done: LabelReport) -> list[str]:
     folder = shlex.quote(str(done.out))
     score = [f"clipseed evaluate {folder}"] if done.ground_truth else []
-    return [f"clipseed report {folder}", *score, f"clipseed export {folder} --format voc --out labels-voc"]
+    shown = folder if done.kept is None else f"{shlex.quote(str(done.kept))} {folder}"
+    return [f"clipseed report {shown}", *score, f"clipseed export {folder} --format voc --out labels-voc"]

@@ -25,6 +25,7 @@ from clipseed.cli.predict import predict
 from clipseed.cli.prompts import prompts
 from clipseed.cli.refine import caa, js, par
 from clipseed.cli.report import report
+from clipseed.cli.reproduce import reproduce
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
@@ -35,8 +36,13 @@ from clipseed.cli.try_photo import try_photo
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__
 
-EXIT_CODES = """Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored;
-130 and 143 interrupted (the same command goes on)."""
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some inputs were skipped or not scored; 130 and 143 "
+    "interrupted (the same command goes on)."
+)
+
+START, STEPS = "From images to labels", "The same, step by step"
+LEARN, LOOK = "Segmenters and published systems", "What came of it"
 
 
 def _show_version(value: bool) -> None:
@@ -57,32 +63,33 @@ app = typer.Typer(
 _refine = typer.Typer(help="Refine CAMs: spread them along attention, or along colours.", no_args_is_help=True)
 _train = typer.Typer(help="Train a segmenter, or prompts, with the help of a frozen CLIP.", no_args_is_help=True)
 
-app.command("label", cls=Command)(label)
-app.command("try", cls=Command)(try_photo)
-app.command("cam", cls=Command)(cam)
-app.add_typer(_refine, name="refine")
+app.command("label", cls=Command, rich_help_panel=START)(label)
+app.command("try", cls=Command, rich_help_panel=START)(try_photo)
+app.command("demo", cls=Command, rich_help_panel=START)(demo)
+app.command("doctor", cls=Command, rich_help_panel=START)(doctor)
+app.command("models", cls=Command, rich_help_panel=START)(models)
+app.command("cam", cls=Command, rich_help_panel=STEPS)(cam)
+app.add_typer(_refine, name="refine", rich_help_panel=STEPS)
 _refine.command("caa", cls=Command)(caa)
 _refine.command("js", cls=Command)(js)
 _refine.command("par", cls=Command)(par)
-app.command("threshold", cls=Command)(threshold)
-app.command("crf", cls=Command)(crf)
-app.command("sam-masks", cls=Command)(sam_masks)
-app.command("sam-seed", cls=Command)(sam_seed)
-app.add_typer(_train, name="train")
+app.command("threshold", cls=Command, rich_help_panel=STEPS)(threshold)
+app.command("crf", cls=Command, rich_help_panel=STEPS)(crf)
+app.command("sam-masks", cls=Command, rich_help_panel=STEPS)(sam_masks)
+app.command("sam-seed", cls=Command, rich_help_panel=STEPS)(sam_seed)
+app.command("merge", cls=Command, rich_help_panel=STEPS)(merge)
+app.command("prompts", cls=Command, rich_help_panel=STEPS)(prompts)
+app.add_typer(_train, name="train", rich_help_panel=LEARN)
 _train.command("weclip", cls=Command)(weclip)
 _train.command("prompts", cls=Command)(train_prompts)
 _train.command("bridge", cls=Command)(bridge)
-app.command("predict", cls=Command)(predict)
-app.command("export-model", cls=Command)(export_model)
-app.command("merge", cls=Command)(merge)
-app.command("evaluate", cls=Command)(evaluate)
-app.command("report", cls=Command)(report)
-app.command("export", cls=Command)(export)
-app.command("inspect", cls=Command)(inspect)
-app.command("prompts", cls=Command)(prompts)
-app.command("demo", cls=Command)(demo)
-app.command("models", cls=Command)(models)
-app.command("doctor", cls=Command)(doctor)
+app.command("predict", cls=Command, rich_help_panel=LEARN)(predict)
+app.command("export-model", cls=Command, rich_help_panel=LEARN)(export_model)
+app.command("reproduce", cls=Command, rich_help_panel=LEARN)(reproduce)
+app.command("evaluate", cls=Command, rich_help_panel=LOOK)(evaluate)
+app.command("report", cls=Command, rich_help_panel=LOOK)(report)
+app.command("inspect", cls=Command, rich_help_panel=LOOK)(inspect)
+app.command("export", cls=Command, rich_help_panel=LOOK)(export)
 
 
 @app.callback()

@@ -13,11 +13,14 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import tell_empty
 
 
-@grouped()
+@grouped
 def merge(
     *,
     sources: Annotated[
-        list[Path], typer.Argument(help="Outputs of the same command: NAME.h5, folder of units, or folders of masks.")
+        list[Path],
+        typer.Argument(
+            metavar="OUTPUTS", help="Outputs of the same command: NAME.h5, folder of units, or folders of masks."
+        ),
     ],
     out: Annotated[
         Optional[Path],

@@ -21,7 +21,7 @@ OWN = "own"
 def predict(
     *,
     segmenter: Annotated[
-        Path, typer.Argument(help="File of clipseed train, or a checkpoint of WeCLIP's authors.")
+        Path, typer.Argument(metavar="SEGMENTER", help="File of clipseed train, or a checkpoint of WeCLIP's authors.")
     ] = Path("weclip.safetensors"),
     dataset: Annotated[
         Optional[DatasetName], shared.data_option(help="toy is built in (default: folder, with --images).")

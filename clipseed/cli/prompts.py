@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clipseed.runtime.stream import Advance
 
 
-@grouped()
+@grouped
 def prompts(
     *,
     where: shared.DatasetArguments,

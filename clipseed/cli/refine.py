@@ -34,7 +34,8 @@ class SourceArguments:
     """What is refined, into what, and where its images are."""
 
     source: Annotated[
-        Optional[Path], typer.Argument(help="CAMs to refine (default: what the stage before left here).")
+        Optional[Path],
+        typer.Argument(metavar="CAMS", help="CAMs to refine (default: what the stage before left here)."),
     ] = None
     out: Annotated[
         Optional[Path], shared.output_option(help="NAME.h5 or a folder (default: NAME-METHOD.h5 beside the CAMs).")
@@ -79,7 +80,7 @@ class AffinityArguments:
         return {"box_threshold": self.box_threshold, "weights": self.weights, "caa": constants}
 
 
-@grouped()
+@grouped
 def caa(
     *,
     source: SourceArguments,
@@ -108,7 +109,7 @@ def caa(
     return _run("caa", source, running, output, compute.parsed(), paper=paper, preset=preset, **constants)
 
 
-@grouped()
+@grouped
 def js(
     *,
     source: SourceArguments,
@@ -127,7 +128,7 @@ def js(
     )
 
 
-@grouped()
+@grouped
 def par(
     *,
     source: SourceArguments,

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _page_option = partial(typer.Option, rich_help_panel="Page")
 
 
-@grouped()
+@grouped
 def report(
     *,
     inputs: Annotated[
         Optional[list[Path]],
         typer.Argument(
-            metavar="CAMS_OR_MASKS...",
+            metavar="CAMS_OR_MASKS",
             help="CAMs (.h5 or folder of units) or folders of PNG masks; several are compared "
             "(default: the last one made here). Or one segmenter (.safetensors): how it learned.",
         ),

@@ -19,7 +19,7 @@ def sam_seed(
     source: Annotated[
         Optional[Path],
         typer.Argument(
-            metavar="[CAMS]",
+            metavar="CAMS",
             help="CAMs (default: what the stage before left here), or for vote a folder of label masks.",
         ),
     ] = None,

@@ -12,11 +12,11 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import made, prepare
 
 
-@grouped()
+@grouped
 def threshold(
     *,
     source: Annotated[
-        Optional[Path], typer.Argument(metavar="[CAMS]", help="CAMs (default: what the stage before left here).")
+        Optional[Path], typer.Argument(metavar="CAMS", help="CAMs (default: what the stage before left here).")
     ] = None,
     threshold: Annotated[
         Optional[float], shared.method_option(help="Background score everywhere, 0 to below 1 (see clipseed evaluate).")

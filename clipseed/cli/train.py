@@ -127,7 +127,7 @@ class WeclipArguments:
         return given
 
 
-@grouped()
+@grouped
 def weclip(
     *,
     where: shared.DatasetArguments,

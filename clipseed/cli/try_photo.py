@@ -14,11 +14,13 @@ from clipseed.cli._run import say_toy_is_no_photo
 from clipseed.defaults import LabelRecipe
 
 
-@grouped()
+@grouped
 def try_photo(
     *,
-    photo: Annotated[Path, typer.Argument(help="An image.")],
-    words: Annotated[list[str], typer.Argument(help="What it shows: one word or phrase for each class.")],
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="An image.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="WORDS", help="What it shows: one word or phrase for each class.")
+    ],
     out: Annotated[
         Optional[Path], shared.output_option(help="The PNG to write (default: NAME-try.png in this folder).")
     ] = None,
@@ -46,6 +48,7 @@ def try_photo(
 
     console = Console(output.quiet)
     place = out or Path(f"{photo.stem}-try.png")
+    shared.refuse_no_png(place, "--out")
     refuse_unwritable(place, "--out")
     if tower.weights == TOY_WEIGHTS:
         say_toy_is_no_photo(console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from typing import Any
 
@@ -29,7 +30,9 @@ def named_config(model: str) -> Config:
 
     config = open_clip.get_model_config(model.replace("/", "-"))
     if config is None:
-        raise WeightsError(f"--model {model}: unknown to open_clip; supported are {', '.join(supported_models())}")
+        near = difflib.get_close_matches(model, supported_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"supported are {', '.join(supported_models())}"
+        raise WeightsError(f"--model {model}: unknown to open_clip; {hint}")
     refuse_unsupported(config, f"--model {model}")
     return copy.deepcopy(config)
 

@@ -302,6 +302,7 @@ def _from_tag(model: str, tag: str) -> tuple[Checkpoint, Activation, Pixels]:
 
     entry = pretrained.get_pretrained_cfg(model, tag)
     if not entry:
+        named_config(model)  # an unknown model is what is wrong, not its tag
         tags = pretrained.list_pretrained_tags_by_model(model)
         known = ", ".join(tags) if tags else f"none for model {model!r}"
         raise WeightsError(f"--weights {tag}: neither a file nor a pretrained tag (known: {known}, toy)")

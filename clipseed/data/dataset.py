@@ -82,7 +82,10 @@ def open_dataset(options: DatasetOptions) -> ImageSet:
         raise UsageError(f"--labels folders: images of --dataset {options.dataset} do not lie in folders of classes")
     image_set = openers[options.dataset](options)
     if options.templates:
-        vocabulary = checked(replace(image_set.vocabulary, templates=options.templates), "--template")
+        try:
+            vocabulary = checked(replace(image_set.vocabulary, templates=options.templates), "--template")
+        except InputError as error:
+            raise UsageError(str(error)) from error
         image_set = replace(image_set, vocabulary=vocabulary)
     if options.background is not None:
         image_set = replace(image_set, vocabulary=choose_background(image_set.vocabulary, options.background))
@@ -144,6 +147,8 @@ def _source(options: DatasetOptions, images: Path) -> dict[str, str | int]:
 def _open_voc(options: DatasetOptions) -> ImageSet:
     vocabulary = _vocabulary(options, "voc")
     root = voc.find_devkit(options.root).resolve()
+    if options.labels is None and not (options.images_only or options.auto_labels or is_folder(root / "Annotations")):
+        raise InputError(f"{root}: no Annotations folder, which says what images show; give --labels FILE, or auto")
     split, samples = voc.read_devkit(root, options.split, vocabulary, _labels(options, vocabulary))
     truth = root / "SegmentationClass"
     return ImageSet(
@@ -183,6 +188,8 @@ def _open_folder(options: DatasetOptions) -> ImageSet:
         vocabulary, known = _folder_labels(options)
     labels = known.labels
     if options.split:
+        if not is_file(Path(options.split)):
+            raise InputError(f"--split {options.split}: no such file; of a folder it is a file with one id per line")
         name, ids = Path(options.split).stem, read_split(Path(options.split))
     else:
         # Labelled ids that have no image stay in the list, so that the run reports them.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from clipseed.data.paths import CAMERA_SUFFIXES, IMAGE_SUFFIXES, is_folder
+from clipseed.data.paths import CAMERA_SUFFIXES, IMAGE_SUFFIXES, is_file, is_folder
 from clipseed.data.text_files import read_text
 from clipseed.data.types import check_id
 from clipseed.errors import InputError
@@ -23,6 +23,8 @@ def list_images(folder: Path) -> dict[str, Path]:
 
 def list_photos(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """As :func:`list_images`, with a note about photographs that are in no format that is read."""
+    if is_file(folder):
+        raise InputError(f"{folder}: is a file; name the folder with the images")
     if not is_folder(folder):
         raise InputError(f"{folder}: no such image folder")
     found: dict[str, Path] = {}

@@ -172,6 +172,8 @@ def check(options: CamOptions) -> None:
         raise UsageError(f"--softmax-floor {options.softmax_floor}: give a number from 0 to below 1")
     if options.max_side < 0 or options.min_side < 0:
         raise UsageError("--max-side and --min-side: give a number of pixels, or 0 for no limit")
+    if options.max_side and options.min_side > options.max_side:
+        raise UsageError(f"--min-side {options.min_side}: is above --max-side {options.max_side}")
 
 
 def tag_settings(options: CamOptions) -> dict[str, Any]:

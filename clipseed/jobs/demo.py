@@ -150,14 +150,14 @@ def run_demo(folder: Path, scenes: int, device: str, begin: Begin, tell: Callabl
         scores = evaluate(EvaluateOptions(prediction=out))
         stages.append(Stage(number, name, out, scores, stats.computed / seconds))
         tell(stages[-1])
-    return DemoResult(stages, _write_previews(folder, refined))
+    return DemoResult(stages, _write_previews(folder, maps, refined))
 
 
-def _write_previews(folder: Path, refined: Path) -> tuple[Path, Path]:
-    """Overlays of some scenes: their truth, maps and pseudo-labels, and apart from it every map by itself."""
+def _write_previews(folder: Path, plain: Path, refined: Path) -> tuple[Path, Path]:
+    """Overlays of some scenes, one column for each stage beside image and truth; and apart from it every map."""
     labels, maps = folder / "pseudo-labels.png", folder / "maps.png"
-    kinds = (("CRF", LabelMaskFolder(folder / CRF_OUTPUT)), ("SAM", LabelMaskFolder(folder / SEED_OUTPUT)))
-    with CamSet(refined) as cams:
+    kinds = (("CRF", LabelMaskFolder(folder / CRF_OUTPUT)), ("segments", LabelMaskFolder(folder / SEED_OUTPUT)))
+    with CamSet(plain) as first, CamSet(refined) as cams:
         # Several classes show what the methods are for; the same scenes whatever their number.
         chosen = [key for key in cams if len(cams.classes(key)) > 1][:_SHOWN] or list(cams)[:_SHOWN]
         rows = []
@@ -168,8 +168,9 @@ def _write_previews(folder: Path, refined: Path) -> tuple[Path, Path]:
             rows.append([
                 (names, image),
                 ("truth", label_overlay(faint, scene.mask())),
-                ("maps after CAA", maps_overlay(faint, cam.upsampled(), cam.classes)),
-                *((f"pseudo-label: {kind}", label_overlay(faint, masks.read(key))) for kind, masks in kinds),
+                ("CAM", maps_overlay(faint, first[key].upsampled(), cam.classes)),
+                ("CAA", maps_overlay(faint, cam.upsampled(), cam.classes)),
+                *((f"labels: {kind}", label_overlay(faint, masks.read(key))) for kind, masks in kinds),
             ])  # fmt: skip
     with replacing(labels) as temporary:
         contact_sheet(rows).save(temporary, format="PNG")

@@ -78,6 +78,11 @@ class EvaluateReport:
         """How many predictions, and images of a split that the user named, were not scored."""
         return len(self.missing_ground_truth) + (len(self.missing_predictions) if self.split_given else 0)
 
+    @property
+    def missing_matter(self) -> bool:
+        """Whether ground truth without prediction is news: that of other splits than the predictions' is not."""
+        return self.split_given or self.split == "all"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``: fractions, ``None`` where there is no value."""
         scores = self.scores
@@ -195,6 +200,8 @@ def _match(
     ids = [key for key in candidates if truth.has(key)]
     missing_ground_truth = [key for key in candidates if not truth.has(key)]
     if not ids:
+        if not truth.ids() and isinstance(truth, LabelMaskFolder):
+            raise InputError(f"{truth.name}: no .png masks here; ground truth is a folder of PNG masks")
         some = f"predictions such as {candidates[0]!r}" if candidates else "no predictions"
         raise InputError(f"{options.prediction} and {truth.name} have no image in common ({some})")
     return _Match(name, ids, missing_predictions, missing_ground_truth)

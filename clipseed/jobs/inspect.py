@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from clipseed.data.dataset import image_finder, relocated
+from clipseed.data.paths import is_folder
 from clipseed.errors import ImageError, InputError, StoreError, UsageError
-from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_overlay
+from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_overlay, map_caption
 from clipseed.segments import enlarged
 from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
 from clipseed.store.features import FeatureSet
 from clipseed.store.files import replacing
 from clipseed.store.manifest import Manifest
-from clipseed.store.open import Records, open_records
+from clipseed.store.open import Records, content_of, open_records
 from clipseed.store.segment_records import unpack_segments
 from clipseed.store.segments import SegmentSet
 from clipseed.types import NO_CLASS
@@ -115,7 +116,10 @@ def inspect_output(path: Path, *, verify: bool = False) -> AnyInspection:
 
     Raises:
         StoreError: missing, not ours, or damaged.
+        UsageError: label masks.
     """
+    if is_folder(path) and content_of(path) == "label masks" and next(path.rglob("*.png"), None) is not None:
+        raise UsageError(f"{path}: holds label masks; clipseed report {path} shows them over their images")
     with open_records(path, verify=True if verify else None) as records:
         if isinstance(records, CamSet):
             return _inspect_cams(records)
@@ -246,7 +250,7 @@ def _map_row(cams: CamSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     """Each class's map over the image."""
     cam = cams[key]
     maps = zip(cam.classes, cam.upsampled(), strict=True)
-    return [(cams.class_names[class_id], heat_overlay(image, heat)) for class_id, heat in maps]
+    return [(map_caption(cams.class_names[class_id], heat), heat_overlay(image, heat)) for class_id, heat in maps]
 
 
 def _mask_row(segments: SegmentSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:

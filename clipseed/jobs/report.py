@@ -260,7 +260,7 @@ def _notes(report: EvaluateReport, gallery: Gallery) -> list[str]:
             f"{len(report.missing_ground_truth)} predictions have no ground truth and were not scored: "
             f"{_some(report.missing_ground_truth)}"
         )
-    if report.missing_predictions:
+    if report.missing_predictions and report.missing_matter:
         where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
         notes.append(
             f"{len(report.missing_predictions)} {where} have no prediction and were not scored: "

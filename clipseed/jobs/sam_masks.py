@@ -136,6 +136,9 @@ def proposal_options(preset: SamPreset, **overrides: Any) -> ProposalOptions:
     for name, value in given.items():
         if not math.isfinite(value):
             raise UsageError(f"--{name.replace('_', '-').removeprefix('pred-')} {value}: give a number")
+    for name, value in (("iou", given.get("pred_iou_threshold")), ("stability", given.get("stability_threshold"))):
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"--{name}-threshold {value}: give a share from 0 to 1")
     return replace(PRESETS[preset], **given)
 
 
@@ -150,8 +153,8 @@ def check(options: SamMasksOptions) -> None:
     if options.run.batch_size is not None and (options.run.batch_size < 1 or not options.prompt):
         raise UsageError("--batch-size: auto or a number from 1, with --prompt; otherwise see --points-per-batch")
     options.run.check()
-    if options.max_side < 0:
-        raise UsageError("--max-side: give a number of pixels, or 0 for no limit")
+    if options.max_side < 0 or 0 < options.max_side < _LEAST_SIDE:
+        raise UsageError(f"--max-side: give a number of pixels from {_LEAST_SIDE}, or 0 for no limit")
 
 
 def find_checkpoint(options: SamMasksOptions, dataset: str) -> Path | None:
@@ -300,6 +303,8 @@ class ExistingLoader:
         return Done(replace(pack_segments(sample.id, size, proposals), stamp=stamp))
 
 
+_LEAST_SIDE = 16
+"""Pixels below which no segment is left to find."""
 _UNIT_SIZE = {"cpu": 8}
 _GPU_UNIT_SIZE = 32
 """Images per unit: what a kill can cost. SAM takes seconds for one on a GPU, minutes on a CPU."""

@@ -15,7 +15,7 @@ from clipseed.data.vocabulary import named_vocabulary
 from clipseed.defaults import LabelRecipe, Precision
 from clipseed.errors import ImageError
 from clipseed.jobs.label import LabelledImage, LabelOptions, LabelWork, LabelWorkRecipe, check
-from clipseed.report.overlay import contact_sheet, heat_overlay, label_overlay, outlined
+from clipseed.report.overlay import contact_sheet, heat_overlay, label_overlay, map_caption, outlined
 from clipseed.runtime.run import Loading, RunOptions
 from clipseed.store.empty import empty_maps
 from clipseed.store.files import replacing
@@ -91,7 +91,7 @@ def run_try(options: TryOptions, loading: Loading | None = None) -> TryResult:
     labels, cam = found[0].labels, found[0].soft
     assert cam is not None
     maps = zip(options.words, cam.upsampled(), strict=True)
-    row = [(options.photo.name, image), *((word, heat_overlay(image, heat)) for word, heat in maps)]
+    row = [(options.photo.name, image), *((map_caption(word, heat), heat_overlay(image, heat)) for word, heat in maps)]
     row.append(("label mask", outlined(label_overlay(image, labels), labels)))
     with replacing(options.out) as temporary:
         contact_sheet([row], height=320).save(temporary, format="PNG")

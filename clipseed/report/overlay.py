@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -57,9 +58,14 @@ def maps_overlay(
     return blended
 
 
+def map_caption(name: str, heat: npt.NDArray[np.float32]) -> str:
+    """What stands above a map: its class, and that it is empty where no value is positive."""
+    return name if (heat > 0).any() else f"{name} (empty)"
+
+
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 200) -> Image.Image:
     """Lay captioned images out in rows, all scaled to one height."""
-    font = ImageFont.load_default(13)
+    font, drawable = _font()
     scaled = [[(caption, _to_height(pixels, height)) for caption, pixels in row] for row in rows]
     width = max(sum(tile.width + _GAP for _, tile in row) for row in scaled) + _GAP
     sheet = Image.new("RGB", (width, len(scaled) * (height + _CAPTION + _GAP) + _GAP), "white")
@@ -67,10 +73,29 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 20
     for number, row in enumerate(scaled):
         top, left = _GAP + number * (height + _CAPTION + _GAP), _GAP
         for caption, tile in row:
-            draw.text((left, top), _fitted(caption, tile.width, font), fill="black", font=font)
+            draw.text((left, top), _fitted(drawable(caption), tile.width, font), fill="black", font=font)
             sheet.paste(tile, (left, top + _CAPTION))
             left += tile.width + _GAP
     return sheet
+
+
+_SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf", "Arial Unicode.ttf")
+
+
+def _font() -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, Callable[[str], str]]:
+    """A font for captions, and what makes a text drawable with it: Pillow's own knows ASCII alone."""
+    for name in _SYSTEM_FONTS:
+        try:
+            return ImageFont.truetype(name, 13), lambda text: text
+        except OSError:
+            continue
+    return ImageFont.load_default(13), _plain
+
+
+def _plain(text: str) -> str:
+    """``föté`` to ``fote``; letters that have no plain form to ``?``."""
+    bare = unicodedata.normalize("NFKD", text)
+    return "".join(c if c.isascii() else "?" for c in bare if not unicodedata.combining(c))
 
 
 def _to_height(pixels: Pixels, height: int) -> Image.Image:

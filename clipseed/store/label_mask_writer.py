@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipseed.data.paths import IMAGE_SUFFIXES
 from clipseed.data.stamps import UNKNOWN, FileStamp
 from clipseed.data.types import Sample, check_id
 from clipseed.defaults import EmptyPolicy
@@ -93,6 +94,8 @@ class LabelMaskWriter(SharedOutput):
             self._prepare()
         except BaseException:
             self._release()
+            if not (self.folder / MANIFEST).exists():  # nothing of ours stays in a folder that is not ours
+                (self.folder / "lock").unlink(missing_ok=True)
             raise
         return self
 
@@ -105,6 +108,8 @@ class LabelMaskWriter(SharedOutput):
         if there is None and not plan.exists():
             if found:
                 raise UsageError(f"--out {self.folder}: holds masks that clipseed did not make; choose another folder")
+            if any(path.suffix.lower() in IMAGE_SUFFIXES for path in self.folder.iterdir()):
+                raise UsageError(f"--out {self.folder}: holds images; choose another folder")
         elif there is not None and there.get("kind") != self._manifest["kind"]:
             raise UsageError(f"--out {self.folder}: holds another command's output; choose another folder")
         elif self._overwrite:

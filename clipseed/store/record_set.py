@@ -91,7 +91,10 @@ class RecordSet(Mapping[str, R], Generic[R, F]):
                 return units
             raise StoreError(f"{path}: no {self.content} in this folder (looked for {UNIT_PATTERN})")
         if is_folder(parts_of(path)):
-            raise StoreError(f"{path}: not finished yet; run the {self.maker} that writes it again, it resumes")
+            raise StoreError(
+                f"{path}: not finished yet; unless it is being written just now, run the {self.maker} that writes it "
+                "again: it resumes"
+            )
         raise StoreError(f"{path}: {self.missing}")
 
     def _open(self, path: Path, verify: bool | None) -> _Opened[F]:

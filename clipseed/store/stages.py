@@ -33,7 +33,7 @@ _READ_BY: dict[str, frozenset[str]] = {
 }
 """Outputs of which commands each command reads; scores that were kept beside label masks are never meant."""
 _DOES = {
-    "evaluate": "score", "report": "report on", "export": "export", "irn": "export", "inspect": "show", "crf": "label",
+    "evaluate": "score", "report": "report on", "inspect": "show", "export": "export", "irn": "export", "crf": "label",
     "threshold": "label", "sam-seed": "label", "sam-masks": "segment",
 }  # fmt: skip
 
@@ -59,7 +59,8 @@ def _outputs(folder: Path) -> list[tuple[tuple[int, int], str, Path]]:
     """When each output was written (of equal times the longer name, which is the more refined), by what, and where."""
     found = []
     for path in folder.glob("*.h5"):
-        kind = (recorded_manifest(path) or {}).get("kind") if path.is_file() else None
+        manifest = (recorded_manifest(path) if path.is_file() else None) or {}
+        kind = manifest.get("kind") or ("cam" if manifest.get("vocabulary") else None)
         if kind in _RECORDS:
             found.append(((path.stat().st_mtime_ns, len(path.name)), str(kind), path))
     for plan in folder.glob(f"*/{MANIFEST}"):

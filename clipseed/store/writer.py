@@ -51,6 +51,9 @@ class Finished:
     ignored_share: float | None = None
 
 
+_OTHER_FORMATS = {".npz", ".npy", ".hdf", ".hdf5", ".pt", ".pth", ".png", ".jpg", ".json", ".csv", ".zip", ".mat"}
+"""What people may think that an output can be; a folder of such a name surprises them."""
+
 T = TypeVar("T")
 W = TypeVar("W", bound="RecordWriter[Any]")
 
@@ -88,6 +91,8 @@ class RecordWriter(SharedOutput, Generic[R]):
         self._other_input = False
         if not self.portable and out.exists() and not out.is_dir():
             raise UsageError(f"{option} {out}: is a file; give NAME.h5 for one file, or a folder for units")
+        if not self.portable and (out.suffix.lower() in _OTHER_FORMATS or out.name == "-"):
+            raise UsageError(f"{option} {out}: give NAME.h5 for one file, or a folder for units; no other format")
         if self.portable and out.is_dir():
             raise UsageError(f"{option} {out}: is a folder; give the name of a file in it")
         if not self.portable and _foreign(out):

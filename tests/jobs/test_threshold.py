@@ -78,15 +78,17 @@ def test_labels(folder: Path) -> None:
 
 
 def test_the_newest_stage_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "cams.h5").touch()
     assert thresholded("--threshold", "0.4") == 0
     said = capsys.readouterr()
-    assert said.err.startswith("reading cams.h5\nthreshold: 4 images to do\n")
+    last = "the last output here (name another one to choose it)"
+    assert said.err.startswith(f"reading cams.h5, {last}\nthreshold: 4 images to do\n")
     assert "pseudo: 4 of 4 masks, 4 made now" in said.err
     assert said.out == ""
     (folder / "cams.h5").rename(folder / "cams-caa.h5")
     assert thresholded("--threshold", "0.4", "--json") == 0
     said = capsys.readouterr()
-    assert said.err.startswith("reading cams-caa.h5\nthreshold: 0 images to do, 4 done already\n")
+    assert said.err.startswith(f"reading cams-caa.h5, {last}\nthreshold: 0 images to do, 4 done already\n")
     found = json.loads(said.out)
     assert (found["computed"], found["threshold"], found["alpha"], found["source"]) == (0, 0.4, None, "cams-caa.h5")
 

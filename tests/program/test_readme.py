@@ -110,13 +110,16 @@ def test_segments(devkit: Path, weights: Path) -> None:
 
 @pytest.mark.slow
 def test_own_images(tmp_path: Path, weights: Path) -> None:
-    (script,) = [block for block in blocks("sh") if "--dataset folder" in block]
+    (script,) = [block for block in blocks("sh") if "--labels labels.csv" in block]
+    assert len(script.splitlines()) == 1
+    script = script.replace("clipseed label", "clipseed label --keep cams.h5")
     (tmp_path / "photos").mkdir()
     for number in (1, 2):
         photo(number, 64, 48).save(tmp_path / "photos" / f"IMG_000{number}.jpg")
     (tmp_path / "labels.csv").write_text("IMG_0001.jpg,rust\nIMG_0002.jpg,rust\nIMG_0002.jpg,crack\n")
     (tmp_path / "classes.txt").write_text("rust\ncrack: thin crack, fissure\n")
-    assert "2 of 2 images" in run(script, tmp_path, weights)
+    assert "2 of 2 label masks" in run(script, tmp_path, weights)
+    assert len(list((tmp_path / "pseudo").glob("*.png"))) == 2
     with open_cams(tmp_path / "cams.h5") as seeds:
         assert seeds.manifest["vocabulary"]["background_from"] == "general"
         for key, seed in seeds.items():

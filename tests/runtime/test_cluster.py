@@ -212,6 +212,20 @@ def test_commands_give_the_output_of_one_process(
     assert [name for name in here if here[name] != there[name]] == []
 
 
+@pytest.mark.slow
+def test_labels_in_one_pass_are_those_of_one_process(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = ["label", "--dataset", "toy", "--limit", "4", "--recipe", "svc", "--keep", "cams.h5", "--device", "cpu"]
+    for name, more in (("here", []), ("there", ["--engine", "ray", "--ray-cpus", "1"])):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert main([*label, "--max-side", "96", "--workers", "0", *more]) == 0, capsys.readouterr().err
+    here, there = outputs(tmp_path / "here"), outputs(tmp_path / "there")
+    assert {"cams.h5", "pseudo/toy_000000.png"} <= here.keys() == there.keys()
+    assert [name for name in here if here[name] != there[name]] == []
+
+
 def outputs(folder: Path) -> dict[str, bytes]:
     """Every file but the manifests, which name their own places."""
     files = [path for path in folder.rglob("*.*") if path.name != "manifest.json"]

@@ -69,7 +69,7 @@ def test_predictions(folder: Path, name: str, kind: type) -> None:
     [
         ("nothing.h5", InputError, r"nothing\.h5: no such CAM file or mask folder"),
         ("segments.h5", StoreError, r"segments\.h5: a clipseed-segments file, but not a clipseed CAM file"),
-        ("begun.h5", StoreError, r"begun\.h5: not finished yet; run the command that writes it again"),
+        ("begun.h5", StoreError, r"begun\.h5: not finished yet; unless it is being written"),
         ("text.h5", StoreError, r"text\.h5: not a readable HDF5 file"),
         ("/dev/null", StoreError, r"/dev/null: a pipe or a device"),
     ],
