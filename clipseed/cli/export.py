@@ -14,7 +14,7 @@ from clipseed.cli._run import exit_code, last_output
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
 
 
-@grouped()
+@grouped
 def export(
     *,
     source: Annotated[

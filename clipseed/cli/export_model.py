@@ -12,7 +12,7 @@ from clipseed.cli._console import Console, print_json
 from clipseed.cli._groups import grouped
 
 
-@grouped()
+@grouped
 def export_model(
     *,
     segmenter: Annotated[Path, typer.Argument(help="File of clipseed train bridge.")] = Path("bridge.safetensors"),

@@ -260,7 +260,7 @@ class PromptArguments:
         return given
 
 
-@grouped()
+@grouped
 def prompts(
     *,
     where: shared.DatasetArguments,

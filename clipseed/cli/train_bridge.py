@@ -94,7 +94,7 @@ class BridgeArguments:
         return given
 
 
-@grouped()
+@grouped
 def bridge(
     *,
     backbone: Annotated[str, shared.model_option(help="As timm calls it: mobilenetv3_large_100, resnet18, …")],
