@@ -31,7 +31,9 @@ class PromptOptions:
         task: ``classification``: from image labels; ``segmentation``: from coarse pseudo-labels.
         sharing: ``shared``, ``class``, or a file of groups (:func:`~clipseed.train.prompts.layout.make_layout`).
         position, length, nameless: Of the prompts, likewise.
-        deviation: Of a fresh context.
+        words: Text whose token embeddings every context begins as, in place of random numbers; its tokens are then the
+            ``length``.
+        deviation: Of a random context.
         lr, momentum, weight_decay: Of SGD.
         warm_up, warm_up_lr: Steps at a small rate, and that rate.
         schedule: Length of the schedule; ``None``: that of the run. The published COCO runs stop earlier.
@@ -48,6 +50,7 @@ class PromptOptions:
     position: NamePosition = "end"
     length: int = PROMPT_LENGTH
     nameless: int | None = None
+    words: str | None = None
     deviation: float = 0.015
     lr: float = PROMPT_LR
     momentum: float = PROMPT_MOMENTUM
