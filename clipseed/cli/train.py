@@ -207,7 +207,7 @@ class PromptArguments:
     ] = None
     words: Annotated[
         Optional[str],
-        _option(help="Begin with the embeddings of these words, e.g. 'a clean origami' (default: random)."),
+        _option(help="Begin with the embeddings of these words, e.g. 'a clean origami'."),
     ] = None
     deviation: Annotated[
         Optional[float], _option(help="Of a random context (default: 0.015; VOC's segmentation 0.0125).")
