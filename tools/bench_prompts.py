@@ -1,8 +1,8 @@
 """What a step of learning prompts costs at the paper's size, beside the bare encoder and beside the released way.
 
-``python tools/bench_prompts.py``: ViT-B/16 with seeded weights, VOC's and COCO's class lists, 16 crops of 224 pixels with
-28 class maps in all, CPU-seconds on one thread (a GPU's seconds with ``--device cuda``). The released way is written
-here with autograd: maps with a graph, differentiated a second time, prompts of 77 tokens.
+``python tools/bench_prompts.py``: ViT-B/16 with seeded weights, VOC's and COCO's class lists, 16 crops of 224 pixels
+with 28 class maps in all, CPU-seconds on one thread (a GPU's seconds with ``--device cuda``). The released way is
+written here with autograd: maps with a graph, differentiated a second time, prompts of 77 tokens.
 """
 
 from __future__ import annotations

@@ -250,6 +250,13 @@ class PromptArguments:
     background_floor: Annotated[
         Optional[float], _option(help="Segmentation: background below it costs nothing (default: 0).")
     ] = None
+    relative: Annotated[
+        Optional[bool],
+        _option(
+            "--relative/--as-scaled",
+            help="Segmentation: maps divided by their peak (default: as scaled; toy relative).",
+        ),
+    ] = None
     softmax_floor: Annotated[Optional[float], _option(help=shared.SOFTMAX_FLOOR)] = None
 
     def chosen(self) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class PromptOptions:
         positives: Of the segmentation task: classes that the cropped mask shows (``crop``), or the image's labels.
         contrast, contrast_scale: Of :func:`~clipseed.train.prompts.losses.contrastive_loss`.
         activation, squared, through_peak, background_floor: Of :func:`~clipseed.train.prompts.losses.activation_loss`.
+        relative: Of the segmentation task: each map is divided by its peak before the loss, gradient included. As
+            published (``False``), the loss has the maps' scale, and maps that vanish minimise it.
         softmax_floor: See :func:`clipseed.clip.text.masked_softmax`.
     """
 
@@ -69,6 +71,7 @@ class PromptOptions:
     squared: bool = False
     through_peak: bool = False
     background_floor: float = 0.0
+    relative: bool = False
     softmax_floor: float = 0.0
 
     def manifest(self) -> dict[str, Any]:
