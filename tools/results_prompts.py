@@ -55,6 +55,7 @@ class Study:
     scenes: int
     held_out: int
     steps: int
+    points: int
 
     def classes(self, known: bool) -> str:
         """A class list."""
@@ -74,7 +75,7 @@ class Study:
         """SAM's segments, made once."""
         out = self.folder / f"segments-{split}.h5"
         if not out.exists():
-            grid = replace(FMA, points_per_side=16, crop_layers=0)
+            grid = replace(FMA, points_per_side=self.points, crop_layers=0)
             run_sam_masks(SamMasksOptions(out, self.data(True, split, limit), proposals=grid, run=CPU))
             log(f"{out}")
         return out
@@ -185,27 +186,29 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/results-prompts"), help="working folder")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where results-prompts.md goes")
     parser.add_argument("--scenes", type=int, default=200, help="of the train split")
+    parser.add_argument("--labels", type=int, default=2000, help="scenes with the most labels")
+    parser.add_argument("--points", type=int, default=12, help="of SAM's grid along a side")
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     chosen.work.mkdir(parents=True, exist_ok=True)
-    study = Study(chosen.work.resolve(), chosen.scenes, chosen.held_out, chosen.steps)
+    study = Study(chosen.work.resolve(), chosen.scenes, chosen.held_out, chosen.steps, chosen.points)
     unknown, means = table(study, False, chosen.seeds)
-    counts = sorted({count for count in (50, 200, chosen.scenes) if count <= chosen.scenes})
-    labels = ["| labels of | CAM |", "| --- | --- |"]
+    counts = sorted({min(count, chosen.labels) for count in (50, 200, chosen.labels)})
+    rows = ["| labels of | CAM |", "| --- | --- |"]
     for count in counts:
         data = study.data(False, "train", count)
         scores = [
             study.cam_score(f"labels-{count}", study.learn(f"labels-{count}", "classification", data, RATE, seed))
             for seed in range(chosen.seeds)
         ]
-        labels.append(f"| {count} scenes | {spread(scores)} |")
-        log(labels[-1])
+        rows.append(f"| {count} scenes | {spread(scores)} |")
+        log(rows[-1])
     scrambled = [study.scrambled(seed) for seed in range(chosen.seeds)]
-    labels.append(f"| {chosen.scenes} scenes, scrambled | {spread(scrambled)} |")
-    log(labels[-1])
+    rows.append(f"| {chosen.scenes} scenes, scrambled | {spread(scrambled)} |")
+    log(rows[-1])
     known, own = table(study, True, chosen.seeds)
     helped = statistics.mean(scrambled) - means["hand-written words"]["CAM"]
     judged = [
@@ -214,9 +217,9 @@ def main() -> None:
     ]  # fmt: skip
     text = (Path(__file__).parent / "results-prompts.in.md").read_text(encoding="utf-8")
     sections: dict[str, Sequence[str]] = {
-        "UNKNOWN": unknown, "KNOWN": known, "LABELS": labels, "GATES": judged, "LENGTH": [str(LENGTH)],
+        "UNKNOWN": unknown, "KNOWN": known, "LABELS": rows, "GATES": judged, "LENGTH": [str(LENGTH)],
         "RATE": [str(RATE)], "FINE": [str(FINE)], "STEPS": [str(chosen.steps)], "SCENES": [str(chosen.scenes)],
-        "HELD": [str(chosen.held_out)], "SEEDS": [str(chosen.seeds)],
+        "POINTS": [str(chosen.points)], "HELD": [str(chosen.held_out)], "SEEDS": [str(chosen.seeds)],
     }  # fmt: skip
     for key, lines in sections.items():
         text = text.replace(f"@{key}@", "\n".join(lines))

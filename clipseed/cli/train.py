@@ -254,7 +254,7 @@ class PromptArguments:
         Optional[bool],
         _option(
             "--relative/--as-scaled",
-            help="Segmentation: maps divided by their peak (default: as scaled; toy relative).",
+            help="Segmentation: maps divided by their peak (default: as scaled).",
         ),
     ] = None
     softmax_floor: Annotated[Optional[float], _option(help=shared.SOFTMAX_FLOOR)] = None
