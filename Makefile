@@ -9,7 +9,7 @@ JOBS ?= 2
 TELL = @command -v clipseed > /dev/null || printf '\n%s\n' \
   "clipseed is at $(BIN)/clipseed; to call it by its name in this shell: . $(BIN)/activate" >&2
 
-.PHONY: help install demo test test-fast lint format bench bench-gpu results results-weclip results-bridge toy-clip toy-sam toy-report clean
+.PHONY: help install demo test test-fast lint format bench bench-gpu results results-weclip results-prompts results-bridge toy-clip toy-sam toy-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ results: $(BIN)/clipseed  ## measure what every step is worth (docs/results.md; 
 
 results-weclip: $(BIN)/clipseed  ## what WeCLIP learns on the toy world, into docs/results-weclip.md (90 minutes)
 	$(BIN)/python tools/results_weclip.py
+
+results-prompts: $(BIN)/clipseed  ## what learned prompts are worth on the toy world, into docs/results-prompts.md
+	$(BIN)/python tools/results_prompts.py
 
 results-bridge: $(VENV)/.dev  ## what language adds to light networks, into docs/results-bridge.md (OPTIONS=--quick: an hour)
 	$(BIN)/python tools/results_bridge.py $(OPTIONS)

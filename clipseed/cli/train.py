@@ -208,8 +208,12 @@ class PromptArguments:
         Optional[int],
         _option(help="So many nameless background prompts in place of words (default: none; VOC's segmentation 25)."),
     ] = None
+    words: Annotated[
+        Optional[str],
+        _option(help="Begin with the embeddings of these words, e.g. 'a clean origami'."),
+    ] = None
     deviation: Annotated[
-        Optional[float], _option(help="Of a fresh context (default: 0.015; VOC's segmentation 0.0125).")
+        Optional[float], _option(help="Of a random context (default: 0.015; VOC's segmentation 0.0125).")
     ] = None
     lr: Annotated[Optional[float], _option(help=f"Learning rate of SGD (default: {PROMPT_LR}).")] = None
     momentum: Annotated[Optional[float], _option(help=f"Of SGD (default: {PROMPT_MOMENTUM}).")] = None
@@ -248,6 +252,13 @@ class PromptArguments:
     ] = None
     background_floor: Annotated[
         Optional[float], _option(help="Segmentation: background below it costs nothing (default: 0).")
+    ] = None
+    relative: Annotated[
+        Optional[bool],
+        _option(
+            "--relative/--as-scaled",
+            help="Segmentation: maps divided by their peak (default: as scaled).",
+        ),
     ] = None
     softmax_floor: Annotated[Optional[float], _option(help=shared.SOFTMAX_FLOOR)] = None
 

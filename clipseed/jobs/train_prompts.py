@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from clipseed.train.augment import Augmentation, Jitter
 from clipseed.train.checkpoint import is_ours
 from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
 from clipseed.train.loop import Status, train
-from clipseed.train.prompts.contexts import LearnedContext, PromptTexts, fresh_context
+from clipseed.train.prompts.contexts import LearnedContext, PromptTexts, context_of_words, fresh_context
 from clipseed.train.prompts.files import read_prompts, released_context, save_prompts
 from clipseed.train.prompts.layout import PromptLayout, make_layout
 from clipseed.train.prompts.options import PromptOptions, preset, published
@@ -92,7 +92,6 @@ def run_train_prompts(
     vocabulary = image_set.vocabulary
     chosen = _constants(options, image_set)
     chosen.check()
-    layout = make_layout(vocabulary, chosen.sharing, chosen.position, chosen.length, chosen.nameless)
     masks = _masks(options, image_set)
     samples, left_out = usable_samples(image_set, masks, note)
     if masks is not None and chosen.positives == "image":
@@ -106,8 +105,13 @@ def run_train_prompts(
     note(f"loading {model_name(options.model, options.chosen_weights)}")
     clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
     refuse_other_crop(chosen.crop, clip)
+    written = None if chosen.words is None else context_of_words(clip, chosen.words)
+    if written is not None:
+        chosen = replace(chosen, length=len(written))
+        chosen.check()
+    layout = make_layout(vocabulary, chosen.sharing, chosen.position, chosen.length, chosen.nameless)
     texts = PromptTexts(clip, layout, chosen.softmax_floor)
-    learned, start, loop_init = _start(options, texts, chosen)
+    learned, start, loop_init = _start(options, texts, chosen, written)
     if options.cache and masks is not None:
         patches = (_LARGE_IMAGE // clip.tower.patch) ** 2
         refuse_large_cache(len(samples), 4 * patches * clip.info.embed_dim)
@@ -192,10 +196,12 @@ def _unseen(image_set: ImageSet, samples: Sequence[Sample], masks: GivenMasks | 
 
 
 def _start(
-    options: TrainPromptsOptions, texts: PromptTexts, chosen: PromptOptions
+    options: TrainPromptsOptions, texts: PromptTexts, chosen: PromptOptions, written: Tensor | None
 ) -> tuple[LearnedContext, str | None, Path | None]:
     """The context to begin with, the digest of an authors' file that it is from, and what the loop is to start from."""
     layout: PromptLayout = texts.layout
+    if options.init is None and written is not None:
+        return LearnedContext(written.expand(layout.shape(texts.width)).clone()), None, None
     if options.init is None:
         return LearnedContext(fresh_context(layout, texts.width, chosen.deviation, options.context_seed)), None, None
     if options.init.suffix == ".safetensors" and is_ours(options.init):

@@ -75,8 +75,8 @@ def test_from_labels_to_fine_seeds(here: Path, capsys: pytest.CaptureFixture[str
             assert maps.min() < 0  # signed, and of the gradient's size
             assert np.abs(maps).max() < 0.5
             cut = np.maximum(maps, 0)
-            peak = cut.max(axis=(1, 2), keepdims=True)
-            scaled = np.divide(cut - cut.min(axis=(1, 2), keepdims=True), peak, out=np.zeros_like(cut), where=peak > 0)
+            cut -= cut.min(axis=(1, 2), keepdims=True)
+            scaled = cut / np.maximum(cut.max(axis=(1, 2), keepdims=True), 1e-30)
             np.testing.assert_allclose(unit[key].maps, scaled, atol=2e-3)
             wide = raw[key].upsampled()
             assert wide.min() == 0
@@ -118,7 +118,8 @@ def test_prompts_serve_every_method(here: Path, capsys: pytest.CaptureFixture[st
     words = ["--dataset", "toy", "--limit", "2", *CPU, "--quiet", "--allow-skipped"]
     for method in ("softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"):
         line = ["cam", *words, "--method", method]
-        assert main([*line, "--prompts", "p.safetensors", "--out", "with.h5", "--overwrite"]) == 0
+        # 3: prompts after two steps say little, so most maps may be empty.
+        assert main([*line, "--prompts", "p.safetensors", "--out", "with.h5", "--overwrite"]) in (0, 3)
         assert main([*line, "--out", "without.h5", "--overwrite"]) == 0
         with clipseed.open_cams("with.h5") as ours, clipseed.open_cams("without.h5") as plain:
             assert any(np.abs(ours[key].maps - plain[key].maps).max() > 1e-3 for key in ours), method
@@ -133,7 +134,7 @@ def test_prompts_serve_every_method(here: Path, capsys: pytest.CaptureFixture[st
     save_devkit(here / "kit", count=3)
     folder = ["--dataset", "folder", "--images", "kit/JPEGImages", "--weights", "toy", *CPU, "--quiet"]
     tagging = ["cam", *folder, "--labels", "auto", "--allow-skipped", "--prompts", "moved.safetensors"]
-    assert main([*tagging, "--out", "tagged.h5", "--classes", "toy"]) == 0
+    assert main([*tagging, "--out", "tagged.h5", "--classes", "toy"]) in (0, 3)
     assert recorded_prompts(manifest("tagged.h5")) == file_sha256(here / "moved.safetensors")
     weclip = ["train", "weclip", "--dataset", "toy", "--split", "train", "--limit", "4", "--batch-size", "2", *CPU]
     weclip += ["--crop", "64", "--width", "16", "--heads", "2", "--blocks", "1", "--par-iterations", "1", "--quiet"]
@@ -155,7 +156,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     """kill -9 in the middle of learning from seeds with augmented crops; the same command goes on."""
-    words = [*TOY, *SMALL, "--steps", "24", "--task", "segmentation", "--seeds", "toy", "--out", "p.safetensors"]
+    words = [*TOY, *SMALL, "--steps", "12", "--task", "segmentation", "--seeds", "toy", "--out", "p.safetensors"]
     words[words.index("--keep-every") + 1] = "3"
     line = [sys.executable, "-m", "clipseed", *words, "--jitter", "--sides", "64,96"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -164,7 +165,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     subprocess.run(line, cwd=whole, env=environment(), check=True, capture_output=True, timeout=240)
     process = subprocess.Popen(line, cwd=broken, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while len(read_metrics(broken / "p-training" / "metrics.jsonl")) < 6 and process.poll() is None:
+    while len(read_metrics(broken / "p-training" / "metrics.jsonl")) < 3 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -38,6 +38,13 @@ def fresh_context(layout: PromptLayout, width: int, deviation: float, seed: int)
     return deviation * torch.randn(layout.shape(width), generator=torch.Generator().manual_seed(seed))
 
 
+def context_of_words(clip: FrozenClip, words: str) -> Tensor:
+    """Token embeddings of some words ``(M, D)``, to begin with: ``a clean origami`` is CLIP-ES's template."""
+    with torch.no_grad():
+        embedded = clip.embed_prompts([words])
+    return embedded.embeddings[0, 1 : int(embedded.ends[0])].cpu().clone()
+
+
 class PromptTexts:
     """Text features of a layout's prompts with any context in them.
 

@@ -31,7 +31,9 @@ class PromptOptions:
         task: ``classification``: from image labels; ``segmentation``: from coarse pseudo-labels.
         sharing: ``shared``, ``class``, or a file of groups (:func:`~clipseed.train.prompts.layout.make_layout`).
         position, length, nameless: Of the prompts, likewise.
-        deviation: Of a fresh context.
+        words: Text whose token embeddings every context begins as, in place of random numbers; its tokens are then the
+            ``length``.
+        deviation: Of a random context.
         lr, momentum, weight_decay: Of SGD.
         warm_up, warm_up_lr: Steps at a small rate, and that rate.
         schedule: Length of the schedule; ``None``: that of the run. The published COCO runs stop earlier.
@@ -40,6 +42,8 @@ class PromptOptions:
         positives: Of the segmentation task: classes that the cropped mask shows (``crop``), or the image's labels.
         contrast, contrast_scale: Of :func:`~clipseed.train.prompts.losses.contrastive_loss`.
         activation, squared, through_peak, background_floor: Of :func:`~clipseed.train.prompts.losses.activation_loss`.
+        relative: Of the segmentation task: each map is divided by its peak before the loss, gradient included. As
+            published (``False``), the loss has the maps' scale, and maps that vanish minimise it.
         softmax_floor: See :func:`clipseed.clip.text.masked_softmax`.
     """
 
@@ -48,6 +52,7 @@ class PromptOptions:
     position: NamePosition = "end"
     length: int = PROMPT_LENGTH
     nameless: int | None = None
+    words: str | None = None
     deviation: float = 0.015
     lr: float = PROMPT_LR
     momentum: float = PROMPT_MOMENTUM
@@ -66,6 +71,7 @@ class PromptOptions:
     squared: bool = False
     through_peak: bool = False
     background_floor: float = 0.0
+    relative: bool = False
     softmax_floor: float = 0.0
 
     def manifest(self) -> dict[str, Any]:

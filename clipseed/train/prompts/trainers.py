@@ -146,6 +146,10 @@ class SegmentationPrompts(_PromptTrainer):
         """The same from raw maps ``(P, h, w)`` and features ``(N, E)``."""
         options = self.options
         image, label = pair_index(labels, cams.device)
+        if options.relative:
+            # A map without a positive value has no peak to be measured by: it stays as it is, about 0.
+            peak = cams.amax(dim=(1, 2), keepdim=True)
+            cams = cams / torch.where(peak > 0, peak, torch.ones_like(peak))
         inside, outside = activation_loss(
             cams, image, label, masks, options.activation, squared=options.squared, through_peak=options.through_peak,
             floor=options.background_floor, team=current_team(),
