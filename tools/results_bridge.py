@@ -381,6 +381,14 @@ class Study:
                 self.keep(f"time/{backbone}/{head}", lambda b=backbone, h=head: timed(b, h))
 
 
+QUICK_LIMITS = """\
+**How much this can say.** This is `--quick`, on one busy CPU core: a hundred steps or so, one learning rate for all, few seeds.
+Networks are far from done after so few steps: this shows which head learns *fast*, not which ends higher. Differences below two
+or three points are noise, and what has a dash was not run. It is no verdict on the bar that the bridge has to take (half a point
+above the DenseCLIP-style head on three backbones, with fewer operations); `make results-bridge` without `--quick` is the sweep
+that could give one, on a GPU or in days."""
+
+
 def score_onnx(network: Path, devkit: Path, counted: Sequence[int], side: int) -> float:
     """Mean IoU of some classes by an ONNX file, on the images of a devkit, the longer side at most ``side``."""
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
@@ -510,6 +518,7 @@ def page(study: Study) -> str:
         "INT8": [int8],
         "SIZE": [facts],
         "READING": reading,
+        "LIMITS": [QUICK_LIMITS] if size.steps == QUICK.steps else [],
     }
     for key, lines in sections.items():
         text = text.replace(f"@{key}@", "\n".join(lines))
