@@ -382,11 +382,11 @@ class Study:
 
 
 QUICK_LIMITS = """\
-**How much this can say.** This is `--quick`, on one busy CPU core: a hundred steps or so, one learning rate for all, few seeds.
-Networks are far from done after so few steps: this shows which head learns *fast*, not which ends higher. Differences below two
-or three points are noise, and what has a dash was not run. It is no verdict on the bar that the bridge has to take (half a point
-above the DenseCLIP-style head on three backbones, with fewer operations); `make results-bridge` without `--quick` is the sweep
-that could give one, on a GPU or in days."""
+**How much this can say.** This is `--quick`, on one busy CPU core: a hundred steps or so, one learning rate for
+all, few seeds. Networks are far from done after so few steps: this shows which head learns *fast*, not which ends
+higher. Differences below two or three points are noise, and what has a dash was not run. It is no verdict on the
+bar that the bridge has to take (half a point above the DenseCLIP-style head on three backbones, with fewer
+operations); `make results-bridge` without `--quick` is the sweep that could give one, on a GPU or in days."""
 
 
 def score_onnx(network: Path, devkit: Path, counted: Sequence[int], side: int) -> float:
