@@ -245,10 +245,12 @@ class Study:
             yield from (lambda arm=arm, seed=seed: self.run(arm, seed) for seed in chosen for arm in arms)
 
         yield from runs(photos, seeds[:1])
-        yield from (self.counts, self.int8, self.zero_shot)
-        yield from runs(photos, seeds[1:2])
-        yield self.times
-        yield from runs([*first, *tables["controls"][:2]], seeds[:1])
+        yield from (self.counts, self.zero_shot)
+        by_need = sorted(photos, key=lambda arm: arm.name == "lseg")
+        yield from runs(by_need[1:3], seeds[1:2])
+        yield from runs([*sorted(first, key=lambda arm: arm.name == "lseg"), *tables["controls"][:2]], seeds[:1])
+        yield from runs(by_need, seeds[1:2])
+        yield from (self.times, self.int8)
         yield from runs(photos, seeds[2:])
         yield from runs(rest, seeds[:1])
         yield from runs([*first, *tables["controls"][:2], *rest], seeds[1:])
