@@ -89,6 +89,8 @@ def run_train_bridge(
     module = fresh_segmenter(options.backbone, text, bridge, options.seed, options.backbone_weights)
     # Asking a toy sample for its labels lays out its scene; all of them have labels.
     labelled = image_set.name == "toy" or all(sample.labels is not None for sample in samples)
+    if not labelled and options.data.labels is not None:
+        note(f"{options.data.labels} lacks some of the images: no class is taken to be absent from any")
     trainer = TextSegmentation(module, bridge, steps, labelled=labelled)
     augmentation = Augmentation(bridge.crop, bridge.scales, bridge.mirror)
     if cams is None:

@@ -8,6 +8,7 @@ index + 1. The metadata ``clipseed`` is a JSON text with the classes and with wh
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from clipseed.errors import ClipseedError, UsageError
@@ -64,8 +67,9 @@ def export_onnx(segmenter: Path, out: Path) -> dict[str, Any]:
     example = torch.zeros(2, 3, 3 * COARSEST, 4 * COARSEST)
     dynamic = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with _quiet(), torch.no_grad():
+        deployed = _Deployed(with_fixed_padding(network.module)).eval()
         program = torch.onnx.export(
-            _Deployed(network.module).eval(), (example,), dynamo=True, dynamic_shapes=(dynamic,), opset_version=18,
+            deployed, (example,), dynamo=True, dynamic_shapes=(dynamic,), opset_version=18,
             input_names=["images"], output_names=["logits", "labels"], verbose=False,
         )  # fmt: skip
     assert program is not None
@@ -77,6 +81,39 @@ def export_onnx(segmenter: Path, out: Path) -> dict[str, Any]:
     with replacing(out) as temporary:
         temporary.write_bytes(content)
     return about
+
+
+def with_fixed_padding(module: TextSegmenter) -> TextSegmenter:
+    """A copy in which convolutions that pad as TensorFlow does ("same") pad by constants.
+
+    Their padding depends on the size of the map, which makes the exporter reason about symbols without end. Where sides
+    are multiples of the stride, as everywhere in an image of whole multiples of 32, it is ``(k - 1) d + 1 - s``.
+    """
+    fixed = copy.deepcopy(module)
+    for parent in list(fixed.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, Conv2dSame):
+                setattr(parent, name, _Padded(layer))
+    return fixed
+
+
+class _Padded(nn.Module):
+    """A "same" convolution on maps whose sides are multiples of its stride."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        extra = [
+            max(0, (kernel - 1) * dilation + 1 - stride)
+            for kernel, dilation, stride in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+        ]
+        (height, width) = extra
+        self.padding = (width // 2, width - width // 2, height // 2, height - height // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        padded = F.pad(x, self.padding)
+        return F.conv2d(padded, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
 
 
 def metadata(segmenter: Segmenter, module: TextSegmenter) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Segmenters: what was trained, as one file, and what can be done with it.
 
 The file is safetensors. Its tensors, ``weights/NAME``, are what was trained and nothing else; the metadata ``clipseed``
-is a JSON text: the kind of segmenter, its classes, its options, the frozen tower with the SHA-256 of its weights, and
-where it comes from. Kinds differ in the network that they make of this; everything else is the same for all.
+is a JSON text: the kind of segmenter, its classes, its options, the frozen tower that it runs on, or whose texts it
+keeps, with the SHA-256 of its weights, and where it comes from. Kinds differ in the network that they make of this;
+everything else is the same for all.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from clipseed.data.toy.dataset import HELD_OUT_SEED, toy_id, toy_mask, toy_scene
 from clipseed.jobs.train_bridge import TrainBridgeOptions
 from clipseed.store.label_masks import read_label_mask, write_label_mask
 from clipseed.store.toy_devkit import save_devkit
+from clipseed.train.bridge.data import CamMasks
 from clipseed.train.bridge.text import tokens_of
 from clipseed.train.bridge.trainer import TextSegmentation
 from clipseed.train.checkpoint import read_checkpoint, read_weights
@@ -150,6 +152,8 @@ def test_heads_losses_and_sources(here: Path, capsys: pytest.CaptureFixture[str]
     toy = ["--dataset", "toy", "--split", "train", "--limit", "8", "--device", "cpu", "-q"]
     assert main(["cam", *toy, "--out", "cams.h5"]) == 0
     assert main(["threshold", "cams.h5", "--out", "pseudo", "--threshold", "0.4", "-q"]) in (0, 3)
+    source = pickle.loads(pickle.dumps(CamMasks(Path("cams.h5"))))  # as worker processes get it
+    assert {int(value) for value in np.unique(source.read(toy_id(0)))} <= {0, *(source.cams[toy_id(0)].classes + 1)}
     runs = [
         ("fpn", ["--masks", "pseudo", "--soft", "cams.h5", "--confidence", "0.5"], {"segmentation"}),
         ("lseg", ["--masks", "cams.h5", "--absent", "mask"], {"segmentation"}),

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor
 
 from clipseed.clip.text import TextBank
@@ -27,6 +28,7 @@ from clipseed.train.bridge.text import random_tokens, read_tokens, tokens_of
 from clipseed.train.bridge.trainer import TextSegmentation
 from clipseed.train.distributed import Team
 from clipseed.train.inference import windowed_logits
+from clipseed.train.onnx_file import with_fixed_padding
 
 TINY = "test_efficientnet"
 TWO = Vocabulary("two", (ClassText("cat"), ClassText("dog")))
@@ -224,6 +226,17 @@ def test_colors_follow_from_each_images_seed() -> None:
     torch.testing.assert_close(changed[:, 0], changed[:, 2])  # saturation cannot change grey
     assert changed.min() > 30  # (100 - 32) / 2
     assert changed.max() <= (100 + 32) * 1.5
+
+
+def test_padding_by_constants_is_same_padding() -> None:
+    """What is exported of networks that pad by the size of the map, as TensorFlow's do."""
+    options = BridgeOptions(head="fpn", fpn_width=8)
+    module = fresh_segmenter("tf_mobilenetv3_small_minimal_100", random_tokens(3, 16, 0), options, 0).eval()
+    fixed = with_fixed_padding(module)
+    for size in ((32, 96), (64, 160)):
+        images = torch.rand(1, 3, *size) * 255
+        torch.testing.assert_close(fixed(images).logits, module(images).logits)
+    assert sum(isinstance(layer, Conv2dSame) for layer in module.modules()) > 3  # the module itself is left alone
 
 
 class Stamped:

@@ -122,14 +122,15 @@ def test_multiply_adds_are_counted_by_hand() -> None:
 
 
 def test_bfloat16_agrees() -> None:
-    bridge, text = opened(small()), texts(6)
-    feat = maps(4, height=24, width=24)
+    torch.manual_seed(0)
+    bridge, text = TextBridge(20, 512).eval(), texts(6, 512)
+    feat = maps(2, height=24, width=24)
     exact = bridge(feat, text)["score"]
     with torch.autocast("cpu", torch.bfloat16):
         half = bridge(feat, text)
     assert half["score"].dtype == half["text"].dtype == torch.float32
-    torch.testing.assert_close(half["pix"].norm(dim=1), torch.ones(4, 24, 24))
-    assert (exact.argmax(1) == half["score"].argmax(1)).float().mean() > 0.98
+    torch.testing.assert_close(half["pix"].norm(dim=1), torch.ones(2, 24, 24))
+    assert (exact.argmax(1) == half["score"].argmax(1)).float().mean() > 0.99
     clear = (top := exact.topk(2, dim=1).values)[:, 0] - top[:, 1] > 0.01  # random scores lie close together
     assert (exact.argmax(1) == half["score"].argmax(1))[clear].float().mean() > 0.995
 
