@@ -117,12 +117,9 @@ def run_train_prompts(
         refuse_large_cache(len(samples), 4 * patches * clip.info.embed_dim)
     kind = ClassificationPrompts if masks is None else SegmentationPrompts
     trainer = kind(clip.tower, texts, learned, chosen, steps, cached=options.cache)
-    augmentation = Augmentation(
-        chosen.crop, (1.0, 1.0), chosen.mirror, sides=chosen.sides, jitter=Jitter() if chosen.jitter else None
-    )
     # One crop of each image for ever would miss what lies outside of it.
     patch = clip.tower.patch if options.cache else None
-    data = LabelledCrops(samples, image_set.reader, augmentation, masks, patch=patch)
+    data = LabelledCrops(samples, image_set.reader, _augmentation(chosen), masks, patch=patch)
     settings: dict[str, Any] = {
         "kind": "prompts", "options": chosen.manifest(), "tower": clip.info.sha256, "precision": clip.precision,
         "classes": list(vocabulary.class_names), "layout": layout.as_dict(), "context_seed": options.context_seed,
@@ -147,6 +144,11 @@ def run_train_prompts(
         out=options.out, folder=options.folder, steps=steps, images=len(samples), model=clip.manifest(),
         device=str(options.device), unlabelled=left_out, skipped=lost.all, skipped_file=lost.path, unseen=unseen,
     )  # fmt: skip
+
+
+def _augmentation(chosen: PromptOptions) -> Augmentation:
+    jitter = Jitter() if chosen.jitter else None
+    return Augmentation(chosen.crop, (1.0, 1.0), chosen.mirror, sides=chosen.sides, jitter=jitter)
 
 
 def _constants(options: TrainPromptsOptions, image_set: ImageSet) -> PromptOptions:
