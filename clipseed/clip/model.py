@@ -61,7 +61,7 @@ class ModelInfo:
     heads: int
     embed_dim: int
     train_grid: int
-    license: str
+    license: str = "unknown"
     """Of the weights, as their publisher states it; ``unknown`` for files."""
 
 
