@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import made, prepare
+from clipseed.cli._run import made, prepare, refuse_restricted
 from clipseed.cli.cam import model_facts, start, start_tags, tell_tags
 from clipseed.defaults import LabelRecipe
 
@@ -47,10 +47,12 @@ def label(
     empty: shared.Empty = "background",
     background: shared.Background = None,
     template: shared.Template = None,
+    prompts: shared.Prompts = None,
     tag_threshold: shared.TagThreshold = None,
     tag_top_k: shared.TagTopK = None,
     reading: shared.ReadingArguments,
     model: shared.ModelArguments,
+    permissive: shared.Permissive = False,
     compute: shared.ComputeArguments,
     running: shared.RunArguments,
     output: shared.OutputArguments,
@@ -74,10 +76,12 @@ def label(
         **vars(where), **vars(reading), **source, classes=classes, templates=tuple(template or ()),
         background=background,
     )  # fmt: skip
+    if permissive:
+        refuse_restricted(model, where.dataset)
     run = prepare("label", running, output)
     options = LabelOptions(
         data=data, out=out, recipe=recipe, keep=keep, segments=segments, checkpoint=checkpoint, confidence=confidence,
-        empty=empty, **tagging, **vars(model), run=run.options(**compute.parsed()),
+        empty=empty, prompts=prompts, **tagging, **vars(model), run=run.options(**compute.parsed()),
     )  # fmt: skip
     with run.console:
         done = run_label(

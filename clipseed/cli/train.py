@@ -131,9 +131,9 @@ class WeclipArguments:
 def weclip(
     *,
     where: shared.DatasetArguments,
-    labels: Annotated[
-        Optional[Path], shared.data_option(help="Image-level labels: CSV, one-hot CSV, JSON or text.")
-    ] = None,
+    labels: shared.Labels = None,
+    tag_threshold: shared.TagThreshold = None,
+    tag_top_k: shared.TagTopK = None,
     masks: Annotated[
         Optional[str], shared.data_option(help="Learn from these label masks, not from labels: a folder, or toy.")
     ] = None,
@@ -177,13 +177,15 @@ def weclip(
 
     if permissive:
         refuse_restricted(tower, where.dataset)
+    source, tagging = shared.label_source(labels, tag_threshold, tag_top_k)
     data = DatasetOptions(
-        **vars(where), **vars(reading), labels=labels, classes=classes, templates=tuple(template or ()),
+        **vars(where), **vars(reading), **source, classes=classes, templates=tuple(template or ()),
         background=background,
     )  # fmt: skip
     options = TrainWeclipOptions(
-        data=data, out=out, steps=steps, batch=batch_size, masks=masks, soft=soft, cache=cache, prompts=prompts,
-        constants=constants.chosen(), paper=paper, **vars(tower), **training.parsed(), **vars(validation),
+        **tagging, data=data, out=out, steps=steps, batch=batch_size, masks=masks, soft=soft, cache=cache,
+        prompts=prompts, constants=constants.chosen(), paper=paper, **vars(tower), **training.parsed(),
+        **vars(validation),
     )  # fmt: skip
     return run_training(lambda *talk: run_train_weclip(options, *talk), training.allow_skipped, output)
 

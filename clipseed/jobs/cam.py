@@ -104,14 +104,21 @@ def run_cam(
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported instead.
     """
     check(options)
-    learned = None
-    if options.prompts is not None:
-        learned = read_prompts(options.prompts, options.data.classes, options.data.dataset)
-    image_set = open_dataset(options.data if learned is None else learned.dataset(options.data))
+    image_set, learned = open_with_prompts(options.data, options.prompts)
     recipe = CamRecipe(options, image_set.vocabulary, image_set.reader, learned)
     say = partial(loading, options.model_name) if loading else None
     with contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say)) as engine:
         return _run(options, image_set, recipe, engine, start, start_tags)
+
+
+def open_with_prompts(data: DatasetOptions, prompts: Path | None) -> tuple[ImageSet, PromptFile | None]:
+    """A data set, whose classes are those of the learned prompts, where there are any.
+
+    Raises:
+        ClipseedError: as of the data set, or of the prompts.
+    """
+    learned = None if prompts is None else read_prompts(prompts, data.classes, data.dataset)
+    return open_dataset(data if learned is None else learned.dataset(data)), learned
 
 
 def _run(

@@ -16,7 +16,7 @@ import torch
 
 from clipseed.cam.methods import Method
 from clipseed.clip.model import FrozenClip
-from clipseed.data.dataset import DatasetOptions, open_dataset
+from clipseed.data.dataset import DatasetOptions
 from clipseed.data.stamps import FileStamp, file_stamp
 from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.data.vocabulary import Vocabulary
@@ -31,7 +31,16 @@ from clipseed.defaults import (
 )
 from clipseed.errors import ImageError, InputError, UsageError
 from clipseed.jobs import cam as cam_job
-from clipseed.jobs.cam import CamOptions, CamRecipe, CamWork, StartOn, TagReport, tag_unlabelled, without_labels
+from clipseed.jobs.cam import (
+    CamOptions,
+    CamRecipe,
+    CamWork,
+    StartOn,
+    TagReport,
+    open_with_prompts,
+    tag_unlabelled,
+    without_labels,
+)
 from clipseed.jobs.crf import Problem
 from clipseed.jobs.refine import ParOptions, along_colors
 from clipseed.jobs.sam_masks import (
@@ -71,6 +80,7 @@ from clipseed.store.segment_records import unpack_segments
 from clipseed.store.segments import SegmentSet
 from clipseed.store.tags import Tagged, label_file
 from clipseed.store.units import Unit
+from clipseed.train.prompts.files import PromptFile
 from clipseed.types import IGNORE
 
 _MOST_PER_UNIT = 1024
@@ -135,6 +145,7 @@ class LabelOptions:
         proposals: Settings of SAM's grid.
         confidence: Pixels whose label is less certain become 255; not with ``svc``, whose labels have no confidence.
         empty: As of :class:`~clipseed.jobs.crf.CrfOptions`.
+        prompts: Learned prompts, in place of the vocabulary's words.
     """
 
     data: DatasetOptions
@@ -152,6 +163,7 @@ class LabelOptions:
     min_side: int = 0
     tag_threshold: float = TAG_THRESHOLD
     tag_top_k: int | None = None
+    prompts: Path | None = None
     run: RunOptions = field(default_factory=RunOptions)
 
     @property
@@ -170,7 +182,7 @@ class LabelOptions:
         return CamOptions(
             self.data, self.keep or self.out, self.model, self.weights, self.steps.cam, max_side=self.max_side,
             min_side=self.min_side, refine="caa" if self.steps.caa else None, tag_threshold=self.tag_threshold,
-            tag_top_k=self.tag_top_k, run=self.run,
+            tag_top_k=self.tag_top_k, prompts=self.prompts, run=self.run,
         )  # fmt: skip
 
     @property
@@ -227,10 +239,10 @@ def run_label(
         ClipseedError: see the modules it uses; images that cannot be read are skipped and reported.
     """
     check(options)
-    image_set = open_dataset(options.data)
+    image_set, learned = open_with_prompts(options.data, options.prompts)
     with contextlib.ExitStack() as opened:
         segments = None if options.segments is None else opened.enter_context(SegmentSet(options.segments))
-        recipe = LabelWorkRecipe(options, image_set.vocabulary, image_set.reader, segments)
+        recipe = LabelWorkRecipe(options, image_set.vocabulary, image_set.reader, segments, learned)
         say = partial(loading, options.cam.model_name) if loading else None
         engine = opened.enter_context(
             contextlib.closing(open_engine(recipe, options.run.cluster, recipe.known(), say))
@@ -378,11 +390,12 @@ class LabelWorkRecipe:
     vocabulary: Vocabulary
     reader: ImageReader
     segments: SegmentSet | None = None
+    learned: PromptFile | None = None
 
     @property
     def cam(self) -> CamRecipe:
         """The first steps."""
-        return CamRecipe(self.options.cam, self.vocabulary, self.reader)
+        return CamRecipe(self.options.cam, self.vocabulary, self.reader, self.learned)
 
     @property
     def grid(self) -> MasksRecipe | None:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip, model_name
-from clipseed.data.dataset import open_dataset
 from clipseed.data.types import ImageSet
-from clipseed.defaults import WECLIP_BATCH
+from clipseed.defaults import TAG_THRESHOLD, WECLIP_BATCH
 from clipseed.errors import UsageError, WeightsError
 from clipseed.evaluate.sources import find_ground_truth
+from clipseed.jobs.cam import CamOptions, CamRecipe, check, open_with_prompts, tag_unlabelled
+from clipseed.runtime.run import RunOptions, open_engine
+from clipseed.store.files import storage_errors
 from clipseed.train.augment import Augmentation
 from clipseed.train.checkpoint import is_ours
 from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
 from clipseed.train.loop import Status
-from clipseed.train.prompts.files import read_prompts, text_of
+from clipseed.train.prompts.files import PromptFile, text_of
 from clipseed.train.running import (
     TrainReport,
     refuse_large_cache,
@@ -51,6 +55,7 @@ class TrainWeclipOptions(SegmenterOptions):
         soft: CAM file with the scores behind them.
         cache: No augmentation: every image has one crop, and what the frozen CLIP gives for it is kept in memory.
         prompts: Learned prompts, in place of the vocabulary's words.
+        tag_threshold, tag_top_k: As of ``clipseed cam --labels auto``, for images that have no labels.
     """
 
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -59,6 +64,17 @@ class TrainWeclipOptions(SegmenterOptions):
     soft: Path | None = None
     cache: bool = False
     prompts: Path | None = None
+    tag_threshold: float = TAG_THRESHOLD
+    tag_top_k: int | None = None
+
+    @property
+    def tagging(self) -> CamOptions:
+        """How images without labels get some; the label file goes to the run's folder."""
+        device = RunOptions(device=str(self.device), precision=self.precision, workers=self.workers)
+        return CamOptions(
+            self.data, self.folder / "labels", self.model, self.weights, tag_threshold=self.tag_threshold,
+            tag_top_k=self.tag_top_k, prompts=self.prompts, run=device,
+        )  # fmt: skip
 
 
 def run_train_weclip(
@@ -77,10 +93,9 @@ def run_train_weclip(
         ClipseedError: see the modules it uses.
     """
     options.check()
-    learned = (
-        None if options.prompts is None else read_prompts(options.prompts, options.data.classes, options.data.dataset)
-    )
-    image_set = open_dataset(options.data if learned is None else learned.dataset(options.data))
+    image_set, learned = open_with_prompts(options.data, options.prompts)
+    if options.data.auto_labels and options.masks is None:
+        image_set = _tagged(options, image_set, learned, note)
     vocabulary = image_set.vocabulary
     plain = without_augmentation(options.constants, {"scales": (1.0, 1.0), "mirror": 0.0}, cache=options.cache)
     weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants, **plain})
@@ -130,6 +145,29 @@ def run_train_weclip(
         options, Training(trainer, data, settings, validate, save, steps, batch, half, loop_init), report, note,
         model=clip.manifest(), unlabelled=unlabelled,
     )  # fmt: skip
+
+
+def _tagged(
+    options: TrainWeclipOptions, image_set: ImageSet, learned: PromptFile | None, note: Callable[[str], None]
+) -> ImageSet:
+    """The data set with CLIP's tags where there are no labels; of several processes one makes them.
+
+    Raises:
+        StoreError: the label file was edited.
+    """
+    tagging = options.tagging
+    check(tagging)
+    recipe = CamRecipe(tagging, image_set.vocabulary, image_set.reader, learned)
+    with storage_errors(options.folder):
+        options.folder.mkdir(parents=True, exist_ok=True)
+    file = options.folder / "labels.csv"
+    with FileLock(options.folder / ".labels.lock"), contextlib.closing(open_engine(recipe, None)) as engine:
+        manifest, _ = recipe.manifest(image_set, engine.about)
+        image_set, tags = tag_unlabelled(tagging.run, image_set, engine, file, manifest, engine.about["unit"])
+    if tags.alike:
+        note("warning: the tags do not tell the images apart; look at them, or try other words or another model")
+    note(f"{file}: {tags.tagged} images tagged by CLIP, {tags.without_class} of them without any class")
+    return image_set
 
 
 def _masks(options: TrainWeclipOptions, image_set: ImageSet) -> GivenMasks | None:

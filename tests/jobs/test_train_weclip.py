@@ -339,3 +339,22 @@ def test_the_report_of_a_segmenter(here: Path, capsys: pytest.CaptureFixture[str
     Path("w-training").rename("elsewhere")
     assert main(["report", "w.safetensors"]) == 2
     assert "nothing is known of its training" in said(capsys)
+
+
+def test_labels_that_clip_gives(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of ``cam --labels auto``: the same tags, listed, made once; an edited list is given back with --labels."""
+    save_devkit(here / "toy", 0, 6)
+    photos = ["--dataset", "folder", "--images", "toy/JPEGImages", "--classes", "toy", "--weights", "toy"]
+    words = ["train", "weclip", *photos, *SMALL, "--steps", "2", "--out", "t.safetensors"]
+    assert main([*words, "--labels", "auto"]) == 0
+    assert "6 images tagged by CLIP" in capsys.readouterr().err
+    tags = (here / "t-training" / "labels.csv").read_bytes()
+    weights = (here / "t.safetensors").read_bytes()
+    assert main(["cam", *photos, "--labels", "auto", "--device", "cpu", "--out", "cams.h5", "-q"]) in (0, 3)
+    assert (here / "cams.labels.csv").read_bytes() == tags
+    assert main([*words, "--labels", "auto"]) == 0
+    assert (here / "t.safetensors").read_bytes() == weights
+    assert main([*words, "--labels", "t-training/labels.csv", "--out", "u.safetensors"]) == 0
+    assert read_weights(here / "u.safetensors")[0].keys() == read_weights(here / "t.safetensors")[0].keys()
+    for name, value in read_weights(here / "u.safetensors")[0].items():
+        assert torch.equal(value, read_weights(here / "t.safetensors")[0][name])
