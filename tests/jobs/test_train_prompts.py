@@ -112,15 +112,16 @@ def test_from_labels_to_fine_seeds(here: Path, capsys: pytest.CaptureFixture[str
     assert "--prompts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prompts_serve_every_method(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All methods of ``cam``, ``refine js``, tagging, WeCLIP and its refined pseudo-labels read learned prompts."""
     assert main([*TOY, *SMALL, "--steps", "2", "--cache", "--quiet", "--out", "p.safetensors"]) == 0
     words = ["--dataset", "toy", "--limit", "2", *CPU, "--quiet", "--allow-skipped"]
     for method in ("softmax-gradcam", "gradcam", "maskclip", "svc", "naclip"):
-        line = ["cam", *words, "--method", method]
-        # 3: prompts after two steps say little, so most maps may be empty.
-        assert main([*line, "--prompts", "p.safetensors", "--out", "with.h5", "--overwrite"]) in (0, 3)
-        assert main([*line, "--out", "without.h5", "--overwrite"]) == 0
+        line = ["cam", *words, "--method", method, "--overwrite"]
+        # 3: most maps of these two scenes may be empty, above all with prompts after two steps.
+        assert main([*line, "--prompts", "p.safetensors", "--out", "with.h5"]) in (0, 3)
+        assert main([*line, "--out", "without.h5"]) in (0, 3)
         with clipseed.open_cams("with.h5") as ours, clipseed.open_cams("without.h5") as plain:
             assert any(np.abs(ours[key].maps - plain[key].maps).max() > 1e-3 for key in ours), method
     assert main(["refine", "js", "with.h5", "--out", "js.h5", *CPU, "--quiet"]) == 0
@@ -165,7 +166,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     subprocess.run(line, cwd=whole, env=environment(), check=True, capture_output=True, timeout=240)
     process = subprocess.Popen(line, cwd=broken, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while len(read_metrics(broken / "p-training" / "metrics.jsonl")) < 3 and process.poll() is None:
+    while not (broken / "p-training" / "checkpoint.safetensors").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -183,6 +184,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str], code: int, *pa
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Seeds that are missing, of other sizes or classes; prompts of another tower; options that mean nothing."""
     save_devkit(here / "kit", count=4)
