@@ -29,9 +29,9 @@ from clipseed.cli.reproduce import reproduce
 from clipseed.cli.sam_masks import sam_masks
 from clipseed.cli.sam_seed import sam_seed
 from clipseed.cli.threshold import threshold
-from clipseed.cli.train import prompts as train_prompts
-from clipseed.cli.train import weclip
 from clipseed.cli.train_bridge import bridge
+from clipseed.cli.train_prompts import prompts as train_prompts
+from clipseed.cli.train_weclip import weclip
 from clipseed.cli.try_photo import try_photo
 from clipseed.runtime.threads import let_waiting_threads_sleep
 from clipseed.version import __version__

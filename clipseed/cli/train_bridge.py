@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli.train import run_training
+from clipseed.cli._training import run_training
 from clipseed.defaults import (
     BRIDGE_BATCH,
     BRIDGE_BLOCKS,

@@ -1,0 +1,51 @@
+"""What the training commands share: progress, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from clipseed.cli import _options as shared
+from clipseed.cli._console import Console, percent, print_json, some
+from clipseed.cli._run import exit_code
+
+if TYPE_CHECKING:
+    from clipseed.train.loop import Status
+    from clipseed.train.running import TrainReport
+
+
+def run_training(
+    run: Callable[[Callable[[Status], None], Callable[[str], None]], TrainReport], allow_skipped: str | None,
+    output: shared.OutputArguments,
+) -> int:  # fmt: skip
+    """Train, tell how it went, and give the exit code; one process of torchrun's talks."""
+    from clipseed.train.running import first_process
+
+    allowed = shared.allowed_skips(allow_skipped)
+    console = Console(output.quiet or not first_process())
+    with console:
+        done = run(lambda status: console.note(str(status)), console.note)
+    return _finish(console, done, allowed, output) if first_process() else 0
+
+
+def _finish(console: Console, done: TrainReport, allowed: float, output: shared.OutputArguments) -> int:
+    """Tell how it went, and give the exit code."""
+    if done.skipped:
+        reasons = some([f"{key} ({why})" for key, why in done.skipped.items()], 3)
+        console.warn(f"{len(done.skipped)} images skipped: {reasons}; all of them are listed in {done.skipped_file}")
+    best = ""
+    if done.best is not None and done.best_out is not None:
+        best = f"; {done.best_out}: step {done.best['step']} with mIoU {percent(done.best['score'])}"
+    console.note(
+        f"{done.out}: {done.steps} steps on {done.images} images ({done.model['weights']}, {done.device}){best}"
+    )
+    if output.json:
+        print_json(
+            {
+                "out": str(done.out), "training": str(done.folder), "steps": done.steps, "images": done.images,
+                "best": None if done.best is None else {**done.best, "file": str(done.best_out)},
+                "model": dict(done.model), "device": done.device, "left_out": list(done.unlabelled),
+                "skipped": [{"id": key, "reason": why} for key, why in done.skipped.items()],
+            }
+        )  # fmt: skip
+    return exit_code(console, len(done.skipped), allowed)
