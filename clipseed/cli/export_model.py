@@ -18,7 +18,7 @@ def export_model(
     segmenter: Annotated[Path, typer.Argument(help="File of clipseed train bridge.")] = Path("bridge.safetensors"),
     onnx: Annotated[Path, shared.output_option(help="NAME.onnx to write.")],
     int8: Annotated[
-        Optional[Path], shared.output_option(help="NAME.onnx with 8-bit weights, a quarter of the size.")
+        Optional[Path], shared.output_option(help="NAME.onnx with 8-bit weights, under a third of the size.")
     ] = None,
     output: shared.OutputArguments,
 ) -> int:
