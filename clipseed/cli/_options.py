@@ -64,7 +64,18 @@ TagThreshold = Annotated[
     ),
 ]
 TagTopK = Annotated[Optional[int], data_option(help="--labels auto: at most so many tags an image.", min=1)]
-Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
+
+
+def _class_lists() -> list[str]:
+    from clipseed.data.vocabulary import builtin_vocabularies
+
+    return list(builtin_vocabularies())
+
+
+Classes = Annotated[
+    Optional[str],
+    data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.", autocompletion=_class_lists),
+]
 Background = Annotated[
     Optional[str],
     data_option(
