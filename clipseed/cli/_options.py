@@ -358,7 +358,7 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         UsageError: not numbers.
     """
     try:
-        found = tuple(float(part) for part in text.split(",")) if text.strip() else ()
+        found = tuple(float(part) for part in text.split(",")) if text.strip(" ,") else ()
     except ValueError as error:
         raise UsageError(f"{option} {text[:40]}: give numbers separated by commas") from error
     if not found:
