@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints, overload
 
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperOption
 from typer.models import OptionInfo
 
 MORE = "More"
@@ -72,6 +72,8 @@ class Command(TyperCommand):
         for option in self.params:
             if isinstance(option, TyperOption):
                 _without_type(option)
+            elif isinstance(option, TyperArgument):
+                option.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
 
     def get_help_option(self, ctx: Any) -> Any:
         """As of every command."""

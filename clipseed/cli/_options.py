@@ -68,7 +68,18 @@ TagThreshold = Annotated[
     ),
 ]
 TagTopK = Annotated[Optional[int], data_option(help="--labels auto: at most so many tags an image.", min=1)]
-Classes = Annotated[Optional[str], data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.")]
+
+
+def _class_lists() -> list[str]:
+    from clipseed.data.vocabulary import builtin_vocabularies
+
+    return list(builtin_vocabularies())
+
+
+Classes = Annotated[
+    Optional[str],
+    data_option(help="Class names and words: voc, coco, coco-corrected, toy or a file.", autocompletion=_class_lists),
+]
 Background = Annotated[
     Optional[str],
     data_option(
@@ -372,7 +383,7 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
         UsageError: not numbers.
     """
     try:
-        found = tuple(float(part) for part in text.split(",")) if text.strip() else ()
+        found = tuple(float(part) for part in text.split(",")) if text.strip(" ,") else ()
     except ValueError as error:
         raise UsageError(f"{option} {text[:40]}: give numbers separated by commas") from error
     if not found:

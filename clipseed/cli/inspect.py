@@ -39,8 +39,8 @@ def inspect(
     for name, value in (("id", id), ("images", images), ("root", root)):
         if value and preview is None:
             raise UsageError(f"--{name} belongs to --preview")
-    shared.refuse_no_png(preview, "--preview")
     refuse_unwritable(preview, "--preview")
+    shared.refuse_no_png(preview, "--preview")
     chosen = cams or last_output(Console(output.quiet), "inspect")
     inspection = inspect_output(chosen, verify=verify)
     if output.json:

@@ -48,8 +48,8 @@ def try_photo(
 
     console = Console(output.quiet)
     place = out or Path(f"{photo.stem}-try.png")
-    shared.refuse_no_png(place, "--out")
     refuse_unwritable(place, "--out")
+    shared.refuse_no_png(place, "--out")
     if tower.weights == TOY_WEIGHTS:
         say_toy_is_no_photo(console)
     options = TryOptions(

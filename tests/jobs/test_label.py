@@ -64,6 +64,24 @@ def test_equals_the_single_commands(recipe: str) -> None:
         assert all(np.abs(kept[key].maps - cams[key].maps).max() < 2e-3 for key in cams)
 
 
+@pytest.mark.parametrize("recipe", ["clip-es", "svc"])
+def test_batches_equal_single_images(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does after CLIP, images of one size together, on a CPU."""
+    for number in range(4):
+        Path("photos").mkdir(exist_ok=True)
+        photo(number, 40, 56 if number < 3 else 48).save(f"photos/{number}.png")
+    Path("classes.txt").write_text("boat\nfish\n")
+    Path("labels.csv").write_text('0.png,"boat,fish"\n1.png,fish\n2.png,\n3.png,boat\n')
+    words = ["label", "--images", "photos", "--labels", "labels.csv", "--classes", "classes.txt", "--weights", "toy"]
+    assert run(*words, "--recipe", recipe, "--quiet") == 0
+    monkeypatch.setattr("clipseed.jobs.label.one_by_one", lambda device, largest: None)
+    assert run(*words, "--recipe", recipe, "--quiet", "--out", "together") == 0
+    alone, together = masks("pseudo"), masks("together")
+    assert len(together) == 4
+    assert not together["2"].any()
+    assert all((labels != together[key]).mean() < 1e-3 for key, labels in alone.items())
+
+
 def test_segments_on_the_way_equal_segments_from_a_file() -> None:
     """With SAM's own settings, which no option of the command changes: through the job."""
     from dataclasses import replace
