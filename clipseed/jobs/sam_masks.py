@@ -136,9 +136,6 @@ def proposal_options(preset: SamPreset, **overrides: Any) -> ProposalOptions:
     for name, value in given.items():
         if not math.isfinite(value):
             raise UsageError(f"--{name.replace('_', '-').removeprefix('pred-')} {value}: give a number")
-    for name, value in (("iou", given.get("pred_iou_threshold")), ("stability", given.get("stability_threshold"))):
-        if value is not None and not 0 <= value <= 1:
-            raise UsageError(f"--{name}-threshold {value}: give a share from 0 to 1")
     return replace(PRESETS[preset], **given)
 
 

@@ -41,7 +41,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("cam --images photos --labels x.csv --classes voc --split nosuch", 1, "x.csv: a label file cannot be read"),
         ("cam --images cams.h5 --labels x.csv --classes voc", 1, "cams.h5: is a file; name the folder"),
-        ("sam-masks --dataset toy --iou-threshold 5", 2, "--iou-threshold 5.0: give a share from 0 to 1"),
         ("sam-masks --dataset toy --max-side 1", 2, "--max-side: give a number of pixels from 16"),
         ("crf cams.h5 --out photos", 2, "--out photos: holds images; choose another folder"),
         ("threshold cams.h5 --threshold 0.4 --out photos", 2, "--out photos: holds images"),

@@ -183,7 +183,7 @@ def test_templates_and_limit(tmp_path: Path) -> None:
     found = folder(tmp_path, "a,rust\n", templates=("a photo of {}.",), limit=2)
     assert found.vocabulary.templates == ("a photo of {}.",)
     assert len(found.samples) == 2
-    with pytest.raises(InputError, match=r"exactly one \{\}"):
+    with pytest.raises(UsageError, match=r"exactly one \{\}"):
         folder(tmp_path, "a,rust\n", templates=("a photo",))
 
 
