@@ -272,11 +272,15 @@ class Study:
         elif (rate := self.best_rate(arm)) is not None:
             self.score(arm, seed, rate)
 
-    def found(self, arm: Arm) -> list[float]:
-        """Scores of all seeds at the chosen rate."""
+    def by_seed(self, arm: Arm) -> dict[int, float]:
+        """Scores at the chosen rate, of the seeds that were run."""
         rate = self.best_rate(arm)
-        keys = [f"{arm.key}/{rate:g}/{seed}" for seed in range(self.size.seeds)] if rate is not None else []
-        return [self.scores[key]["miou"] for key in keys if key in self.scores]
+        keys = {seed: f"{arm.key}/{rate:g}/{seed}" for seed in range(self.size.seeds)} if rate is not None else {}
+        return {seed: self.scores[key]["miou"] for seed, key in keys.items() if key in self.scores}
+
+    def found(self, arm: Arm) -> list[float]:
+        """The same without the seeds."""
+        return list(self.by_seed(arm).values())
 
     def zero_shot(self) -> dict[str, Any]:
         """Two classes held out of training: their pixels are 255, their words nowhere. Then they are asked for."""
@@ -443,20 +447,21 @@ def differences(study: Study) -> list[str]:
     tables = study.arms()
 
     def gap(one: Arm, other: Arm) -> str | None:
-        a, b = study.found(one), study.found(other)
-        return f"{statistics.mean(a) - statistics.mean(b):+.1f}" if a and b else None
+        a, b = study.by_seed(one), study.by_seed(other)
+        both = [round(a[seed] - b[seed], 1) for seed in a if seed in b]
+        return ", ".join(f"{value or 0.0:+.1f}" for value in both) or None
 
     def arm(table: str, name: str, backbone: str) -> Arm | None:
         return next((arm for arm in tables[table] if arm.name == name and arm.backbone == backbone), None)
 
     lines, first = [], study.size.backbones[0]
-    places = [("photos", LITE0, "photographs"), *(("heads", name, name) for name in study.size.backbones)]
+    places = [("photos", LITE0, "photographs"), *(("heads", name, f"toy, {name}") for name in study.size.backbones)]
     for other in ("denseclip", "fpn", "lseg"):
         found = []
         for table, backbone, title in places:
             one, two = arm(table, "bridge", backbone), arm(table, other, backbone)
             if one and two and (value := gap(one, two)):
-                found.append(f"{title} {value}")
+                found.append(f"{title} ({value})")
         if found:
             lines.append(f"- The bridge less `{other}`: {', '.join(found)}.")
     plain, random = arm("heads", "bridge", first), arm("controls", "random vectors", first)
@@ -465,10 +470,10 @@ def differences(study: Study) -> list[str]:
     pairs = [("random vectors, photographs", photo, arm("photos", "bridge, random vectors", LITE0)),
              ("permuted names, photographs", photo, arm("photos", "bridge, names permuted", LITE0)),
              ("random vectors, toy", plain, random), ("permuted names, toy", plain, moved)]  # fmt: skip
-    told = [f"{title} {value}" for title, one, two in pairs if one and two and (value := gap(one, two))]
+    told = [f"{title} ({value})" for title, one, two in pairs if one and two and (value := gap(one, two))]
     if told:
         lines.append(f"- CLIP's text less a control (above 0: language helps): {', '.join(told)}.")
-    return ["Mean differences, with the noise of the tables below:", "", *lines] if lines else []
+    return ["Differences in points, one number for each seed that both have:", "", *lines] if lines else []
 
 
 def page(study: Study) -> str:
@@ -480,7 +485,9 @@ def page(study: Study) -> str:
         heads.append(f"| {backbone} | {' | '.join(row)} |")
     plain = next(arm for arm in tables["heads"] if arm.backbone == size.backbones[0] and arm.name == "bridge")
     controls = ["| bridge | mIoU |", "| --- | --- |", f"| as it is | {spread(study.found(plain))} |"]
-    controls += [f"| {arm.name} | {spread(study.found(arm))} |" for arm in tables["controls"]]
+    controls += [f"| {arm.name} | {spread(study.found(arm))} |" for arm in tables["controls"] if study.found(arm)]
+    open_ones = [arm.name for arm in tables["controls"] if not study.found(arm)]
+    controls += ["", f"Not run yet: {', '.join(open_ones)}."] if open_ones else []
     photos = ["| head | mIoU |", "| --- | --- |"]
     photos += [f"| {arm.name} | {spread(study.found(arm))} |" for arm in tables["photos"]]
     cost = [
@@ -509,7 +516,9 @@ def page(study: Study) -> str:
         f"{small['fp32']} mIoU in {small['fp32_mb']} MB became {small['int8']} in {small['int8_mb']} MB"
     )  # fmt: skip
     reading = differences(study)
-    facts = ", ".join(f"{key} {value}" for key, value in asdict(size).items())
+    facts = ", ".join(
+        f"{key} {value}" for key, value in asdict(size).items() if not isinstance(value, tuple) or key == "rates"
+    )
     text = (Path(__file__).parent / "results-bridge.in.md").read_text(encoding="utf-8")
     sections = {
         "HEADS": heads,
