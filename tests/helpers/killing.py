@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 from clipseed.cli.main import main  # noqa: E402
-from clipseed.jobs import cam, crf, predict, refine, sam_masks, sam_seed  # noqa: E402
+from clipseed.jobs import cam, crf, label, predict, refine, sam_masks, sam_seed  # noqa: E402
 from clipseed.runtime import features  # noqa: E402
 from clipseed.runtime import images as engine  # noqa: E402
 from clipseed.store import tags  # noqa: E402
@@ -127,6 +127,7 @@ if __name__ == "__main__":
     tags._SAVE_EVERY = 0.0
     refine._Spreading.refined = slowed(refine._Spreading.refined)
     crf._CrfWork._solve = slowed(crf._CrfWork._solve)
+    label.LabelWork.compute = slowed(label.LabelWork.compute)
     predict.unit_size_for = lambda device: 3
     predict.PredictWork.compute = slowed(predict.PredictWork.compute)
     sam_masks.generate = slowed(sam_masks.generate)

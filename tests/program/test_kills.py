@@ -31,10 +31,12 @@ COMMANDS = {
     "threshold": ["threshold", "cams.h5", "--threshold", "0.4", "--out", "out/pseudo"],
     "predict": ["predict", "w.safetensors", *SMALL, "--device", "cpu", "--out", "out/predictions", "--soft",
                 "out/soft.h5"],
+    "label": ["label", *LABELLED, "--weights", "toy", "--device", "cpu", "--recipe", "svc", "--out", "out/pseudo",
+              "--keep", "out/cams.h5"],
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
     "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
 }  # fmt: skip
-FEWER = {"cam to shards": 8, "tags": 8, "prompts": 8, "threshold": 8, "predict": 8}
+FEWER = {"cam to shards": 8, "tags": 8, "prompts": 8, "threshold": 8, "predict": 8, "label": 8}
 """Of commands that store through the same writers as the others."""
 
 
