@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,11 +97,7 @@ class Running:
                 f"{stats.counters['recomputed']} images gave NaN or infinity in half precision and were computed in "
                 "fp32"
             )
-        if stats.skipped:
-            reasons = some([f"{key} ({why})" for key, why in stats.skipped], 3)
-            console.warn(f"{counted(len(stats.skipped), 'image')} skipped: {reasons}")
-        if report.skipped_file:
-            console.warn(f"all of them are listed in {report.skipped_file}")
+        tell_skipped(console, stats.skipped, report.skipped_file)
         if empty is not None and empty.labels:
             tell_empty(console, empty)
         console.note(summary)
@@ -128,6 +124,14 @@ def last_output(console: Console, command: str, note: str = "reading") -> Path:
     source = newest_output(Path(), command)
     console.note(f"{note} {source}, the last output here (name another one to choose it)")
     return source
+
+
+def tell_skipped(console: Console, skipped: Sequence[tuple[str, str]], file: Path | None) -> None:
+    """Say how many images were left out, a few of them with the reason, and where all of them are listed."""
+    if skipped:
+        reasons = some([f"{key} ({why})" for key, why in skipped], 3)
+        listed = "" if file is None else f"; listed in {file}"
+        console.warn(f"{counted(len(skipped), 'image')} skipped: {reasons}{listed}")
 
 
 def tell_empty(console: Console, empty: EmptyLabels) -> None:

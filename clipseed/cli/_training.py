@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, percent, print_json, some
-from clipseed.cli._run import exit_code
+from clipseed.cli._console import Console, percent, print_json
+from clipseed.cli._run import exit_code, tell_skipped
 
 if TYPE_CHECKING:
     from clipseed.train.loop import Status
@@ -30,9 +30,7 @@ def run_training(
 
 def _finish(console: Console, done: TrainReport, allowed: float, output: shared.OutputArguments) -> int:
     """Tell how it went, and give the exit code."""
-    if done.skipped:
-        reasons = some([f"{key} ({why})" for key, why in done.skipped.items()], 3)
-        console.warn(f"{len(done.skipped)} images skipped: {reasons}; all of them are listed in {done.skipped_file}")
+    tell_skipped(console, list(done.skipped.items()), done.skipped_file)
     best = ""
     if done.best is not None and done.best_out is not None:
         best = f"; {done.best_out}: step {done.best['step']} with mIoU {percent(done.best['score'])}"

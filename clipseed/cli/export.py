@@ -8,9 +8,9 @@ from typing import Annotated, Optional
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, print_json, some
+from clipseed.cli._console import Console, print_json
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import exit_code, last_output
+from clipseed.cli._run import exit_code, last_output, tell_skipped
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
 
 
@@ -91,9 +91,7 @@ def export(
         done = run_export(options, lambda total: console.track("export", total))
     for note in done.notes:
         console.warn(note)
-    if done.skipped:
-        reasons = some([f"{key} ({why})" for key, why in done.skipped], 3)
-        console.warn(f"{len(done.skipped)} images skipped: {reasons}; all of them are listed in {done.skipped_file}")
+    tell_skipped(console, done.skipped, done.skipped_file)
     exported = done.images - len(done.skipped)
     console.note(f"{out}: {exported} of {done.images} images as {format}, {done.written} files written now")
     if output.json:

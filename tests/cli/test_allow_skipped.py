@@ -97,7 +97,7 @@ def test_every_command_that_streams(scenes: Path, capsys: pytest.CaptureFixture[
     ):
         assert main([*command, "--device", "cpu"]) == 3, command
         assert main([*command, "--device", "cpu", "--allow-skipped", "2"]) == 0, command
-        assert "images skipped: toy_00000" in capsys.readouterr().err
+        assert " skipped: toy_00000" in capsys.readouterr().err
 
     assert main(["sam-seed", "cams.h5", "--method", "pixel", "--allow-skipped", "1"]) == 0
 

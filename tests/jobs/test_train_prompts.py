@@ -216,7 +216,7 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     # An image that cannot be read is skipped, and another stands in for it.
     next((here / "kit" / "JPEGImages").iterdir()).write_bytes(b"no image")
     assert main([*kit, "--out", "lost.safetensors"]) == 3
-    assert "1 images skipped" in capsys.readouterr().err
+    assert "1 image skipped" in capsys.readouterr().err
     cam = ["cam", "--dataset", "toy", "--limit", "1", *CPU, "--prompts", "few.safetensors"]
     refused([*cam, "--classes", "voc"], capsys, 2, "other classes than those of few.safetensors")
     refused([*cam, "--template", "a {}."], capsys, 2, "--prompts", "template")

@@ -206,7 +206,7 @@ def test_a_broken_image_costs_that_image(here: Path, capsys: pytest.CaptureFixtu
     assert main(words) == 3
     told = said(capsys)
     assert "1 of 5 images have no labels (4 …); left out" in told
-    assert "1 images skipped: 2 (" in told
+    assert "1 image skipped: 2 (" in told
     listed = (here / "weclip-training" / "skipped.csv").read_text()
     assert listed.startswith("id,reason\n2,")
     assert main(words) == 3  # nothing left to do, and still said
