@@ -185,14 +185,13 @@ class ExportFolder:
         """
         for text in self._texts:
             path = self._note(text.path)
-            with (
-                replacing(path) as temporary,
-                temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream,
-            ):
-                stream.write(text.parts[0])
-                for one, part in zip(self._lists[text.path], text.parts[1:], strict=True):
-                    one.copy_to(stream)
-                    stream.write(part)
+            with replacing(path) as temporary:
+                with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+                    stream.write(text.parts[0])
+                    for one, part in zip(self._lists[text.path], text.parts[1:], strict=True):
+                        one.copy_to(stream)
+                        stream.write(part)
+                self.written += not (path.is_file() and filecmp.cmp(temporary, path, shallow=False))
         with storage_errors(self.out):
             for name in sorted(self._before - self._now):
                 self._remove(name)
