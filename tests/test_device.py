@@ -52,7 +52,7 @@ def imports(path: Path) -> set[str]:
         ("device.py", {"defaults", "errors"}),
         ("minmax.py", set()),
         ("weights.py", {"errors"}),
-        ("clip", {"clip", "data", "defaults", "device", "errors", "weights"}),
+        ("clip", {"clip", "data", "defaults", "device", "errors", "network", "weights"}),
         ("sam", {"sam", "data", "defaults", "device", "errors", "segments", "weights"}),
     ],
 )

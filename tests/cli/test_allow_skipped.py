@@ -66,7 +66,7 @@ def test_cam_and_evaluate(scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
         capsys.readouterr()
     damage(scenes / "JPEGImages" / "toy_000003.png")
     assert main([*CAM, "--overwrite", "--allow-skipped", "1"]) == 3
-    assert "--allow-skipped 1: 2 images left out, so the exit code is 3" in capsys.readouterr().err
+    assert "--allow-skipped 1: 2 images were left out, so the exit code is 3" in capsys.readouterr().err
     assert main([*CAM, "--overwrite", "--allow-skipped", "2"]) == 0
     for image in (scenes / "JPEGImages").iterdir():
         damage(image)

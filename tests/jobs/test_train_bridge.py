@@ -331,4 +331,4 @@ def test_options_are_told_apart(tmp_path: Path) -> None:
     from clipseed.data.dataset import DatasetOptions
 
     options = TrainBridgeOptions(data=DatasetOptions("toy"), out=tmp_path / "b.safetensors", backbone="x", masks="toy")
-    assert (options.batch, options.text) == (16, "clip")
+    assert (options.steps, options.batch, options.text) == (None, None, "clip")  # as published for the class list

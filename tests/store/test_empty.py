@@ -164,7 +164,7 @@ def test_cam(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, _ = told(capsys, *CAM[:-2], "--out", "own.h5")
     assert own["count"] < found["count"]
     assert NOTHING_COMPETES not in own["reasons"]
-    refined, _ = told(capsys, "refine", "caa")
+    refined, _ = told(capsys, "refine", "caa", "cams.h5")
     assert (here / "cams-caa.empty.csv").read_bytes() == listed
     one_pass, _ = told(capsys, *CAM, "--refine", "caa", "--out", "pass.h5")
     assert one_pass["labels"] == refined["labels"] == found["labels"]
