@@ -282,7 +282,8 @@ def test_merging_masks(run: Run, tmp_path: Path) -> None:
     assert "pseudo: 20 images" in merged.stderr, merged.stderr
     for path in (tmp_path / "whole").glob("*.png"):
         assert (tmp_path / "pseudo" / path.name).read_bytes() == path.read_bytes()
-    assert run("crf", "--out", "pseudo", cwd=tmp_path).stderr.startswith("reading cams.h5, the last output here (name another one to choose it)\ncrf: 0 images")
+    told = run("crf", "--out", "pseudo", cwd=tmp_path).stderr
+    assert told.startswith("reading cams.h5, the last output here (name another one to choose it)\ncrf: 0 images")
     (tmp_path / "part-2" / "toy_000000.png").write_bytes((tmp_path / "whole" / "toy_000001.png").read_bytes())
     refused = run("merge", "part-1", "part-2", "--out", "other", cwd=tmp_path)
     assert refused.returncode == 1
