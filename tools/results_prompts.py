@@ -43,7 +43,7 @@ UNREAD = {
     "house": "barn", "kite": "dragon", "mushroom": "fungus", "star": "pentagram",
 }  # fmt: skip
 """Words that are in no caption of the toy's training."""
-LENGTH, RATE, FINE = 4, 0.01, 0.03
+LENGTH, RATE, FINE = 4, 0.01, 0.003
 STAGES = ("CAM", "CAA", "segments")
 
 
