@@ -1,4 +1,4 @@
-"""kill -9 at 8 or 25 random moments of every long command: nothing is lost, the end is that of an undisturbed run."""
+"""kill -9 at 5 or 25 random moments of every long command: nothing is lost, the end is that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMMANDS = {
     "sam-masks": [*SAM, *BLOBS, "--out", "out/segments.h5"],
     "sam-seed": ["sam-seed", "cams.h5", "--out", "out/pseudo-sam", "--workers", "0"],
 }  # fmt: skip
-FEWER = {"cam to shards": 8, "tags": 8, "prompts": 8, "threshold": 8, "predict": 8, "label": 8}
+FEWER = dict.fromkeys(("cam to shards", "tags", "prompts", "threshold", "predict", "label"), 5)
 """Of commands that store through the same writers as the others."""
 
 
