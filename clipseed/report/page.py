@@ -6,14 +6,12 @@ from files goes through :func:`~clipseed.report.text.escaped`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
@@ -22,7 +20,7 @@ from clipseed.evaluate.confusion import Counts, Scores
 from clipseed.report.charts import HUES, Curve, bar, confusion_chart, curve_chart, histogram_chart, row_shares
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.overlay import label_overlay, outlined
-from clipseed.report.text import escaped, percent
+from clipseed.report.text import manifest_text, rendered
 from clipseed.report.thumbnails import colour, greyed, mask_uri, photo_pixels, photo_uri
 from clipseed.types import IGNORE
 
@@ -61,12 +59,8 @@ class Entry:
 
 def render_page(title: str, entries: Sequence[Entry]) -> str:
     """The whole page as text."""
-    environment = Environment(
-        loader=PackageLoader("clipseed.report", ""), autoescape=True, finalize=escaped, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["percent"] = percent
-    return environment.get_template("page.html.j2").render(
+    return rendered(
+        "page.html.j2",
         title=title,
         subtitle=_subtitle(entries),
         entries=entries,
@@ -81,10 +75,7 @@ def render_page(title: str, entries: Sequence[Entry]) -> str:
             ("Worst images", [[_card(entry, item) for item in entry.gallery.worst] for entry in entries]),
             ("Best images", [[_card(entry, item) for item in entry.gallery.best] for entry in entries]),
         ],
-        manifests=[
-            entry.manifest and json.dumps(entry.manifest, indent=2, sort_keys=True, ensure_ascii=False)
-            for entry in entries
-        ],
+        manifests=[manifest_text(entry.manifest) for entry in entries],
         bar=bar,
         hues=HUES,
     )

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from clipseed.report.charts import line_chart
 from clipseed.report.overlay import label_overlay, outlined
-from clipseed.report.text import escaped
+from clipseed.report.text import rendered
 from clipseed.report.thumbnails import greyed, photo_pixels, photo_uri, shrunk
 from clipseed.types import LabelMask
 
@@ -41,13 +40,9 @@ def render_training(
         previews: :class:`clipseed.train.previews.Preview`, as many as there are.
         about: What the segmenter's file says of itself.
     """
-    environment = Environment(
-        loader=PackageLoader("clipseed.report", ""), autoescape=True, finalize=escaped, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template("training.html.j2").render(
-        title=title, subtitle=subtitle, charts=_charts(metrics), rows=[_tiles(preview) for preview in previews],
-        about=json.dumps(about, indent=1, ensure_ascii=False),
+    return rendered(
+        "training.html.j2", title=title, subtitle=subtitle, charts=_charts(metrics),
+        rows=[_tiles(preview) for preview in previews], about=json.dumps(about, indent=1, ensure_ascii=False),
     )  # fmt: skip
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL.Image import Image
 
 from clipseed.report.overlay import label_overlay, maps_overlay, outlined
 from clipseed.report.survey import Survey
-from clipseed.report.text import escaped, percent
+from clipseed.report.text import manifest_text, percent, rendered
 from clipseed.report.thumbnails import colour, greyed, mask_uri, photo_pixels, photo_uri, shrunk
 from clipseed.store.cam_records import Cam
 from clipseed.types import IGNORE, LabelMask
@@ -56,14 +54,10 @@ def render_unscored(
     title: str, inputs: Sequence[SurveyedInput], worth: Sequence[Shown], others: Sequence[Shown]
 ) -> str:
     """The whole page as text."""
-    environment = Environment(
-        loader=PackageLoader("clipseed.report", ""), autoescape=True, finalize=escaped, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["percent"] = percent
     name = inputs[0].survey.name
     counts = sorted({len(one.survey.images) for one in inputs})
-    return environment.get_template("unscored.html.j2").render(
+    return rendered(
+        "unscored.html.j2",
         title=title,
         subtitle=f"{' and '.join(f'{count:,}' for count in counts)} images; no ground truth, so no scores",
         inputs=[_input(one) for one in inputs],
@@ -83,7 +77,7 @@ def _input(one: SurveyedInput) -> dict[str, Any]:
         f"{percent(survey.foreground, 1)} % show a class{empty}.",
         "notes": one.notes,
         "classes": [{**vars(item), "colour": colour(item.index + 1)} for item in survey.classes],
-        "manifest": one.manifest and json.dumps(one.manifest, indent=2, sort_keys=True, ensure_ascii=False),
+        "manifest": manifest_text(one.manifest),
     }
 
 
