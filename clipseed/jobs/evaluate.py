@@ -87,22 +87,22 @@ class EvaluateReport:
         """Plain data for ``--json``: fractions, ``None`` where there is no value."""
         scores = self.scores
         return {
-            "miou": _number(scores.miou),
-            "miou_foreground": _number(scores.miou_foreground),
-            "miou_all": _number(scores.miou_all),
-            "class_iou": {name: _number(iou) for name, iou in zip(self.names, scores.class_iou, strict=True)},
-            "pixel_accuracy": _number(scores.pixel_accuracy),
-            "mean_accuracy": _number(scores.mean_accuracy),
-            "frequency_weighted_iou": _number(scores.frequency_weighted_iou),
-            "coverage": _number(self.coverage),
-            "miou_labelled": _number((self.labelled or scores).miou),
+            "miou": number(scores.miou),
+            "miou_foreground": number(scores.miou_foreground),
+            "miou_all": number(scores.miou_all),
+            "class_iou": {name: number(iou) for name, iou in zip(self.names, scores.class_iou, strict=True)},
+            "pixel_accuracy": number(scores.pixel_accuracy),
+            "mean_accuracy": number(scores.mean_accuracy),
+            "frequency_weighted_iou": number(scores.frequency_weighted_iou),
+            "coverage": number(self.coverage),
+            "miou_labelled": number((self.labelled or scores).miou),
             "images": self.images,
             "pixels": scores.pixels,
             "excluded_pixels": self.excluded_pixels,
             "split": self.split,
             "threshold": self.threshold,
             "alpha": self.alpha,
-            "curve": [{"setting": setting, "miou": _number(miou)} for setting, miou in self.curve],
+            "curve": [{"setting": setting, "miou": number(miou)} for setting, miou in self.curve],
             "prediction": self.prediction,
             "ground_truth": self.ground_truth,
             "missing_predictions": self.missing_predictions,
@@ -110,7 +110,8 @@ class EvaluateReport:
         }
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """A score for ``--json``, which has no word for NaN."""
     return None if math.isnan(value) else float(value)
 
 
@@ -351,7 +352,7 @@ class _Tally:
         certain = np.where(unsure, np.uint8(0), prediction)
         known = np.where(unsure, np.uint8(IGNORE), truth)
         labelled = confusion(known, certain, self.classes)
-        counts = labelled if self.exclude else confusion(truth, certain, self.classes)
+        counts = labelled if self.exclude or not unsure.any() else confusion(truth, certain, self.classes)
         self.counts += counts
         self.labelled += labelled
         self.unlabelled += int((unsure & (truth != IGNORE)).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from clipseed.data.types import check_id
 from clipseed.data.vocabulary import load_vocabulary, parse_vocabulary
 from clipseed.defaults import LABEL_THRESHOLD, REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import ClipseedError, ImageError, InputError, StoreError, UsageError
-from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate
+from clipseed.jobs.evaluate import EvaluateOptions, EvaluateReport, StartScoring, evaluate, number
 from clipseed.pseudo.rules import label_mask, thresholding
 from clipseed.report.gallery import Example, Gallery
 from clipseed.report.page import Entry, render_page
@@ -105,16 +104,12 @@ class SurveyResult:
                 {
                     "input": one.name, "images": len(one.survey.images), "coverage": one.survey.coverage,
                     "foreground": one.survey.foreground, "empty_labels": one.survey.empty,
-                    "classes": [{**vars(item), "median": _number(item.median)} for item in one.survey.classes],
+                    "classes": [{**vars(item), "median": number(item.median)} for item in one.survey.classes],
                 }
                 for one in self.inputs
             ],
             "worth_a_look": [{"id": key, "why": why} for key, why in self.worth],
         }  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _shown(examples: list[Example]) -> list[dict[str, Any]]:
