@@ -73,6 +73,9 @@ class Team:
         return count
 
 
+ALONE = Team()
+
+
 def current_team() -> Team:
     """The processes that this one trains with, once they have met (:func:`joined`); alone before."""
     return Team(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Team()

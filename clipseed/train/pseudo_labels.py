@@ -15,7 +15,7 @@ from clipseed.data.images import read_image
 from clipseed.data.listing import list_images
 from clipseed.errors import InputError
 from clipseed.pseudo.background import Background
-from clipseed.pseudo.pixels import label_scores
+from clipseed.pseudo.pixels import PixelLabels, label_scores
 from clipseed.store.cam_records import Cam
 from clipseed.store.cams import open_cams
 from clipseed.store.label_masks import read_label_mask
@@ -88,7 +88,15 @@ class PseudoLabels(Stacked):
         return digest.hexdigest()
 
 
+SOFT_BACKGROUND = Background("power", 1.0)
+"""What the background scores beside soft labels: what is missing to 1 for the strongest class (CLIP-ES)."""
+
+
+def pixels_of(cam: Cam) -> PixelLabels:
+    """Each pixel's strongest class, or the background, and its score: ``(H, W)`` both."""
+    return label_scores(cam.upsampled(), cam.classes, SOFT_BACKGROUND)
+
+
 def confidence_of(cam: Cam) -> npt.NDArray[np.float32]:
-    """Score ``(H, W)`` of each pixel's strongest class, or of the background, which is 1 less that (CLIP-ES)."""
-    found = label_scores(cam.upsampled(), cam.classes, Background("power", 1.0)).confidence
-    return found.astype(np.float32, copy=False)
+    """Score ``(H, W)`` of each pixel's strongest class, or of the background."""
+    return pixels_of(cam).confidence.astype(np.float32, copy=False)

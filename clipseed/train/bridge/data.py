@@ -17,7 +17,7 @@ from clipseed.store.cam_records import Cam
 from clipseed.store.cams import CamSet, open_cams
 from clipseed.train.augment import Augmentation, Scores
 from clipseed.train.crops import Crops, GivenMasks, KnownCrop, LabelledCrops
-from clipseed.train.pseudo_labels import confidence_of
+from clipseed.train.pseudo_labels import SOFT_BACKGROUND, confidence_of, pixels_of
 from clipseed.types import LabelMask
 
 
@@ -49,10 +49,7 @@ class CamMasks:
 
     def read(self, identifier: str) -> LabelMask:
         """Label mask ``(H, W)``."""
-        cam = self.cams[identifier]
-        values = np.array([0, *(int(k) + 1 for k in cam.classes)], np.uint8)
-        labels: LabelMask = values[soft_labels(cam).argmax(axis=0)]
-        return labels
+        return pixels_of(self.cams[identifier]).labels
 
     def content(self, identifier: str) -> bytes:
         """Classes and maps."""
@@ -65,10 +62,7 @@ def soft_labels(cam: Cam) -> npt.NDArray[np.float32]:
 
     The background scores what is missing to 1 for the strongest class, as CLIP-ES has it.
     """
-    maps = cam.upsampled().clip(0, 1)
-    if not len(maps):
-        return np.ones((1, *cam.size), np.float32)
-    scores = np.concatenate([1 - maps.max(axis=0, keepdims=True), maps])
+    scores = SOFT_BACKGROUND.add_to(cam.upsampled().clip(0, 1))
     normalized: npt.NDArray[np.float32] = scores / scores.sum(axis=0, keepdims=True).clip(1e-6)
     return normalized
 
@@ -110,14 +104,10 @@ class CamCrops(LabelledCrops):
 
     def collate(self, samples: Sequence[KnownCrop]) -> Crops:
         """A batch, the soft labels of all classes among it."""
-        stacked = [torch.stack([sample.parts[k] for sample in samples]) for k in (0, 1, 3)]
-        side = stacked[0].shape[-1]
+        batch = super().collate([replace(sample, parts=(*sample.parts[:2], sample.parts[3])) for sample in samples])
+        side = batch.pixels.shape[-1]
         soft = torch.zeros(len(samples), self._classes, side, side)
         for row, sample in enumerate(samples):
             present = [0, *(int(k) + 1 for k in self._source.cams[self._samples[sample.index].id].classes)]
             soft[row, present] = sample.parts[2].clamp(0, 1)
-        skipped = {key: why for sample in samples for key, why in sample.skipped.items()}
-        labels, seeds = [sample.labels for sample in samples], [sample.seed for sample in samples]
-        indices = [sample.index for sample in samples]
-        confidence = stacked[2][:, 0].clamp(0, 1)
-        return SoftCrops(stacked[0], stacked[1], labels, seeds, confidence, indices, skipped, soft=soft)
+        return SoftCrops(**vars(batch), soft=soft)

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.defaults import AbsentPolicy, BridgeLoss
-from clipseed.train.distributed import Team
+from clipseed.train.distributed import ALONE, Team
 from clipseed.train.losses import confidence_guided_loss
 from clipseed.types import IGNORE
-
-ALONE = Team()
 
 
 def without_absent(

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.defaults import ActivationReduction, ContrastReduction
-from clipseed.train.distributed import Team
+from clipseed.train.distributed import ALONE, Team
 from clipseed.types import IGNORE
-
-ALONE = Team()
 
 
 def contrastive_loss(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipseed.train.distributed import Team
+from clipseed.train.distributed import ALONE, Team
 from clipseed.train.weclip.affinity import DIFFERENT, SAME
 from clipseed.types import IGNORE
-
-ALONE = Team()
 
 
 def balanced_loss(logits: Tensor, labels: Tensor, team: Team = ALONE) -> Tensor:
