@@ -19,7 +19,6 @@ from clipseed.data.vocabulary import Vocabulary
 from clipseed.defaults import BRIDGE_BATCH, BRIDGE_STEPS, BRIDGE_TOY_STEPS
 from clipseed.device import dtype_name, pick_dtype
 from clipseed.errors import InputError, UsageError
-from clipseed.evaluate.sources import find_ground_truth
 from clipseed.store.open import content_of
 from clipseed.train.augment import Augmentation
 from clipseed.train.bridge.data import CamCrops, CamMasks
@@ -27,7 +26,7 @@ from clipseed.train.bridge.network import BridgeNetwork, fresh_segmenter
 from clipseed.train.bridge.options import BridgeOptions, preset
 from clipseed.train.bridge.text import random_tokens, read_tokens, tokens_of
 from clipseed.train.bridge.trainer import TextSegmentation
-from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
+from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint, given_masks
 from clipseed.train.loop import Status
 from clipseed.train.running import TrainReport, source_of, usable_samples
 from clipseed.train.segmenter import Segmenter, save_segmenter
@@ -134,8 +133,7 @@ def _masks(options: TrainBridgeOptions, image_set: ImageSet) -> tuple[GivenMasks
     """
     path, classes = Path(options.masks), len(image_set.vocabulary.classes) + 1
     if not ((is_file(path) or is_folder(path)) and content_of(path) == "CAMs"):
-        source = find_ground_truth(options.masks, image_set.manifest, "--masks", image_set.vocabulary, image_set.exif)
-        return GivenMasks(source, classes, options.soft), None
+        return given_masks(options.masks, image_set, soft=options.soft), None
     if options.soft is not None:
         raise UsageError("--soft belongs to label masks: CAMs in --masks are scores themselves")
     cams = CamMasks(path)

@@ -15,11 +15,10 @@ from clipseed.data.dataset import open_dataset
 from clipseed.data.types import ImageSet, Sample
 from clipseed.defaults import PromptTask
 from clipseed.errors import InputError, UsageError, WeightsError
-from clipseed.evaluate.sources import find_ground_truth
 from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.train.augment import Augmentation, Jitter
 from clipseed.train.checkpoint import is_ours
-from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
+from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint, given_masks
 from clipseed.train.loop import Status, train
 from clipseed.train.prompts.contexts import LearnedContext, PromptTexts, context_of_words, fresh_context
 from clipseed.train.prompts.files import read_prompts, released_context, save_prompts
@@ -168,7 +167,8 @@ def _masks(options: TrainPromptsOptions, image_set: ImageSet) -> GivenMasks | No
     """
     if options.seeds is None:
         return None
-    source = find_ground_truth(options.seeds, image_set.manifest, "--seeds")
+    masks = given_masks(options.seeds, image_set, "--seeds")
+    source = masks.source
     names = list(image_set.vocabulary.class_names)
     recorded = (source.manifest or {}).get("vocabulary") if isinstance(source, LabelMaskFolder) else None
     theirs = recorded.get("classes") if isinstance(recorded, dict) else None
@@ -177,7 +177,7 @@ def _masks(options: TrainPromptsOptions, image_set: ImageSet) -> GivenMasks | No
             f"--seeds {options.seeds}: label masks of other classes ({len(theirs)} of them) than those of "
             f"{image_set.vocabulary.name}; give the class list that they were made with, with --classes"
         )
-    return GivenMasks(source, len(names) + 1)
+    return masks
 
 
 def _labelled(samples: Sequence[Sample], left_out: list[str]) -> tuple[Sequence[Sample], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from clipseed.clip.model import FrozenClip, model_name
 from clipseed.data.types import ImageSet
 from clipseed.defaults import TAG_THRESHOLD, WECLIP_BATCH
 from clipseed.errors import UsageError, WeightsError
-from clipseed.evaluate.sources import find_ground_truth
-from clipseed.jobs.cam import CamOptions, CamRecipe, check, open_with_prompts, tag_unlabelled
+from clipseed.jobs.cam import CamOptions, CamRecipe, CamWork, check, open_with_prompts, tag_unlabelled
 from clipseed.runtime.run import RunOptions, open_engine
 from clipseed.store.files import storage_errors
 from clipseed.train.augment import Augmentation
 from clipseed.train.checkpoint import is_ours
-from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint
+from clipseed.train.crops import GivenMasks, LabelledCrops, fingerprint, given_masks
 from clipseed.train.loop import Status
 from clipseed.train.prompts.files import PromptFile, text_of
 from clipseed.train.running import (
@@ -94,8 +94,14 @@ def run_train_weclip(
     """
     options.check()
     image_set, learned = open_with_prompts(options.data, options.prompts)
+
+    @cache
+    def loaded() -> FrozenClip:
+        note(f"loading {model_name(options.model, options.chosen_weights)}")
+        return FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
+
     if options.data.auto_labels and options.masks is None:
-        image_set = _tagged(options, image_set, learned, note)
+        image_set = _tagged(options, image_set, learned, loaded, note)
     vocabulary = image_set.vocabulary
     plain = without_augmentation(options.constants, {"scales": (1.0, 1.0), "mirror": 0.0}, cache=options.cache)
     weclip = WeclipOptions(**{**preset(vocabulary.name, released=options.paper), **options.constants, **plain})
@@ -106,8 +112,7 @@ def run_train_weclip(
     samples, unlabelled = usable_samples(image_set, masks, note)
     scored = None if options.val is None else validation_set(options)
     steps = options.steps if options.steps is not None else default_steps(vocabulary.name)
-    note(f"loading {model_name(options.model, options.chosen_weights)}")
-    clip = FrozenClip.load(options.model, options.chosen_weights, options.device, options.precision)
+    clip = loaded()
     refuse_other_crop(weclip.crop, clip)
     decoder = fresh_decoder(clip, len(vocabulary.classes) + 1, weclip, options.seed)
     loop_init, init = _start(options.init, decoder)
@@ -148,8 +153,9 @@ def run_train_weclip(
 
 
 def _tagged(
-    options: TrainWeclipOptions, image_set: ImageSet, learned: PromptFile | None, note: Callable[[str], None]
-) -> ImageSet:
+    options: TrainWeclipOptions, image_set: ImageSet, learned: PromptFile | None, loaded: Callable[[], FrozenClip],
+    note: Callable[[str], None],
+) -> ImageSet:  # fmt: skip
     """The data set with CLIP's tags where there are no labels; of several processes one makes them.
 
     Raises:
@@ -158,10 +164,14 @@ def _tagged(
     tagging = options.tagging
     check(tagging)
     recipe = CamRecipe(tagging, image_set.vocabulary, image_set.reader, learned)
+
+    def work() -> CamWork:
+        return CamWork(recipe, loaded())
+
     with storage_errors(options.folder):
         options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "labels.csv"
-    with FileLock(options.folder / ".labels.lock"), contextlib.closing(open_engine(recipe, None)) as engine:
+    with FileLock(options.folder / ".labels.lock"), contextlib.closing(open_engine(work, None)) as engine:
         manifest, _ = recipe.manifest(image_set, engine.about)
         image_set, tags = tag_unlabelled(tagging.run, image_set, engine, file, manifest, engine.about["unit"])
     if tags.alike:
@@ -175,8 +185,7 @@ def _masks(options: TrainWeclipOptions, image_set: ImageSet) -> GivenMasks | Non
         if options.soft is not None:
             raise UsageError("--soft belongs to --masks: the scores behind given masks")
         return None
-    source = find_ground_truth(options.masks, image_set.manifest, "--masks", image_set.vocabulary, image_set.exif)
-    return GivenMasks(source, len(image_set.vocabulary.classes) + 1, options.soft)
+    return given_masks(options.masks, image_set, soft=options.soft)
 
 
 def _start(path: Path | None, decoder: Decoder) -> tuple[Path | None, str | None]:

@@ -21,7 +21,7 @@ from clipseed.data.types import ImageReader, ImageSet, Sample
 from clipseed.defaults import CAM_MAX_SIDE
 from clipseed.errors import ImageError, InputError
 from clipseed.evaluate.confusion import check_labels
-from clipseed.evaluate.sources import MaskSource
+from clipseed.evaluate.sources import MaskSource, find_ground_truth
 from clipseed.store.cams import CamSet, open_cams
 from clipseed.train.augment import Augmentation, Scores
 from clipseed.train.pseudo_labels import confidence_of
@@ -78,6 +78,22 @@ class GivenMasks:
     source: MaskSource
     classes: int
     soft: Path | None = None
+
+
+def given_masks(path: str, image_set: ImageSet, option: str = "--masks", soft: Path | None = None) -> GivenMasks:
+    """Masks that an option names, for the images and classes of a data set.
+
+    Args:
+        path: As of :func:`~clipseed.evaluate.sources.find_ground_truth`.
+        image_set: What they are masks of.
+        option: What messages call it.
+        soft: As of :class:`GivenMasks`.
+
+    Raises:
+        InputError: they are missing.
+    """
+    source = find_ground_truth(path, image_set.manifest, option, image_set.vocabulary, image_set.exif)
+    return GivenMasks(source, len(image_set.vocabulary.classes) + 1, soft)
 
 
 @dataclass(frozen=True)
@@ -140,13 +156,12 @@ class LabelledCrops:
             except ImageError as error:
                 skipped[sample.id] = str(error)
                 continue
-            labels = tuple(sorted(sample.labels or ()))
+            labels, size = tuple(sorted(sample.labels or ())), (pixels.shape[0], pixels.shape[1])
+            known = self._known_of(sample, size)
             if self._patch is not None:
-                whole = self._whole(pixels, self._known_of(sample, (pixels.shape[0], pixels.shape[1])), self._patch)
-                return KnownCrop(whole, labels, seed, number, skipped)
+                return KnownCrop(self._whole(pixels, known, self._patch), labels, seed, number, skipped)
             image = Image(torch.from_numpy(pixels).permute(2, 0, 1))
-            size = (pixels.shape[0], pixels.shape[1])
-            parts = [image, Mask(self._known_of(sample, size)), *self.scores_of(sample, size)]
+            parts = [image, Mask(known), *self.scores_of(sample, size)]
             cut = self._augmentation(number if self._fixed else seed, *parts)
             return KnownCrop(cut, labels, seed, number, skipped)
         reason = next(iter(skipped.values()))

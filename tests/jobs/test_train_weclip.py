@@ -19,6 +19,7 @@ from PIL import Image
 
 import clipseed
 from clipseed.cli.main import main
+from clipseed.clip.model import FrozenClip
 from clipseed.data.toy.dataset import HELD_OUT_SEED, TRAIN_SEED, toy_id, toy_mask, toy_scene
 from clipseed.store.label_masks import write_label_mask
 from clipseed.store.toy_devkit import save_devkit
@@ -341,12 +342,17 @@ def test_the_report_of_a_segmenter(here: Path, capsys: pytest.CaptureFixture[str
     assert "nothing is known of its training" in said(capsys)
 
 
-def test_labels_that_clip_gives(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_that_clip_gives(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of ``cam --labels auto``: the same tags, listed, made once; an edited list is given back with --labels."""
     save_devkit(here / "toy", 0, 6)
     photos = ["--dataset", "folder", "--images", "toy/JPEGImages", "--classes", "toy", "--weights", "toy"]
     words = ["train", "weclip", *photos, *SMALL, "--steps", "2", "--out", "t.safetensors"]
+    load, loaded = FrozenClip.load, []
+    monkeypatch.setattr(FrozenClip, "load", lambda *given, **more: loaded.append(given) or load(*given, **more))
     assert main([*words, "--labels", "auto"]) == 0
+    assert len(loaded) == 1  # by the same model that is trained on
     assert "6 images tagged by CLIP" in capsys.readouterr().err
     tags = (here / "t-training" / "labels.csv").read_bytes()
     weights = (here / "t.safetensors").read_bytes()
