@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipseed.evaluate.confusion import Counts, score
+from clipseed.store.files import csv_text
 from clipseed.types import IGNORE, LabelMask
 
 
@@ -61,11 +60,8 @@ class ImageScores:
 
     def csv(self) -> str:
         """A table ``id,miou,coverage,missed,invented``, the worst images first; fractions, names joined by ``;``."""
-        buffer = io.StringIO()
-        table = csv.writer(buffer, lineterminator="\n")
-        table.writerow(["id", "miou", "coverage", "missed", "invented"])
+        rows = []
         for item in [*self.worst(len(self.found)), *(item for item in self.found if math.isnan(item.miou))]:
             numbers = ["" if math.isnan(value) else f"{value:.6f}" for value in (item.miou, item.coverage)]
-            table.writerow([item.id, *numbers, ";".join(item.missed), ";".join(item.invented)])
-        # Ids that are no Unicode (file names of other times) have no place in a text file.
-        return buffer.getvalue().encode("utf-8", "backslashreplace").decode()
+            rows.append([item.id, *numbers, ";".join(item.missed), ";".join(item.invented)])
+        return csv_text(("id", "miou", "coverage", "missed", "invented"), rows)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +31,7 @@ from clipseed.runtime.run import Loading, RunOptions, RunReport, Start, open_eng
 from clipseed.runtime.work import Deferred, LocalEngine
 from clipseed.store.feature_records import Feature, feature_format
 from clipseed.store.features import FeatureSet
-from clipseed.store.files import write_text
+from clipseed.store.files import csv_text, write_text
 from clipseed.store.manifest import Manifest, package_versions
 from clipseed.store.writer import RecordWriter, recorded_manifest
 
@@ -304,9 +302,5 @@ def _ranked(class_name: str, measured: Sequence[tuple[str, str, Sharpness | None
 
 
 def _as_csv(rows: Sequence[Candidate]) -> str:
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["kind", "class", "words", "rank", "sharpness", "present", "images"])
-    for row in rows:
-        table.writerow(["" if value is None else value for value in vars(row).values()])
-    return buffer.getvalue()
+    head = ("kind", "class", "words", "rank", "sharpness", "present", "images")
+    return csv_text(head, (["" if value is None else value for value in vars(row).values()] for row in rows))

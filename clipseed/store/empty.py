@@ -9,7 +9,6 @@ resumed, cut into shards, done by other machines, or merged.
 from __future__ import annotations
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 from clipseed.defaults import EmptyPolicy
 from clipseed.errors import StoreError
-from clipseed.store.files import write_text
+from clipseed.store.files import csv_text, write_text
 from clipseed.store.manifest import Manifest
 from clipseed.store.names import list_beside
 
@@ -259,12 +258,8 @@ class EmptyList:
         if not found.labels:
             self.path.unlink(missing_ok=True)
             return found
-        buffer = io.StringIO()
-        table = csv.writer(buffer, lineterminator="\n")
-        table.writerow(["id", "class", "stage", "reason"])
-        table.writerows((item.id, item.label, item.stage, item.reason) for item in found.labels)
-        # Ids that are no Unicode (file names of other times) have no place in a text file.
-        write_text(self.path, buffer.getvalue().encode("utf-8", "backslashreplace").decode())
+        rows = ((item.id, item.label, item.stage, item.reason) for item in found.labels)
+        write_text(self.path, csv_text(("id", "class", "stage", "reason"), rows))
         return EmptyLabels(found.labels, found.of, found.masks, self.path)
 
 

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from clipseed.errors import StoreError, UsageError
@@ -133,16 +133,21 @@ def write_text_once(path: Path, content: str) -> None:
                 temporary.unlink()
 
 
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as text: lines end in a line feed, ids that are no Unicode (file names of other times) are escaped."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(head)
+    table.writerows(rows)
+    return buffer.getvalue().encode("utf-8", "backslashreplace").decode()
+
+
 def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> Path | None:
     """List skipped images, or remove an older list when there are none."""
     if not skipped:
         path.unlink(missing_ok=True)
         return None
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["id", "reason"])
-    table.writerows(skipped)
-    write_text(path, buffer.getvalue())
+    write_text(path, csv_text(("id", "reason"), skipped))
     return path
 
 

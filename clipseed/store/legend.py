@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
 from clipseed.formats.palette import css_color
-from clipseed.store.files import write_text
+from clipseed.store.files import csv_text, write_text
 from clipseed.types import IGNORE
 
 LEGEND = "classes.csv"
@@ -17,12 +15,8 @@ _HEAD = ("value", "name", "color")
 
 def legend(names: Iterable[str], background: str = "background") -> str:
     """CSV ``value,name,color``: the background, the classes by mask value, and 255; colors as ``#rrggbb``."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(_HEAD)
     rows = [(0, background), *enumerate(names, 1), (IGNORE, "ignore")]
-    table.writerows((value, name, css_color(value)) for value, name in rows)
-    return buffer.getvalue()
+    return csv_text(_HEAD, ((value, name, css_color(value)) for value, name in rows))
 
 
 def write_legend(folder: Path, names: Iterable[str], background: str = "background") -> None:
