@@ -27,7 +27,6 @@ from clipseed.defaults import (
     AbsentPolicy,
     BridgeDirection,
     BridgeLoss,
-    DatasetName,
     HeadName,
     TokenMixing,
 )
@@ -107,12 +106,7 @@ def bridge(
         str, shared.model_option(help="Texts: clip, random, or an .npy file of features, background first.")
     ] = "clip",
     tower: shared.TowerArguments,
-    dataset: Annotated[DatasetName, shared.data_option(help="toy is built in.")] = "folder",
-    root: Annotated[
-        Optional[Path], shared.data_option(help="Folder of the devkit (default: $CLIPSEED_VOC or the working folder).")
-    ] = None,
-    images: Annotated[Optional[Path], shared.data_option(help="Folder with the images (folder, coco).")] = None,
-    split: shared.Split = None,
+    where: shared.DatasetArguments,
     labels: Annotated[
         Optional[Path], shared.data_option(help="Image-level labels, which say what is absent: CSV, JSON or text.")
     ] = None,
@@ -147,9 +141,8 @@ def bridge(
     from clipseed.jobs.train_bridge import TrainBridgeOptions, run_train_bridge
 
     data = DatasetOptions(
-        dataset, root=root, images=images, split=split, labels=labels, classes=classes,
-        templates=tuple(template or ()), background=background, auto_labels=dataset == "folder" and labels is None,
-        **vars(reading),
+        **vars(where), **vars(reading), labels=labels, classes=classes, templates=tuple(template or ()),
+        background=background, auto_labels=where.dataset == "folder" and labels is None,
     )  # fmt: skip
     options = TrainBridgeOptions(
         data=data, out=out, steps=steps, batch=batch_size, backbone=backbone, masks=masks, soft=soft, text=text,
