@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from clipseed.data.background import choose_background
 from clipseed.data.images import AnyImage, opened
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary, named_vocabulary
-from clipseed.errors import ImageError, UsageError
-from clipseed.runtime.work import Work
-from clipseed.store.units import Unit
+from clipseed.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,18 +60,6 @@ class Request:
     def reader(self) -> MemoryReader:
         """Opens the images."""
         return MemoryReader(self.images)
-
-    def run(self, work: Work[Any, R]) -> list[R]:
-        """Results of all images, in their order, computed in as large batches as the device works well with.
-
-        Raises:
-            ImageError: an image cannot be read, or used.
-        """
-        found: list[R] = []
-        stats = work.run([Unit(0, self.samples)], lambda _, results: found.extend(results))
-        if stats.skipped:
-            raise ImageError(stats.skipped[0][1])
-        return found
 
 
 def requested(

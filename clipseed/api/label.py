@@ -20,6 +20,7 @@ from clipseed.defaults import CAM_MAX_SIDE, WEIGHTS, LabelRecipe, Precision
 from clipseed.jobs.label import LabelledImage, LabelOptions, LabelWork, LabelWorkRecipe, check
 from clipseed.jobs.sam_masks import GridMasks, MasksRecipe
 from clipseed.runtime.run import RunOptions
+from clipseed.runtime.work import results_of
 
 
 @overload
@@ -87,7 +88,7 @@ def label(
     made = LabelWorkRecipe(options, request.vocabulary, request.reader)
     loaded = clip or _clip(model, str(weights), device, precision)
     grid = None if made.grid is None else _grid(options.checkpoint or "", device, precision)
-    results = request.run(LabelWork(made, loaded, grid))
+    results = results_of(LabelWork(made, loaded, grid), request.samples)
     found = [_answer(request, one) for one in results if isinstance(one, LabelledImage)]
     return found[0] if request.single else found
 

@@ -15,6 +15,7 @@ from clipseed.data.dataset import DatasetOptions
 from clipseed.data.images import AnyImage
 from clipseed.defaults import CAM_MAX_SIDE, CamMethod
 from clipseed.jobs.cam import CamOptions, CamRecipe, CamWork
+from clipseed.runtime.work import results_of
 from clipseed.store.cam_records import Cam
 
 
@@ -62,7 +63,7 @@ class FrozenClip(model.FrozenClip):
         request = requested(images, labels, classes, background)
         options = CamOptions(DatasetOptions("folder"), Path(), method=method, refine=refine, max_side=max_side)
         work = CamWork(CamRecipe(options, request.vocabulary, request.reader), self)
-        found = [seen(request, cam) for cam in request.run(work) if isinstance(cam, Cam)]
+        found = [seen(request, cam) for cam in results_of(work, request.samples) if isinstance(cam, Cam)]
         return found[0] if request.single else found
 
 

@@ -13,13 +13,12 @@ from clipseed.data.images import FileReader
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import named_vocabulary
 from clipseed.defaults import LabelRecipe, Precision
-from clipseed.errors import ImageError
 from clipseed.jobs.label import LabelledImage, LabelOptions, LabelWork, LabelWorkRecipe, check
 from clipseed.report.overlay import contact_sheet, heat_overlay, label_overlay, map_caption, outlined
 from clipseed.runtime.run import Loading, RunOptions
+from clipseed.runtime.work import results_of
 from clipseed.store.empty import empty_maps
 from clipseed.store.files import replacing
-from clipseed.store.units import Unit
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,9 @@ def run_try(options: TryOptions, loading: Loading | None = None) -> TryResult:
     image = np.asarray(reader(sample))  # what is wrong with it is said before a model is loaded
     if loading:
         loading(told.cam.model_name)
-    found: list[LabelledImage] = []
-    work = LabelWork(LabelWorkRecipe(told, vocabulary, reader))
-    stats = work.run([Unit(0, (sample,))], lambda unit, results: found.extend(results))
-    if stats.skipped:
-        raise ImageError(stats.skipped[0][1])
-    labels, cam = found[0].labels, found[0].soft
+    (found,) = results_of(LabelWork(LabelWorkRecipe(told, vocabulary, reader)), [sample])
+    assert isinstance(found, LabelledImage)
+    labels, cam = found.labels, found.soft
     assert cam is not None
     maps = zip(options.words, cam.upsampled(), strict=True)
     row = [(options.photo.name, image), *((map_caption(word, heat), heat_overlay(image, heat)) for word, heat in maps)]

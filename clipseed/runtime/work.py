@@ -88,6 +88,19 @@ class Work(ABC, Generic[T, R]):
         return stats
 
 
+def results_of(work: Work[Any, R], samples: Sequence[Sample]) -> list[R]:
+    """Results of a few samples, in their order, kept in memory and computed as one unit.
+
+    Raises:
+        ImageError: one of them cannot be read, or used.
+    """
+    found: list[R] = []
+    stats = work.run([Unit(0, tuple(samples))], lambda _, results: found.extend(results))
+    if stats.skipped:
+        raise ImageError(stats.skipped[0][1])
+    return found
+
+
 @dataclass(frozen=True)
 class Done(Generic[Result_co]):
     """What a loader gives that did all the work itself: nothing is computed together with anything else any more."""
