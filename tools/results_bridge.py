@@ -2,8 +2,8 @@
 
 ``make results-bridge``, or ``python tools/results_bridge.py``. Every arm has the same schedule and the same sweep of
 learning rates, chosen with its first seed on the images that are scored. Each run is kept, and its score with it
-(``scores.json``): the same command goes on, and writes the page of what there is. ``--quick`` is a size that one core
-can do in an hour; the full sweep takes days on a CPU.
+(``scores.json``): the same command goes on, and writes the page of what there is. Two may work in one folder, each on
+its ``--only`` world. This size takes four CPU-hours; ``--full`` takes days on a CPU.
 
 Photographs are asked for by ``--photos`` (a VOC devkit to train on), ``--val`` (one to score on), ``--clip-text`` (a
 folder with CLIP's text features: ``voc20_single.npy``, ``coco_stuff171_single.npy``, ``names_coco_stuff171.txt``) and
@@ -27,6 +27,7 @@ import onnxruntime
 import timm
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -65,29 +66,32 @@ HELD_OUT_CLASSES = ("cup", "star")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed."""
+    """How much is computed: what four CPU-hours allow.
 
-    backbones: tuple[str, ...] = (SMALLEST, "mobilenetv3_large_100", "resnet18", "mobilenetv2_100")
-    scenes: int = 300
-    steps: int = 1500
+    ``steps`` are those of backbones that begin with weights, ``fresh_steps`` those of backbones that begin at random.
+    """
+
+    backbones: tuple[str, ...] = (LITE0, SMALLEST, "mobilenetv3_large_100", "resnet18")
+    scenes: int = 100
+    steps: int = 150
+    fresh_steps: int = 600
     batch: int = 8
-    crop: int = 128
-    held_out: int = 300
+    crop: int = 96
+    held_out: int = 100
     seeds: int = 3
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
     fpn_width: int = 64
-    photo_steps: int = 1000
-    photo_crop: int = 256
-    photo_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    photo_side: int = 384
+    photo_steps: int = 150
+    photo_crop: int = 128
+    photo_rates: tuple[float, ...] = (3e-4, 1e-3)
+    photo_side: int = 256
     counted: tuple[str, ...] = (SMALLEST, "mobilenetv3_large_100", "resnet18", "mobilenetv2_100", LITE0)
-    timed: tuple[str, ...] = counted
     zero_shot: tuple[str, ...] = ("lseg", "denseclip", "bridge")
 
 
-QUICK = Size(
-    backbones=(LITE0,), scenes=100, steps=100, crop=96, held_out=50, seeds=3, rates=(1e-3,), photo_steps=100,
-    photo_crop=128, photo_rates=(3e-4,), photo_side=256, timed=(SMALLEST,), zero_shot=("bridge",),
+FULL = replace(
+    Size(), scenes=300, steps=1500, fresh_steps=1500, crop=128, held_out=300, rates=(3e-4, 1e-3, 3e-3),
+    photo_steps=1000, photo_crop=256, photo_rates=(1e-4, 3e-4, 1e-3), photo_side=384,
 )  # fmt: skip
 
 
@@ -119,9 +123,12 @@ class Study:
         """A number that is remembered."""
         if key not in self.scores:
             began = time.process_time()
-            self.scores[key] = make()
-            self.path.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
-            log(f"{key}: {self.scores[key]} ({time.process_time() - began:.0f} CPU-s)")
+            made = make()
+            with FileLock(self.path.with_suffix(".lock")):  # another process may be at the other world
+                self.scores = json.loads(self.path.read_text()) if self.path.exists() else {}
+                self.scores[key] = made
+                self.path.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
+            log(f"{key}: {made} ({time.process_time() - began:.0f} CPU-s)")
         return self.scores[key]
 
     def scenes(self) -> dict[str, Path]:
@@ -178,13 +185,13 @@ class Study:
         masks = {"masks": "SegmentationClass" if real else str(places.get("crf")), "cams": str(places.get("caa.h5")),
                  "truth": "SegmentationClass"}  # fmt: skip
         pretrained = self.photos is not None and arm.backbone == LITE0
+        steps = size.photo_steps if real else size.steps if pretrained else size.fresh_steps
         run_train_bridge(
             TrainBridgeOptions(
                 data=DatasetOptions("voc", root=root, split="train", classes="voc" if real else "toy"), out=out,
                 backbone=arm.backbone, masks=masks[arm.labels], text=str(places[arm.text]), seed=seed,
                 backbone_weights=self.real()["weights"] if pretrained else None, batch=size.batch, keep_every=10**6,
-                steps=size.photo_steps if real else size.steps, constants=constants, device=torch.device("cpu"),
-                precision="fp32",
+                steps=steps, constants=constants, device=torch.device("cpu"), precision="fp32",
             ),
             lambda status: None, lambda text: None,
         )  # fmt: skip
@@ -233,27 +240,28 @@ class Study:
             ]  # fmt: skip
         return tables
 
-    def plan(self) -> Iterator[Callable[[], Any]]:
+    def plan(self, only: str | None) -> Iterator[Callable[[], Any]]:
         """Everything there is to do, the most telling first."""
         tables, seeds = self.arms(), range(self.size.seeds)
-        heads = tables["heads"]
-        first = [arm for arm in heads if arm.backbone == self.size.backbones[0]]
-        photos = tables["photos"][: len(HEADS) + 1]
-        rest = [*heads[len(first) :], *tables["controls"][2:], *tables["photos"][len(photos) :]]
+        photos, controls = tables["photos"], tables["controls"]
+        needed = [arm for arm in tables["heads"] if arm.name != "lseg"]
+        first = [arm for arm in needed if arm.backbone == self.size.backbones[0]]
 
-        def runs(arms: Sequence[Arm], chosen: Sequence[int]) -> Iterator[Callable[[], Any]]:
+        def runs(arms: Sequence[Arm], chosen: Sequence[int] = seeds) -> Iterator[Callable[[], Any]]:
             yield from (lambda arm=arm, seed=seed: self.run(arm, seed) for seed in chosen for arm in arms)
 
-        yield from runs(photos, seeds[:1])
-        yield from (self.counts, self.zero_shot)
-        by_need = sorted(photos, key=lambda arm: arm.name == "lseg")
-        yield from runs(by_need[1:3], seeds[1:2])
-        yield from runs([*sorted(first, key=lambda arm: arm.name == "lseg"), *tables["controls"][:2]], seeds[:1])
-        yield from runs(by_need, seeds[1:2])
-        yield from (self.times, self.int8)
-        yield from runs(photos, seeds[2:])
-        yield from runs(rest, seeds[:1])
-        yield from runs([*first, *tables["controls"][:2], *rest], seeds[1:])
+        if only in {None, "times"}:  # timed alone: not beside another process
+            yield self.times
+        if only in {None, "toy"}:
+            yield self.counts
+            yield from runs([*first, *controls[:2]])
+            yield from runs([arm for arm in needed if arm not in first])
+            yield self.zero_shot
+            yield from runs(controls[2:])
+            yield from runs([arm for arm in tables["heads"] if arm not in needed])
+        if only in {None, "photos"}:
+            yield from runs(photos)
+            yield self.int8
 
     def rates_of(self, arm: Arm) -> tuple[float, ...]:
         return self.size.photo_rates if arm.world == "photos" else self.size.rates
@@ -382,17 +390,15 @@ class Study:
 
             return {"forward": round(forward, 2), "step": round(least(step), 2)}
 
-        for backbone in self.size.timed:
+        for backbone in self.size.counted:
             for head in HEADS:
                 self.keep(f"time/{backbone}/{head}", lambda b=backbone, h=head: timed(b, h))
 
 
-QUICK_LIMITS = """\
-**How much this can say.** This is `--quick`, on one busy CPU core: a hundred steps or so, one learning rate for
-all, few seeds. Networks are far from done after so few steps: this shows which head learns *fast*, not which ends
-higher. Differences below two or three points are noise, and what has a dash was not run. It is no verdict on the
-bar that the bridge has to take (half a point above the DenseCLIP-style head on three backbones, with fewer
-operations); `make results-bridge` without `--quick` is the sweep that could give one, on a GPU or in days."""
+LIMITS = """\
+**How much this can say.** This is what four CPU-hours allow: few steps, two learning rates, small crops. The toy's
+networks are not done after so few steps, so this shows which head learns faster as much as which ends higher. A
+difference that is smaller than the range over seeds is noise. What has a dash was not run."""
 
 
 def score_onnx(network: Path, devkit: Path, counted: Sequence[int], side: int) -> float:
@@ -529,7 +535,7 @@ def page(study: Study) -> str:
         "INT8": [int8],
         "SIZE": [facts],
         "READING": reading,
-        "LIMITS": [QUICK_LIMITS] if size.steps == QUICK.steps else [],
+        "LIMITS": [LIMITS] if size == replace(Size(), seeds=size.seeds) else [],
     }
     for key, lines in sections.items():
         text = text.replace(f"@{key}@", "\n".join(lines))
@@ -540,7 +546,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/results-bridge"), help="working folder")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where results-bridge.md goes")
-    parser.add_argument("--quick", action="store_true", help="a size for one core and an hour")
+    parser.add_argument("--full", action="store_true", help="a size for a GPU, or for days")
+    parser.add_argument("--only", choices=("toy", "photos", "times"), help="a part of it")
     parser.add_argument("--seeds", type=int, help="in place of the size's own")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run after so many")
     parser.add_argument("--photos", type=Path)
@@ -550,14 +557,14 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="write the page of what there is")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    size = QUICK if chosen.quick else Size()
+    size = FULL if chosen.full else Size()
     size = replace(size, seeds=chosen.seeds) if chosen.seeds else size
     places = {name: getattr(chosen, name) for name in ("photos", "val", "clip_text", "lite0")}
-    work = chosen.work / ("quick" if chosen.quick else "full")
+    work = chosen.work / ("full" if chosen.full else "small")
     work.mkdir(parents=True, exist_ok=True)
     study = Study(work, size, places if all(places.values()) else None)
     until = time.monotonic() + 60 * chosen.minutes
-    for step in study.plan() if not chosen.page_only else ():
+    for step in study.plan(chosen.only) if not chosen.page_only else ():
         if time.monotonic() > until:
             log("out of time; the same command goes on")
             break

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from clipseed.jobs.refine import RefineOptions, run_refine
 from clipseed.jobs.train_weclip import TrainWeclipOptions, run_train_weclip
 from clipseed.runtime.run import RunOptions
 from clipseed.store.toy_devkit import save_devkit
+from clipseed.train.checkpoint import read_checkpoint
 from clipseed.train.inference import ViewOptions, shown
+from clipseed.train.loop import CHECKPOINT, Status
 from clipseed.train.metrics import read_metrics
 from clipseed.train.segmenter import load_segmenter
 from clipseed.train.weclip.affinity import token_affinity
@@ -41,6 +44,8 @@ from clipseed.train.weclip.pseudo_scores import pseudo_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = RunOptions(device="cpu", overwrite=True)
+LABELLED = 100
+"""Scenes whose pseudo-labels are scored."""
 
 
 class Study:
@@ -49,15 +54,17 @@ class Study:
     def __init__(self, folder: Path, scenes: int, steps: int, held_out: int | None) -> None:
         self.folder, self.scenes, self.steps, self.held_out = folder, scenes, steps, held_out
 
-    def train(self, name: str, seed: int = 0, steps: int | None = None, **given: Any) -> Path:
+    def train(
+        self, name: str, seed: int = 0, tell: Callable[[Status], None] = lambda status: None, **given: Any
+    ) -> Path:
         """A segmenter; options are those of :class:`TrainWeclipOptions`."""
         out = self.folder / f"{name}-{seed}.safetensors"
         options = TrainWeclipOptions(
-            data=DatasetOptions("toy", split="train", limit=self.scenes), out=out, steps=steps or self.steps,
-            seed=seed, device=torch.device("cpu"), **given,
+            data=DatasetOptions("toy", split="train", limit=self.scenes), out=out, steps=self.steps, seed=seed,
+            device=torch.device("cpu"), **given,
         )  # fmt: skip
-        run_train_weclip(options, lambda status: None, log)
-        log(f"{out}: {steps or self.steps} steps")
+        run_train_weclip(options, tell, log)
+        log(f"{out}: {self.steps} steps")
         return out
 
     def score(self, segmenter: Path, *, crf: bool = False, limit: int | None = None) -> float:
@@ -77,11 +84,16 @@ class Study:
             run_crf(CrfOptions(made["caa.h5"], made["crf"], run=CPU))
         return made
 
-    def pseudo_labels(self, segmenter: Path, scenes: int) -> tuple[float, float]:
-        """mIoU of the pseudo-labels of held-out scenes, with the mean attention and with the refinement module."""
+    def pseudo_labels(self, segmenter: Path, scenes: int, at: Path | None = None) -> tuple[float, float]:
+        """mIoU of the pseudo-labels of held-out scenes, with the mean attention and with the refinement module.
+
+        ``at``: a checkpoint of the same run, whose decoder is taken.
+        """
         loaded = load_segmenter(segmenter, device="cpu")
         network = loaded.network
         assert isinstance(network, WeclipNetwork)
+        if at is not None:
+            network.decoder.load_state_dict(read_checkpoint(at).weights)
         text, options, tower = network.clip.encode_text(loaded.vocabulary), network.options, network.clip.tower
         images = open_dataset(DatasetOptions("toy", limit=scenes))
         classes = len(loaded.classes) + 1
@@ -108,17 +120,31 @@ def over_steps(study: Study) -> list[str]:
     """Decoder and pseudo-labels while a decoder learns: runs of different lengths would have other learning rates."""
     marks = sorted({study.steps * k // 4 for k in range(1, 5)})
     held = study.held_out or 300
-    out = study.train("curve", val="held-out", val_every=marks[0], val_limit=held, keep_every=marks[0])
+    folder = study.folder / "curve-0-training"
+
+    def kept(mark: int) -> Path:
+        return folder / f"at-{mark}.safetensors"
+
+    def keep(status: Status) -> None:
+        if status.step in marks:
+            shutil.copyfile(folder / CHECKPOINT, kept(status.step))
+
+    out = study.train("curve", tell=keep, val="held-out", val_every=marks[0], val_limit=held, keep_every=marks[0])
     rows = [
-        "| step | mIoU | segmentation loss | affinity loss | affinities above 0.99 |",
-        "| --- | --- | --- | --- | --- |",
+        "| step | mIoU | pseudo-labels, mean attention | pseudo-labels, refinement module | segmentation loss "
+        "| affinity loss | affinities above 0.99 |",
+        "| --- " * 7 + "|",
     ]
-    metrics = read_metrics(out.with_name(f"{out.stem}-training") / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
     for mark in marks:
         last = [row for row in metrics if mark - marks[0] // 2 < row["step"] <= mark]
         means = [statistics.mean(row[name] for row in last) for name in ("segmentation", "affinity", "saturated")]
         found = 100 * next(row["validation"]["score"] for row in last if "validation" in row)
-        rows.append(f"| {mark} | {found:.1f} | {means[0]:.2f} | {means[1]:.2f} | {100 * means[2]:.0f} % |")
+        static, confirmed = study.pseudo_labels(out, min(LABELLED, held), kept(mark))
+        rows.append(
+            f"| {mark} | {found:.1f} | {static:.1f} | {confirmed:.1f} | {means[0]:.2f} | {means[1]:.2f} "
+            f"| {100 * means[2]:.0f} % |"
+        )
     return rows
 
 
@@ -186,7 +212,7 @@ def main() -> None:
     study = Study(chosen.work, chosen.scenes, chosen.steps, chosen.held_out)
     rows, scores = parts(study, range(chosen.seeds))
     first = study.folder / "variant0-0.safetensors"
-    static, confirmed = study.pseudo_labels(first, min(100, chosen.held_out or 100))
+    static, confirmed = study.pseudo_labels(first, min(LABELLED, chosen.held_out or LABELLED))
     held = study.labels("held-out", chosen.held_out)
     caa = evaluate(EvaluateOptions(held["caa.h5"]))
     crf = evaluate(EvaluateOptions(held["crf"]))
@@ -194,8 +220,8 @@ def main() -> None:
         "| labels of the held-out scenes, their classes given | mIoU |", "| --- | --- |",
         f"| CAM + CAA, best threshold | {100 * caa.scores.miou:.1f} |",
         f"| CAM + CAA + CRF | {100 * crf.scores.miou:.1f} |",
-        f"| WeCLIP's, mean attention (100 scenes) | {static:.1f} |",
-        f"| WeCLIP's, refinement module with the trained decoder (100 scenes) | {confirmed:.1f} |",
+        f"| WeCLIP's, mean attention ({LABELLED} scenes) | {static:.1f} |",
+        f"| WeCLIP's, refinement module with the trained decoder ({LABELLED} scenes) | {confirmed:.1f} |",
     ]  # fmt: skip
     rows.append(f"| the example's small network on CAM + CAA + CRF labels | {example(study):.1f} |")
     text = (Path(__file__).parent / "results-weclip.in.md").read_text(encoding="utf-8")
