@@ -292,7 +292,7 @@ def test_unknown_names(tmp_path: Path) -> None:
         FrozenClip.load(weights=tmp_path / "missing.pt", device="cpu")
     with pytest.raises(WeightsError, match=r"neither a file nor a pretrained tag \(known: openai"):
         FrozenClip.load("ViT-B-16", "nonsense", "cpu")
-    with pytest.raises(WeightsError, match="unknown to open_clip; did you mean"):
+    with pytest.raises(UsageError, match="unknown to open_clip; did you mean"):
         FrozenClip.load("ViT-Z", "openai", "cpu")
 
 

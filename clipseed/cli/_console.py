@@ -148,14 +148,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def percent(fraction: float | None) -> str:
     """``0.4567`` to ``45.67``; no value to ``-``."""
     return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 image``, ``3 images``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def some(items: Sequence[str], count: int = 5) -> str:
-    """The first few of a list, for messages."""
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipseed.cli._console import Console, counted, print_json, some, speed
+from clipseed.cli._console import Console, print_json, speed
 from clipseed.cli._options import (
     OutputArguments,
     RunArguments,
@@ -17,6 +17,7 @@ from clipseed.cli._options import (
     workers_of,
 )
 from clipseed.errors import UsageError
+from clipseed.wording import counted, some
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
@@ -139,7 +140,9 @@ def tell_empty(console: Console, empty: EmptyLabels) -> None:
     count, classes = len(empty.labels), [f"{name} {number}" for name, number in empty.counts("label")]
     came = "have no pixel" if empty.masks else "have no positive map"
     listed = "" if empty.file is None else f" (listed in {empty.file})"
-    console.warn(f"{count} of {empty.of} labels {came}, in {empty.images} images{listed}: {some(classes)}")
+    console.warn(
+        f"{count} of {counted(empty.of, 'label')} {came}, in {counted(empty.images, 'image')}{listed}: {some(classes)}"
+    )
     for why, number in empty_reasons(empty):
         console.warn(f"{number} {why}")
     if empty.masks == "background":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_json
 from clipseed.cli._run import exit_code, tell_skipped
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.train.loop import Status
@@ -35,7 +36,8 @@ def _finish(console: Console, done: TrainReport, allowed: float, output: shared.
     if done.best is not None and done.best_out is not None:
         best = f"; {done.best_out}: step {done.best['step']} with mIoU {percent(done.best['score'])}"
     console.note(
-        f"{done.out}: {done.steps} steps on {done.images} images ({done.model['weights']}, {done.device}){best}"
+        f"{done.out}: {counted(done.steps, 'step')} on {counted(done.images, 'image')} "
+        f"({done.model['weights']}, {done.device}){best}"
     )
     if output.json:
         print_json(

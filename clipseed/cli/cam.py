@@ -13,6 +13,7 @@ from clipseed.cli._run import Running, made, prepare, refuse_restricted, spoken_
 from clipseed.data.vocabulary import GENERAL
 from clipseed.defaults import CamMethod
 from clipseed.errors import UsageError
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.data.types import ImageSet
@@ -153,8 +154,8 @@ def tell_tags(console: Console, tags: TagReport) -> None:
     if tags.open_shards:
         then = f"{tags.open_shards} shards have images to be tagged yet, and the last of them writes the file"
     console.note(
-        f"{tags.out}: {tags.tagged} images tagged by CLIP ({tags.stats.computed} now), {tags.without_class} of them "
-        f"without any class (all background); {then}"
+        f"{tags.out}: {counted(tags.tagged, 'image')} tagged by CLIP ({tags.stats.computed} now), "
+        f"{tags.without_class} of them without any class (all background); {then}"
     )
 
 

@@ -11,6 +11,7 @@ from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, TableRows, duration, percent, print_json
 from clipseed.cli._groups import grouped
 from clipseed.errors import UsageError
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.jobs.demo import Stage
@@ -124,7 +125,7 @@ def _save(console: Console, folder: Path, seed: int, scenes: int | None) -> int:
         count = save_devkit(folder, seed, scenes or HELD_OUT_COUNT)
     program = _program(anywhere=True)
     console.note(
-        f"{folder}: {count} images as a VOC devkit; try\n"
+        f"{folder}: {counted(count, 'image')} as a VOC devkit; try\n"
         f"  cd {folder}\n"
         f"  {program} cam --dataset voc --classes toy --weights toy --out cams.h5\n"
         f"  {program} evaluate --gt SegmentationClass"

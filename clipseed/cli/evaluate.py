@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, counted, percent, print_json, print_table, some
+from clipseed.cli._console import Console, percent, print_json, print_table
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code, last_output
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.evaluate.per_image import ImageScore
@@ -59,7 +60,8 @@ def evaluate(
             scoring.of(chosen), lambda total: console.track("evaluate", total),
             images=images if per_image is not None or worst else None,
         )  # fmt: skip
-    _warn(console, report)
+    for line in report.left_out:
+        console.warn(line)
     if csv is not None:
         _write_csv(csv, report)
     if per_image is not None:
@@ -71,19 +73,6 @@ def evaluate(
         if worst:
             _print_worst(images.worst(worst))
     return exit_code(console, report.unscored, allowed)
-
-
-def _warn(console: Console, report: EvaluateReport) -> None:
-    if report.missing_ground_truth:
-        ids = report.missing_ground_truth
-        console.warn(f"{len(ids)} predictions have no ground truth and were not scored: {some(ids)}")
-    if report.missing_predictions and report.missing_matter:
-        ids = report.missing_predictions
-        where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
-        console.warn(f"{len(ids)} {where} have no prediction and were not scored: {some(ids)}")
-    if report.excluded_pixels:
-        share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)
-        console.warn(f"{percent(share)} % of the pixels were left out because the prediction is 255 there")
 
 
 def _print_worst(found: Sequence[ImageScore]) -> None:

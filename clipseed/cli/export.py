@@ -12,6 +12,7 @@ from clipseed.cli._console import Console, print_json
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code, last_output, tell_skipped
 from clipseed.defaults import ExportFormat, IgnoreExport, ImagePlacement, Orientation
+from clipseed.wording import counted
 
 
 @grouped
@@ -93,7 +94,9 @@ def export(
         console.warn(note)
     tell_skipped(console, done.skipped, done.skipped_file)
     exported = done.images - len(done.skipped)
-    console.note(f"{out}: {exported} of {done.images} images as {format}, {done.written} files written now")
+    console.note(
+        f"{out}: {exported} of {counted(done.images, 'image')} as {format}, {counted(done.written, 'file')} written now"
+    )
     if output.json:
         print_json(done.as_dict())
     return exit_code(console, len(done.skipped), allowed)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, counted, print_json, print_table
+from clipseed.cli._console import Console, print_json, print_table
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import empty_reasons, last_output, spoken_model
 from clipseed.errors import UsageError
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.jobs.inspect import AnyInspection, CamInspection, FeatureInspection, SegmentInspection

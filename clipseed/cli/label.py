@@ -12,6 +12,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import made, prepare, refuse_restricted
 from clipseed.cli.cam import model_facts, start, start_tags, tell_tags
 from clipseed.defaults import LabelRecipe
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.jobs.label import LabelReport
@@ -94,8 +95,8 @@ def label(
         tell_tags(run.console, done.tags)
     if done.missing_file:
         run.console.warn(
-            f"{done.missing} images are not in {segments} and were labelled without segments; they are listed in "
-            f"{done.missing_file}"
+            f"{counted(done.missing, 'image is', 'images are')} not in {segments}: labelled without segments, "
+            f"listed in {done.missing_file}"
         )
     facts = {
         "recipe": done.recipe, "coverage": done.coverage, "foreground": done.foreground,

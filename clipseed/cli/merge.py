@@ -11,6 +11,7 @@ from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, print_json
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import tell_empty
+from clipseed.wording import counted
 
 
 @grouped
@@ -43,7 +44,7 @@ def merge(
     for note in report.notes:
         console.warn(note)
     twice = f", {report.repeated} of them more than once" if report.repeated else ""
-    console.note(f"{report.out}: {report.images} images out of {report.files} files{twice}")
+    console.note(f"{report.out}: {counted(report.images, 'image')} out of {counted(report.files, 'file')}{twice}")
     if report.empty is not None and report.empty.labels:
         tell_empty(console, report.empty)
     if output.json:

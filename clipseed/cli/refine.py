@@ -56,7 +56,9 @@ class AffinityArguments:
     ] = None
     layers: Annotated[
         Optional[int],
-        shared.method_option(help=f"Blocks from the end whose attention is averaged (default: {CAA_LAYERS})."),
+        shared.method_option(
+            help=f"Blocks from the end whose attention is averaged, at most all (default: {CAA_LAYERS})."
+        ),
     ] = None
     rounds: Annotated[Optional[int], shared.method_option(help=f"Sinkhorn rounds (default: {SINKHORN_ROUNDS}).")] = None
     power: Annotated[

@@ -14,6 +14,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import exit_code, last_output
 from clipseed.defaults import REPORT_SHOWN, REPORT_TITLE
 from clipseed.errors import UsageError
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.jobs.report import ReportResult, SurveyResult
@@ -82,7 +83,7 @@ def report(
 
 def _print_survey(result: SurveyResult) -> None:
     for one in result.inputs:
-        header = (f"{one.name}, {len(one.survey.images)} images", "labelled", "with pixels", "pixels %")
+        header = (f"{one.name}, {counted(len(one.survey.images), 'image')}", "labelled", "with pixels", "pixels %")
         rows = [(item.name, str(item.labelled), str(item.shown), percent(item.share)) for item in one.survey.classes]
         print_table(header, [*rows, ("all: labelled pixels", "", "", percent(one.survey.coverage))])
     for key, why in result.worth:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console, TableRows, counted, print_json
+from clipseed.cli._console import Console, TableRows, print_json
 from clipseed.cli._groups import grouped
 from clipseed.defaults import ReproduceDataset, ReproducedSystem
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.jobs.reproduce import Scored, Step

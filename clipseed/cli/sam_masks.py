@@ -14,6 +14,7 @@ from clipseed.cli._groups import grouped
 from clipseed.cli._run import SPENT_ON, Running, made, prepare
 from clipseed.defaults import SAM_MAX_SIDE, DatasetName, SamModel, SamPreset, SamPrompt, SegmentFormat
 from clipseed.errors import UsageError
+from clipseed.wording import counted
 
 if TYPE_CHECKING:
     from clipseed.jobs.sam_masks import SamMasksReport
@@ -146,7 +147,7 @@ def _refuse_without_dataset(**given: Any) -> None:
 def _finish(run: Running, done: SamMasksReport) -> int:
     counters, summary = done.stats.counters, made(done, "images", "done")
     if done.stats.computed:
-        empty = f", {counters['without']} images without any" if counters["without"] else ""
+        empty = f", {counted(counters['without'], 'image')} without any" if counters["without"] else ""
         size = f"{counters['bytes'] / max(1, done.masks):.0f} bytes each"
         mostly = f"mostly {SPENT_ON[done.stats.bottleneck]} ({done.device})"
         summary += f"; {done.masks} masks, {done.per_image:.1f} per image, {size}{empty}; {mostly}"

@@ -11,6 +11,7 @@ from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import made, prepare
 from clipseed.defaults import PIXEL_ALPHA, SeedMethod, SeedPreset, SegmentFormat, UncoveredPolicy
+from clipseed.wording import counted
 
 
 @grouped(first=("source", "masks", "method", "preset", "uncovered", "min_confidence", "empty", "out"))
@@ -89,8 +90,8 @@ def sam_seed(
         done = run_sam_seed(options, run.start)
     if done.missing_file:
         run.console.warn(
-            f"{done.missing} images are not in {masks} and were labelled without masks (--without-masks); they are "
-            f"listed in {done.missing_file}"
+            f"{counted(done.missing, 'image is', 'images are')} not in {masks}: labelled without masks "
+            f"(--without-masks), listed in {done.missing_file}"
         )
     without = done.stats.counters["without"]
     summary = f"{made(done, 'masks')} ({done.method})"

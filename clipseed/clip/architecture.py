@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipseed.clip.checkpoint import Activation, Checkpoint
-from clipseed.errors import WeightsError
+from clipseed.errors import UsageError, WeightsError
 from clipseed.weights import check_fit, count_blocks, take_over
 
 Config = dict[str, Any]
@@ -24,7 +24,8 @@ def named_config(model: str) -> Config:
     """open_clip's configuration of a model name.
 
     Raises:
-        WeightsError: unknown name, or a vision tower that is not a plain ViT.
+        UsageError: unknown name.
+        WeightsError: a vision tower that is not a plain ViT.
     """
     import open_clip
 
@@ -32,7 +33,7 @@ def named_config(model: str) -> Config:
     if config is None:
         near = difflib.get_close_matches(model, supported_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"supported are {', '.join(supported_models())}"
-        raise WeightsError(f"--model {model}: unknown to open_clip; {hint}")
+        raise UsageError(f"--model {model}: unknown to open_clip; {hint}")
     refuse_unsupported(config, f"--model {model}")
     return copy.deepcopy(config)
 

@@ -17,6 +17,7 @@ from clipseed.data.paths import CAMERA_SUFFIXES, never_ends
 from clipseed.data.types import Sample
 from clipseed.defaults import MAX_PIXELS
 from clipseed.errors import ImageError
+from clipseed.wording import counted
 
 # Formats that only decode pixels; Pillow's others run interpreters (EPS, WMF) or read several files.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
@@ -86,7 +87,8 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file") from error
+        hidden = " (hidden files are not looked at)" if path.name.startswith(".") else ""
+        raise ImageError(f"{path}: no such file{hidden}") from error
     except UnidentifiedImageError as error:
         kind = "is empty" if _size(path) == 0 else "is not an image in a supported format"
         if path.suffix.lower() in CAMERA_SUFFIXES:
@@ -125,7 +127,7 @@ def peculiarities(paths: Sequence[Path], *, exif: bool) -> list[str]:
         except Exception:  # noqa: S112 - decoders raise nearly anything; decoding says it
             continue
     notes = []
-    of = f"{len(looked)} images" if len(looked) == len(paths) else f"the first {len(looked)} images"
+    of = counted(len(looked), "image") if len(looked) == len(paths) else f"the first {len(looked)} images"
     if turned and not exif:
         notes.append(f"{turned} of {of} carry an EXIF orientation and are taken as stored; --exif turns them")
     if frames:

@@ -25,6 +25,7 @@ from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.manifest import Manifest
 from clipseed.store.open import open_prediction
 from clipseed.types import IGNORE, LabelMask
+from clipseed.wording import counted, some
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,22 @@ class EvaluateReport:
     def missing_matter(self) -> bool:
         """Whether ground truth without prediction is news: that of other splits than the predictions' is not."""
         return self.split_given or self.split == "all"
+
+    @property
+    def left_out(self) -> list[str]:
+        """What was not scored, and why, in a line for each reason."""
+        lines = []
+        if ids := self.missing_ground_truth:
+            has = counted(len(ids), "prediction has", "predictions have")
+            lines.append(f"{has} no ground truth; not scored: {some(ids)}")
+        if self.missing_predictions and self.missing_matter:
+            ids, given = self.missing_predictions, self.split_given
+            what = counted(len(ids), "image" if given else "ground-truth mask") + (f" of split {self.split}" * given)
+            lines.append(f"{what} without a prediction; not scored: {some(ids)}")
+        if self.excluded_pixels:
+            share = self.excluded_pixels / (self.excluded_pixels + self.scores.pixels)
+            lines.append(f"{100 * share:.2f} % of the pixels were left out because the prediction is 255 there")
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``: fractions, ``None`` where there is no value."""

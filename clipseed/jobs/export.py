@@ -34,6 +34,7 @@ from clipseed.store.legend import LEGEND, legend
 from clipseed.store.manifest import Manifest
 from clipseed.store.open import open_prediction
 from clipseed.types import IGNORE, LabelMask
+from clipseed.wording import counted
 
 _JPEG = (".jpg", ".jpeg")
 _JPEG_QUALITY = 95
@@ -454,12 +455,13 @@ def _notes(options: ExportOptions, kind: type[Writer], maker: _Maker) -> list[st
         notes.append(f"{len(maker.rotated)} masks are turned as the EXIF of their images says (--orient exif){why}")
     elif maker.rotated:
         notes.append(
-            f"{len(maker.rotated)} images are turned by their EXIF, their masks lie on the pixels as stored; --orient "
-            "exif turns the masks"
+            f"{counted(len(maker.rotated), 'image is', 'images are')} turned by EXIF, masks lie on the pixels as "
+            "stored; --orient exif turns the masks"
         )
     if maker.reencoded:
         notes.append(
-            f"{len(maker.reencoded)} images became JPEG (quality {_JPEG_QUALITY}), as {options.format} needs it"
+            f"{counted(len(maker.reencoded), 'image')} became JPEG (quality {_JPEG_QUALITY}), as "
+            f"{options.format} needs it"
         )
     if kind.lost:
         notes.append(f"{options.format} loses something: {kind.lost}")

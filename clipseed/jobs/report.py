@@ -28,6 +28,7 @@ from clipseed.store.label_mask_folder import LabelMaskFolder
 from clipseed.store.manifest import Manifest
 from clipseed.store.open import content_of, open_prediction
 from clipseed.types import LabelMask
+from clipseed.wording import counted
 
 MOST_SHOWN = 200
 """Most images of a kind; each takes about 120 kB of the page."""
@@ -249,31 +250,15 @@ def _setting(report: EvaluateReport) -> str:
 
 def _notes(report: EvaluateReport, gallery: Gallery) -> list[str]:
     """What the page has to say about incomplete scores."""
-    notes = []
-    if report.missing_ground_truth:
-        notes.append(
-            f"{len(report.missing_ground_truth)} predictions have no ground truth and were not scored: "
-            f"{_some(report.missing_ground_truth)}"
-        )
-    if report.missing_predictions and report.missing_matter:
-        where = f"images of split {report.split}" if report.split_given else "ground-truth masks"
-        notes.append(
-            f"{len(report.missing_predictions)} {where} have no prediction and were not scored: "
-            f"{_some(report.missing_predictions)}"
-        )
-    if report.excluded_pixels:
-        share = report.excluded_pixels / (report.excluded_pixels + report.scores.pixels)
-        notes.append(f"{100 * share:.2f} % of the pixels were left out because the prediction is 255 there")
+    notes = report.left_out
     if report.coverage < 1 and report.labelled is not None:
         there = report.labelled.miou
         notes.append(f"{100 * report.coverage:.2f} % of the pixels are labelled; mean IoU there {100 * there:.2f} %")
     if gallery.unscored:
-        notes.append(f"{gallery.unscored} images have no score of their own, as all their ground truth is ignored")
+        notes.append(
+            f"{counted(gallery.unscored, 'image has', 'images have')} no score: all their ground truth is ignored"
+        )
     return notes
-
-
-def _some(ids: list[str], count: int = 5) -> str:
-    return ", ".join(ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
 
 
 def _manifest(path: Path) -> Manifest | None:

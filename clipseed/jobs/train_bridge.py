@@ -32,6 +32,7 @@ from clipseed.train.running import TrainReport, source_of, usable_samples
 from clipseed.train.segmenter import Segmenter, save_segmenter
 from clipseed.train.segmenter_run import SegmenterOptions, Training, Validation, train_segmenter, validation_set
 from clipseed.weights import file_sha256
+from clipseed.wording import counted
 
 CLIP, RANDOM = "clip", "random"
 _RANDOM_WIDTH = 512
@@ -107,8 +108,8 @@ def run_train_bridge(
     segmenter = Segmenter(BridgeNetwork(module, options.device, {}), vocabulary, {}, options.out)
     batch = options.batch or BRIDGE_BATCH
     note(
-        f"{image_set.name} {image_set.split}: {len(samples)} images with {'CAMs' if cams else 'masks'} of "
-        f"{masks.source.name}, {steps} steps of {batch}"
+        f"{image_set.name} {image_set.split}: {counted(len(samples), 'image')} with {'CAMs' if cams else 'masks'} of "
+        f"{masks.source.name}, {counted(steps, 'step')} of {batch}"
     )
     about = {"network": network, "options": bridge.manifest(), "source": source_of(settings, image_set, steps)}
 

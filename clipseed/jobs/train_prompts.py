@@ -36,6 +36,7 @@ from clipseed.train.running import (
     usable_samples,
     without_augmentation,
 )
+from clipseed.wording import counted
 
 _LARGE_IMAGE = 448
 """Sides of an ordinary image, by which memory is reckoned before any is read."""
@@ -128,7 +129,10 @@ def run_train_prompts(
         settings["labels"] = fingerprint(image_set, samples, None).get("labels")
     lost = LostImages(options, trainer.skipped)
     what = "labels" if masks is None else f"masks of {masks.source.name}"
-    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {batch}")
+    note(
+        f"{image_set.name} {image_set.split}: {counted(len(samples), 'image')} with {what}, "
+        f"{counted(steps, 'step')} of {batch}"
+    )
     half = clip.tower.dtype is not torch.float32
     loop = options.loop(steps, batch, accumulate, half=half, init=loop_init)
     train(trainer, data, loop, settings, None, lost.watching(report), note)

@@ -42,6 +42,7 @@ from clipseed.train.weclip.options import WeclipOptions, default_steps, preset
 from clipseed.train.weclip.released import decoder_of, decoder_state
 from clipseed.train.weclip.trainer import Weclip
 from clipseed.weights import read_weights as read_foreign_weights
+from clipseed.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,10 @@ def run_train_weclip(
     segmenter = Segmenter(WeclipNetwork(clip, decoder, weclip), vocabulary, {}, options.out)
     batch = options.batch or WECLIP_BATCH
     what = "labels" if masks is None else f"masks of {masks.source.name}"
-    note(f"{image_set.name} {image_set.split}: {len(samples)} images with {what}, {steps} steps of {batch}")
+    note(
+        f"{image_set.name} {image_set.split}: {counted(len(samples), 'image')} with {what}, "
+        f"{counted(steps, 'step')} of {batch}"
+    )
     about: dict[str, Any] = {
         "network": sizes(decoder),
         "options": weclip.manifest(),
@@ -176,7 +180,7 @@ def _tagged(
         image_set, tags = tag_unlabelled(tagging.run, image_set, engine, file, manifest, engine.about["unit"])
     if tags.alike:
         note("warning: the tags do not tell the images apart; look at them, or try other words or another model")
-    note(f"{file}: {tags.tagged} images tagged by CLIP, {tags.without_class} of them without any class")
+    note(f"{file}: {counted(tags.tagged, 'image')} tagged by CLIP, {tags.without_class} of them without any class")
     return image_set
 
 

@@ -20,7 +20,8 @@ from clipseed.store.manifest import Manifest
 from clipseed.store.record_file import RecordFile
 from clipseed.store.shards import WHOLE, Shard
 from clipseed.store.units import Unit
-from clipseed.store.writer import RecordWriter, some
+from clipseed.store.writer import RecordWriter
+from clipseed.wording import counted, some
 
 
 class CamWriter(RecordWriter[Cam]):
@@ -75,9 +76,14 @@ class CamWriter(RecordWriter[Cam]):
                 "the right label file? Choose another --out, or start again with --overwrite"
             )
         if stale:
-            self.notes.append(f"{len(stale)} images are stored with other labels; they are computed again")
+            self.notes.append(
+                f"{counted(len(stale), 'image is', 'images are')} stored with other labels; computed again"
+            )
         if gone:
-            self.notes.append(f"{len(gone)} images have no labels any more ({some(gone)}); they leave {self.out}")
+            self.notes.append(
+                f"{counted(len(gone), 'image has', 'images have')} no labels any more "
+                f"({some(gone, 3)}); gone from {self.out}"
+            )
         self.forget(stale | gone)
 
     def forget(self, keys: Collection[str]) -> None:

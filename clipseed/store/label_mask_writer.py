@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ from clipseed.store.places import noted
 from clipseed.store.shards import WHOLE, Empty, Shard
 from clipseed.store.shared_output import SharedOutput
 from clipseed.store.units import Unit, missing_units
-from clipseed.store.writer import Finished, is_older, made_from_the_same, some, without_input
+from clipseed.store.writer import Finished, is_older, made_from_the_same, without_input
 from clipseed.types import IGNORE, LabelMask
+from clipseed.wording import counted, some
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,13 @@ class LabelMaskWriter(SharedOutput):
                 relabelled.add(key)
             elif is_older(note.image, stamp(key)):
                 repainted.add(key)
-        for keys, told in (
-            (relabelled, "masks were made for other labels; they are made again"),
-            (repainted, f"images were replaced ({some(repainted)}); their masks are made again"),
-            (gone, f"images are not in the input any more ({some(gone)}); their masks are deleted"),
+        for keys, one, many, told in (
+            (relabelled, "mask was", "masks were", "made for other labels; made again"),
+            (repainted, "image was", "images were", f"replaced ({some(repainted, 3)}); masks made again"),
+            (gone, "image is", "images are", f"not in the input any more ({some(gone, 3)}); masks deleted"),
         ):
             if keys:
-                self.notes.append(f"{len(keys)} {told}")
+                self.notes.append(f"{counted(len(keys), one, many)} {told}")
             for key in keys:
                 if notes[key].classes is not None:  # ours
                     self._path(key).unlink(missing_ok=True)
@@ -236,6 +238,8 @@ class LabelMaskWriter(SharedOutput):
         self._look(self._masks())
         empty = self._empty.write()
         self._reports.remove()
+        if self._pixels:
+            os.utime(self.folder)  # it is newer than the scores that were kept beside it
         return self._finished(path, 0, empty)
 
     def _finished(self, skipped_file: Path | None, open_shards: int, empty: EmptyLabels) -> Finished:

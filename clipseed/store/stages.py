@@ -70,5 +70,6 @@ def _outputs(folder: Path) -> list[tuple[tuple[int, int], str, Path]]:
             kind = (recorded_manifest(place) or {}).get("kind")
         if place.name.endswith(".parts") or kind not in _RECORDS | _MASKS:
             continue
-        found.append(((plan.stat().st_mtime_ns, len(place.name)), str(kind), place))
+        when = max(plan.stat().st_mtime_ns, place.stat().st_mtime_ns)  # the manifest comes first, the masks one by one
+        found.append(((when, len(place.name)), str(kind), place))
     return found

@@ -32,6 +32,7 @@ from clipseed.store.record_file import RecordFile, write_portable, write_unit
 from clipseed.store.shards import WHOLE, Shard, Skipped, lock_output, unit_number
 from clipseed.store.shared_output import SharedOutput
 from clipseed.store.units import Unit, missing_units
+from clipseed.wording import counted, some
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,9 @@ class RecordWriter(SharedOutput, Generic[R]):
         known = ((key, FileStamp.unpacked(self._stamps[key])) for key in self._done if key in files)
         stale = replaced((key, stamp, files[key]) for key, stamp in known)
         if stale:
-            self.notes.append(f"{len(stale)} images were replaced ({some(stale)}); they are computed again")
+            self.notes.append(
+                f"{counted(len(stale), 'image was', 'images were')} replaced ({some(stale, 3)}); computed again"
+            )
         self.forget(stale)
         return stale
 
@@ -207,10 +210,15 @@ class RecordWriter(SharedOutput, Generic[R]):
         ours = self._stamps
         stale = {key for key in self._done if key in ids and is_older(FileStamp.unpacked(ours[key]), stamp(key))}
         if stale:
-            self.notes.append(f"{len(stale)} images were replaced ({some(stale)}); they are made again")
+            self.notes.append(
+                f"{counted(len(stale), 'image was', 'images were')} replaced ({some(stale, 3)}); made again"
+            )
         gone = set() if self._other_input else {key for key in self._done if key not in ids}
         if gone:
-            self.notes.append(f"{len(gone)} images are not in the input any more ({some(gone)}); they leave {self.out}")
+            self.notes.append(
+                f"{counted(len(gone), 'image is', 'images are')} not in the input any more "
+                f"({some(gone, 3)}); gone from {self.out}"
+            )
         self.forget(stale | gone)
 
     def _adopt(self, file: RecordFile[R], path: Path) -> None:
@@ -337,11 +345,6 @@ def without_input(manifest: Manifest) -> Manifest:
 def is_older(ours: FileStamp, source: FileStamp) -> bool:
     """Whether a record was made before its source's record was, from another image file; without stamp it was."""
     return source.known and ours.sha256 != source.sha256
-
-
-def some(keys: Collection[str]) -> str:
-    """The first few ids, for messages."""
-    return ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
 
 
 def _foreign(folder: Path) -> bool:

@@ -60,7 +60,7 @@ def test_cam_and_evaluate(scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
         score = ["evaluate", "cams.h5", "--gt", "SegmentationClass", "--split", "val", "--json"]
         assert main([*score, *words]) == code
         shown = capsys.readouterr()
-        assert "1 images of split val have no prediction" in shown.err
+        assert "1 image of split val without a prediction" in shown.err
         assert json.loads(shown.out)["missing_predictions"] == ["toy_000001"]
         assert main(["report", "cams.h5", "--gt", "SegmentationClass", "--split", "val", *words]) == code
         capsys.readouterr()

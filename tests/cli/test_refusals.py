@@ -36,7 +36,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("cam --dataset toy --limit 1 --template foo", 2, "--template"),
         (
             "cam --dataset toy --limit 1 --model ViT-B-99 --weights openai",
-            1,
+            2,
             "--model ViT-B-99: unknown to open_clip; did",
         ),
         ("cam --images photos --labels x.csv --classes voc --split nosuch", 1, "x.csv: a label file cannot be read"),

@@ -226,8 +226,8 @@ def test_ids_missing_on_either_side(
     words = ["evaluate", str(prediction), "--gt", str(truth), "--classes", "voc"]
     assert main(words) == 3
     errors = capsys.readouterr().err
-    assert "1 predictions have no ground truth and were not scored: a" in errors
-    assert "1 ground-truth masks have no prediction and were not scored: d" in errors
+    assert "1 prediction has no ground truth; not scored: a" in errors
+    assert "1 ground-truth mask without a prediction; not scored: d" in errors
     split = tmp_path / "some.txt"
     split.write_text("b\nd\n")
     assert main([*words, "--split", str(split), "--json"]) == 3
@@ -379,6 +379,7 @@ def test_which_output_is_scored_by_default(
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "manifest.json").write_text(json.dumps({**plain, "kind": "crf"}))
     os.utime("masks/manifest.json", (2000, 2000))
+    os.utime("masks", (2000, 2000))
     assert newest_output(Path()) == Path("masks")
     assert newest_output(Path(), "crf") == Path("other.h5")
     os.utime("c-caa.h5", (3000, 3000))

@@ -325,7 +325,7 @@ def test_features_rank_other_words_without_images(
     assert main([*kept, "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["computed"] == 3  # units go as a whole
-    assert "1 images were replaced (0)" in captured.err
+    assert "1 image was replaced (0)" in captured.err
     with FeatureSet(tmp_path / "f") as stored:
         assert set(stored) == {"0", "1", "2"}
         for key in stored:

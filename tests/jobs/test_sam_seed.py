@@ -174,7 +174,7 @@ def test_images_without_masks(policy: str, folder: Path, capsys: pytest.CaptureF
     write_cache(folder / "few.h5", records)
     assert seeded("--masks", "few.h5", "--without-masks", policy) == 0
     said = capsys.readouterr().err
-    assert "warning: 1 images are not in few.h5" in said
+    assert "warning: 1 image is not in few.h5" in said
     assert (folder / "pseudo-sam" / "without-masks.csv").read_text() == "id,reason\nsub/c,not in few.h5\n"
     assert "2 of them from no segment" in said
     found = labels()
@@ -185,7 +185,7 @@ def test_images_without_masks(policy: str, folder: Path, capsys: pytest.CaptureF
     assert seeded("--masks", "few.h5", "--without-masks", policy) == 0  # told again, nothing is done again
     said = capsys.readouterr().err
     assert "0 images to do" in said
-    assert "1 images are not in few.h5" in said
+    assert "1 image is not in few.h5" in said
 
 
 def test_votes_without_masks_leave_labels_alone(folder: Path) -> None:
@@ -354,7 +354,7 @@ def test_resuming_shares_and_corrected_labels(
     corrected = [make_cam("a", (7,), 0), *SEEDS[1:]]
     write_seeds(folder / "cams.h5", corrected, small_manifest(folder))
     assert seeded("--out", "cut") == 0
-    assert "1 masks were made for other labels; they are made again" in capsys.readouterr().err
+    assert "1 mask was made for other labels; made again" in capsys.readouterr().err
     assert label_mask_note(folder / "cut" / "a.png").classes == (7,)
 
 

@@ -1,4 +1,4 @@
-"""kill -9 at 5 or 25 random moments of every long command: nothing is lost, the end is that of an undisturbed run."""
+"""kill -9 at 5 or 12 random moments of every long command: nothing is lost, the end is that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_kills(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert main([*TINY, "--out", "w.safetensors"]) == 0
     if name == "sam-seed":
         assert main([*SAM, *BLOBS, "--out", "segments.h5"]) == 0
-    kills = FEWER.get(name, 25)
+    kills = FEWER.get(name, 12)
     done = subprocess.run(
         [sys.executable, "-m", "helpers.killing", str(tmp_path), str(kills), "7", "--", *COMMANDS[name]],
         env=environment(),

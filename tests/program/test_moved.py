@@ -176,7 +176,7 @@ def test_a_replaced_photo_is_made_again_everywhere(size: tuple[int, int], projec
     assert run([*REFINE, "--out", "other.h5"], 3)["skipped"][0]["id"] == "a"
     found = run(CAM)
     assert (found["found"], found["computed"]) == (4, 1)
-    assert "1 images were replaced (a)" in found["err"]
+    assert "1 image was replaced (a)" in found["err"]
     assert run(SEED)["computed"] == 0  # refine has not looked yet
     assert run(REFINE)["computed"] == 1
     assert run(CRF)["computed"] == run(THRESHOLD)["computed"] == 1
@@ -304,7 +304,7 @@ def test_a_removed_label_row_leaves_everywhere(project: Path, run: Run) -> None:
     computed(run)
     write_labels(Path("labels.csv"), a="rust", b="rust|crack", c="crack", d="rust")
     found = run(CAM, 3)
-    assert "1 images have no labels any more (e); they leave cams.h5" in found["err"]
+    assert "1 image has no labels any more (e); gone from cams.h5" in found["err"]
     assert "computed again" not in found["err"]
     assert list(clipseed.open_cams("cams.h5")) == ["a", "b", "c", "d"]
     assert run(REFINE)["computed"] == 0
