@@ -73,7 +73,7 @@ class Size:
 
     backbones: tuple[str, ...] = (LITE0, SMALLEST, "mobilenetv3_large_100", "resnet18")
     scenes: int = 100
-    steps: int = 150
+    steps: int = 300
     fresh_steps: int = 600
     batch: int = 8
     crop: int = 96
@@ -81,7 +81,7 @@ class Size:
     seeds: int = 3
     rates: tuple[float, ...] = (1e-3, 3e-3)
     fpn_width: int = 64
-    photo_steps: int = 150
+    photo_steps: int = 500
     photo_crop: int = 128
     photo_rates: tuple[float, ...] = (3e-4, 1e-3)
     photo_side: int = 256

@@ -33,10 +33,8 @@ class BridgeHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], text: Tensor, allowed: Tensor | None = None) -> HeadOutput:
         """Logits at stride 4 and scores at stride 16, or the scores alone."""
-        score = self.bridge(fused_top(levels), text, allowed)["score"]
-        if self.fpn is None:
-            return HeadOutput(score / self.bridge.tau)
-        return HeadOutput(self.fpn(with_scores(levels, score)), score / self.bridge.tau)
+        scores = self.by_text(levels, text, allowed)
+        return HeadOutput(scores) if self.fpn is None else HeadOutput(self.fpn(with_scores(levels, scores)), scores)
 
     def by_text(self, levels: Sequence[Tensor], text: Tensor, allowed: Tensor | None = None) -> Tensor:
         """The scores alone."""

@@ -58,14 +58,11 @@ class DenseclipHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], text: Tensor, allowed: Tensor | None = None) -> HeadOutput:
         """Logits at stride 4, and scores at stride 16."""
-        score = self._cosines(levels, text)
-        return HeadOutput(self.fpn(with_scores(levels, score)), score / TAU)
+        scores = self.by_text(levels, text, allowed)
+        return HeadOutput(self.fpn(with_scores(levels, scores)), scores)
 
     def by_text(self, levels: Sequence[Tensor], text: Tensor, allowed: Tensor | None = None) -> Tensor:
         """The scores alone."""
-        return self._cosines(levels, text) / TAU
-
-    def _cosines(self, levels: Sequence[Tensor], text: Tensor) -> Tensor:
         embeddings = self.project(fused_top(levels))
         change = self.decoder(text.detach(), F.normalize(embeddings.float(), dim=1))
-        return cosines(embeddings, text.detach() + self.gamma * change.float())[0]
+        return cosines(embeddings, text.detach() + self.gamma * change.float())[0] / TAU

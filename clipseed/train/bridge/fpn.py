@@ -66,6 +66,10 @@ class FpnHead(nn.Module):
         return None
 
 
-def with_scores(levels: Sequence[Tensor], score: Tensor) -> list[Tensor]:
-    """The maps, those of stride 16 with the classes' scores ``(B, K, h, w)`` as further channels (DenseCLIP)."""
-    return [*levels[:2], torch.cat([levels[2], score.to(levels[2].dtype)], dim=1), levels[3]]
+def with_scores(levels: Sequence[Tensor], scores: Tensor) -> list[Tensor]:
+    """The maps, those of stride 16 with the classes' scores ``(B, K, h, w)`` as further channels (DenseCLIP).
+
+    Cosines over the temperature, where DenseCLIP takes cosines: its maps are CLIP's own, those of light networks are a
+    hundred times larger than cosines, which would hardly be seen beside them.
+    """
+    return [*levels[:2], torch.cat([levels[2], scores.to(levels[2].dtype)], dim=1), levels[3]]
