@@ -8,15 +8,17 @@ everything else is the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from clipseed.train.bridge.network import BridgeNetwork
 
 PLAIN_VIEW = ViewOptions()
+_BATCH = 8
+"""Images that :meth:`Segmenter.predict` computes at once."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,45 @@ class Segmenter:
         Raises:
             ImageError: it cannot be read.
         """
-        photo = opened(image)
-        logits = self.logits(shown(photo, self.network.patch, view)[None], view)
-        found: npt.NDArray[np.float32] = enlarged(logits, (photo.height, photo.width))[0].softmax(dim=0).cpu().numpy()
-        return found
+        return self._scores([opened(image)], view)[0]
 
-    def predict(self, image: AnyImage, view: ViewOptions = PLAIN_VIEW) -> LabelMask:
-        """Label mask ``(H, W)``: 0 background, class index + 1.
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a path is a sequence of strings, too
+        self, image: AnyImage, view: ViewOptions = ...
+    ) -> LabelMask: ...
+
+    @overload
+    def predict(self, image: Sequence[AnyImage], view: ViewOptions = ...) -> list[LabelMask]: ...
+
+    def predict(
+        self, image: AnyImage | Sequence[AnyImage], view: ViewOptions = PLAIN_VIEW
+    ) -> LabelMask | list[LabelMask]:
+        """Label mask ``(H, W)``: 0 background, class index + 1; of a list of images, a list of masks.
 
         Args:
-            image: A Pillow image, its file, or an array ``(H, W, 3)`` uint8.
+            image: A Pillow image, its file, or an array ``(H, W, 3)`` uint8. Of a list, neighbours of one size are
+                computed together.
             view: Scales, mirror image, size.
 
         Raises:
             ImageError: it cannot be read.
         """
-        labels: LabelMask = self.scores(image, view).argmax(axis=0).astype(np.uint8)
-        return labels
+        single = not isinstance(image, list | tuple)
+        listed: list[AnyImage] = [image] if single else list(image)  # type: ignore[list-item, arg-type]
+        photos = [opened(one) for one in listed]
+        masks: list[LabelMask] = []
+        for _, alike in groupby(photos, lambda photo: photo.size):
+            rest = list(alike)
+            for start in range(0, len(rest), _BATCH):
+                found = self._scores(rest[start : start + _BATCH], view)
+                masks += [scores.argmax(axis=0).astype(np.uint8) for scores in found]
+        return masks[0] if single else masks
+
+    def _scores(self, photos: Sequence[Image], view: ViewOptions) -> list[npt.NDArray[np.float32]]:
+        """Of images of one size."""
+        logits = self.logits(torch.stack([shown(photo, self.network.patch, view) for photo in photos]), view)
+        size = (photos[0].height, photos[0].width)
+        return [enlarged(one[None], size)[0].softmax(dim=0).cpu().numpy() for one in logits]
 
 
 def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -135,6 +135,7 @@ reveal_type(clipseed.label([Path("a.jpg"), Path("b.jpg")], ["dog"]))
 reveal_type(clipseed.FrozenClip.load("ViT-B-16").cams("a.jpg", ["dog"]).upsampled())
 reveal_type(clipseed.open_cams("cams.h5")["a"])
 reveal_type(clipseed.load_segmenter("x.safetensors").predict("a.jpg"))
+reveal_type(clipseed.load_segmenter("x.safetensors").predict([Path("a.jpg")]))
 clipseed.label("a.jpg", ["dog"]).nothing
 clipseed.label("a.jpg", ["dog"], recipe="none")
 """
@@ -149,7 +150,7 @@ def test_type_checkers_see_it(tmp_path: Path) -> None:
     done = subprocess.run([*words, *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     revealed = re.findall(r'Revealed type is "(.*?)"', done.stdout)
     assert [re.sub(r"\w+\.(?=\w)", "", kind.split("[tuple")[0]) for kind in revealed] == [
-        "PseudoLabel", "PseudoLabel", "list[PseudoLabel]", "ndarray", "Cam", "ndarray",
+        "PseudoLabel", "PseudoLabel", "list[PseudoLabel]", "ndarray", "Cam", "ndarray", "list[ndarray",
     ], done.stdout  # fmt: skip
     errors = re.findall(r"error: .*\[(.*)\]", done.stdout)
     assert errors == ["attr-defined", "call-overload"], done.stdout

@@ -59,6 +59,10 @@ def test_masks_are_those_of_the_segmenter(here: Path, capsys: pytest.CaptureFixt
     for index, (key, found) in enumerate(masks("predictions").items()):
         assert key == toy_id(index)
         np.testing.assert_array_equal(found, segmenter.predict(image(index), ViewOptions((1.0, 0.75), flip=True)))
+    images = [image(0), image(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT), image(1), image(0)]
+    for one, found in zip(images, segmenter.predict(images), strict=True):
+        np.testing.assert_array_equal(found, segmenter.predict(one))
+    assert segmenter.predict([]) == []
     assert main(["evaluate", "predictions", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 5
     assert main([*PREDICT, "--scales", "1,0.75", "--flip", "--json"]) == 0
@@ -148,7 +152,7 @@ def test_any_folder_of_images(here: Path, capsys: pytest.CaptureFixture[str]) ->
     before = files("predictions")
     assert main(words) == 3
     assert {key for key, value in files("predictions").items() if value != before[key]} <= {"0.png"}
-    assert "images were replaced (0)" in capsys.readouterr().err
+    assert "1 image was replaced (0)" in capsys.readouterr().err
 
 
 def test_a_devkit_of_other_classes_needs_no_labels(here: Path) -> None:
