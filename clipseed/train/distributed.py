@@ -63,14 +63,23 @@ class Team:
                 dist.broadcast(value, 0)
 
     def total(self, count: Tensor) -> Tensor:
-        """A count over all processes, without gradient, for losses that are means over pixels rather than images.
-
-        ``sums / total(counts) * team.count`` in each process is the same loss as one process has on all images.
-        """
+        """A count over all processes, without gradient."""
         count = count.detach().clone()
         if self.count > 1:
             dist.all_reduce(count)
         return count
+
+    def mean(self, part: Tensor, count: Tensor) -> Tensor:
+        """For means over pixels, or over classes, rather than images: of which processes have different numbers.
+
+        Args:
+            part: This process's sum.
+            count: Of how many values.
+
+        Returns:
+            What averages over the processes to the mean that one process has of all images; 0 of no values.
+        """
+        return part * self.count / self.total(count).clamp(min=1)
 
 
 ALONE = Team()

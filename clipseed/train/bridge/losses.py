@@ -51,7 +51,7 @@ def label_loss(logits: Tensor, labels: Tensor, confidence: Tensor | None, least:
     if confidence is not None:
         labels = labels.masked_fill(confidence < least, IGNORE)
     total = confidence_guided_loss(logits, labels, reduction="sum")
-    return total * team.count / team.total((labels != IGNORE).sum()).clamp(min=1)
+    return team.mean(total, (labels != IGNORE).sum())
 
 
 def soft_loss(logits: Tensor, soft: Tensor, known: Tensor, kind: BridgeLoss, team: Team = ALONE) -> Tensor:
@@ -79,4 +79,4 @@ def soft_loss(logits: Tensor, soft: Tensor, known: Tensor, kind: BridgeLoss, tea
     else:
         each = -(y * log_p).sum(dim=1)
     total = torch.where(counts, each, 0.0).sum()
-    return total * team.count / team.total(counts.sum()).clamp(min=1)
+    return team.mean(total, counts.sum())

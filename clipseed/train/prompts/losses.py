@@ -37,7 +37,7 @@ def contrastive_loss(
         total, count = (each.sum(dim=1) / shown.sum(dim=1)).sum(), usable.sum()
     else:
         total, count = each.sum(), shown.sum()
-    return total * team.count / team.total(count).clamp(min=1) + 0 * logits.sum()
+    return team.mean(total, count) + 0 * logits.sum()
 
 
 def activation_loss(
@@ -74,9 +74,9 @@ def activation_loss(
     sums = (lacks * inside).sum(dim=(1, 2)), (exceeds * outside).sum(dim=(1, 2))
     counts = inside.sum(dim=(1, 2)), outside.sum(dim=(1, 2))
     if reduction == "pairs":
-        pairs = team.total(torch.tensor(len(label), device=cams.device)).clamp(min=1)
+        pairs = torch.tensor(len(label), device=cams.device)
         each = [0.5 * (part / count.clamp(min=1)).sum() for part, count in zip(sums, counts, strict=True)]
-        return each[0] * team.count / pairs, each[1] * team.count / pairs
+        return team.mean(each[0], pairs), team.mean(each[1], pairs)
     totals = [team.total(count.sum()) for count in counts]
     if reduction == "pixels":
         common = (totals[0] + totals[1]).clamp(min=1)

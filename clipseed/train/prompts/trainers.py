@@ -92,7 +92,7 @@ class ClassificationPrompts(_PromptTrainer):
             logits = bank.logits(features)
             positive = present_mask(labels, layout.classes, logits.device)
             loss = contrastive_loss(logits, positive, options.contrast, options.contrast_scale, current_team())
-            shown = (logits.detach().softmax(dim=1) * positive).sum() / positive.sum().clamp(min=1)
+            shown = current_team().mean((logits.detach().softmax(dim=1) * positive).sum(), positive.sum())
         return {"loss": loss, "probability": shown}
 
     def _seen(self, batch: Crops) -> Tensor:
@@ -156,7 +156,7 @@ class SegmentationPrompts(_PromptTrainer):
         )  # fmt: skip
         with torch.no_grad():
             probability = text.probabilities(features, present_mask(labels, len(text.classes), cams.device))
-            shown = probability[image, label].sum() / max(1, len(label))
+            shown = current_team().mean(probability[image, label].sum(), torch.tensor(len(label), device=cams.device))
         loss = inside + outside + 0 * self._learned.context.sum()  # a batch without any pair has a gradient, of 0
         return {"loss": loss, "foreground": inside, "background": outside, "probability": shown}
 

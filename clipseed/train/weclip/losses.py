@@ -29,7 +29,7 @@ def balanced_loss(logits: Tensor, labels: Tensor, team: Team = ALONE) -> Tensor:
 
 
 def _mean(values: Tensor, chosen: Tensor, team: Team) -> Tensor:
-    return (values * chosen).sum() * team.count / team.total(chosen.sum()).clamp(min=1)
+    return team.mean((values * chosen).sum(), chosen.sum())
 
 
 def affinity_loss(affinity: Tensor, pairs: Tensor, team: Team = ALONE) -> Tensor:

@@ -106,7 +106,9 @@ class Weclip:
             else:
                 with torch.no_grad():
                     labels = self._labels(seen, affinity if confirmed else None, pixels, batch)
-                found["probability"] = seen.probability.sum() / max(1, len(seen.probability))
+                found["probability"] = current_team().mean(
+                    seen.probability.sum(), torch.tensor(len(seen.probability), device=pixels.device)
+                )
             return self._losses(logits.float(), affinity, labels, batch.confidence) | found
 
     def _labels(self, seen: Seen, affinity: Tensor | None, pixels: Tensor, batch: Crops) -> Tensor:
@@ -130,7 +132,7 @@ class Weclip:
                 labels = labels.masked_fill(confidence < options.confidence, IGNORE)
             counted = (labels != IGNORE).sum()
             total = confidence_guided_loss(logits, labels, reduction="sum")
-            segmentation = total * team.count / team.total(counted).clamp(min=1)
+            segmentation = team.mean(total, counted)
         else:
             segmentation = balanced_loss(logits, labels, team)
         pairs = pair_labels(labels, self.tower.patch, options.radius)
