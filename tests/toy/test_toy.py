@@ -167,9 +167,9 @@ def test_training_resumes_and_its_weights_load(tmp_path: Path) -> None:
     from clipseed.train.loop import CHECKPOINT
     from tools.toy import train_clip
 
-    train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])
+    train_clip.main(["--out", str(tmp_path), "--scale", "0.002"])
     first = (tmp_path / "clip.npz").read_bytes()
-    train_clip.main(["--out", str(tmp_path), "--scale", "0.004"])  # everything is there: only the export runs
+    train_clip.main(["--out", str(tmp_path), "--scale", "0.002"])  # everything is there: only the export runs
     assert (tmp_path / "clip.npz").read_bytes() == first
     clip = FrozenClip.load(weights=str(tmp_path / "clip.npz"), device="cpu")
     state = read_checkpoint(tmp_path / train_clip.STAGES[-1].name / CHECKPOINT).weights
