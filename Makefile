@@ -70,7 +70,7 @@ results-weclip: $(BIN)/clipseed  ## what WeCLIP learns on the toy world, into do
 results-prompts: $(BIN)/clipseed  ## what learned prompts are worth on the toy world, into docs/results-prompts.md
 	$(BIN)/python tools/results_prompts.py
 
-results-bridge: $(VENV)/.dev  ## what language adds to light networks, into docs/results-bridge.md (four CPU-hours)
+results-bridge: $(VENV)/.dev  ## what language adds to light networks, into docs/results-bridge.md (six CPU-hours)
 	$(BIN)/python tools/results_bridge.py $(OPTIONS)
 
 toy-clip: $(BIN)/clipseed  ## train the tiny CLIP again (hours; docs/toy.md)

@@ -3,7 +3,7 @@
 ``make results-bridge``, or ``python tools/results_bridge.py``. Every arm has the same schedule and the same sweep of
 learning rates, chosen with its first seed on the images that are scored. Each run is kept, and its score with it
 (``scores.json``): the same command goes on, and writes the page of what there is. Two may work in one folder, each on
-its ``--only`` world. This size takes four CPU-hours; ``--full`` takes days on a CPU.
+its ``--only`` world. This size takes six CPU-hours; ``--full`` takes days on a CPU.
 
 Photographs are asked for by ``--photos`` (a VOC devkit to train on), ``--val`` (one to score on), ``--clip-text`` (a
 folder with CLIP's text features: ``voc20_single.npy``, ``coco_stuff171_single.npy``, ``names_coco_stuff171.txt``) and
@@ -66,7 +66,7 @@ HELD_OUT_CLASSES = ("cup", "star")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed: what four CPU-hours allow.
+    """How much is computed: what six CPU-hours allow.
 
     ``steps`` are those of backbones that begin with weights, ``fresh_steps`` those of backbones that begin at random.
     """
@@ -398,9 +398,9 @@ class Study:
 
 
 LIMITS = """\
-**How much this can say.** This is what four CPU-hours allow: few steps, two learning rates, small crops. The toy's
-networks are not done after so few steps, so this shows which head learns faster as much as which ends higher. A
-difference that is smaller than the range over seeds is noise. What has a dash was not run."""
+**How much this can say.** This is what a few CPU-hours allow: few steps, two learning rates, small crops. Networks that
+begin at random have hardly learned to see after so many steps: their rows say which head learns faster, not which ends
+higher. A difference that is smaller than the range over seeds is noise. What has a dash was not run."""
 
 
 def score_onnx(network: Path, devkit: Path, counted: Sequence[int], side: int) -> float:
@@ -525,7 +525,7 @@ def page(study: Study) -> str:
     )  # fmt: skip
     reading = differences(study)
     facts = ", ".join(
-        f"{key} {value}" for key, value in asdict(size).items() if not isinstance(value, tuple) or key == "rates"
+        f"{key} {value}" for key, value in asdict(size).items() if not isinstance(value, tuple) or key.endswith("rates")
     )
     text = (Path(__file__).parent / "results-bridge.in.md").read_text(encoding="utf-8")
     sections = {
