@@ -226,7 +226,7 @@ def test_corrected_labels_are_taken_up(tmp_path: Path, tiny_weights: Path, monke
     def run() -> None:
         assert main(cam) == 0
         assert main([*cam, "--out", "shards"]) == 0
-        assert main(["refine", "caa", "--device", "cpu", "--quiet"]) == 0
+        assert main(["refine", "caa", "cams.h5", "--device", "cpu", "--quiet"]) == 0
         assert main(["crf", "--iterations", "1", "--soft", "soft.h5", "--device", "cpu", "--quiet"]) == 0
 
     Path("labels.txt").write_text("".join(f"{k} rust crack\n" for k in range(5)))
