@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from clipseed.data.background import choose_background
-from clipseed.data.images import AnyImage, opened
+from clipseed.data.images import AnyImage, one_or_many, opened
 from clipseed.data.types import Sample
 from clipseed.data.vocabulary import Vocabulary, checked, load_vocabulary, named_vocabulary
 from clipseed.errors import UsageError
@@ -79,8 +79,7 @@ def requested(
         UsageError: labels do not belong to the images.
         InputError: a label is in no class list, or the list is malformed.
     """
-    single = not isinstance(images, list | tuple)
-    listed: list[AnyImage] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+    listed, single = one_or_many(images)
     if isinstance(labels, str):
         raise UsageError(f"labels are a list of class names: [{labels!r}]")
     if single or all(isinstance(label, str) for label in labels):

@@ -111,7 +111,7 @@ class FrozenClip:
 
         Raises:
             WeightsError: not found, damaged, unsupported or contradictory.
-            UsageError: the device or precision does not exist here.
+            UsageError: the model has an unknown name, or the device or precision does not exist here.
         """
         device = pick_device(device)
         pick_dtype(precision, device)  # refuse unknown names before weights are read

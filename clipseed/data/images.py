@@ -139,6 +139,12 @@ AnyImage = Image.Image | str | Path | npt.NDArray[np.generic]
 """An image as people have it in Python: Pillow's, a path, or an array ``(H, W, 3)`` or ``(H, W)``."""
 
 
+def one_or_many(images: AnyImage | Sequence[AnyImage]) -> tuple[list[AnyImage], bool]:
+    """Images as a list, and whether it was one alone; a list or tuple is several, everything else one."""
+    single = not isinstance(images, list | tuple)
+    return ([images] if single else list(images)), single  # type: ignore[list-item, arg-type]
+
+
 def opened(image: AnyImage) -> Image.Image:
     """Any image as 8-bit RGB; see :func:`read_image` for files and :func:`to_rgb` for what becomes of the rest.
 

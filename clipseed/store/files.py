@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -99,13 +100,15 @@ def refuse_unwritable(path: Path | None, option: str) -> None:
 
 
 def freshen(path: Path, source: Path) -> None:
-    """Let a finished file be newer than what it was made from.
+    """Let a finished output be newer than what it was made from.
 
     A run that found nothing to do leaves its content alone; by its time ``make`` sees that it was looked at.
     """
     with contextlib.suppress(OSError):  # a file system that keeps its times does no harm
-        if path.is_file() and path.stat().st_mtime_ns < source.stat().st_mtime_ns:
-            os.utime(path)
+        made = source.stat().st_mtime_ns
+        if path.exists() and path.stat().st_mtime_ns <= made:  # clocks of file systems tick slowly
+            now = max(time.time_ns(), made + 1)
+            os.utime(path, ns=(now, now))
 
 
 def write_text(path: Path, content: str) -> None:

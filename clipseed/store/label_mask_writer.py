@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,8 +237,6 @@ class LabelMaskWriter(SharedOutput):
         self._look(self._masks())
         empty = self._empty.write()
         self._reports.remove()
-        if self._pixels:
-            os.utime(self.folder)  # it is newer than the scores that were kept beside it
         return self._finished(path, 0, empty)
 
     def _finished(self, skipped_file: Path | None, open_shards: int, empty: EmptyLabels) -> Finished:

@@ -13,6 +13,7 @@ from clipseed.defaults import EmptyPolicy
 from clipseed.store.cam_records import Cam
 from clipseed.store.cam_writer import CamWriter
 from clipseed.store.empty import Earlier, Stage, nothing_earlier
+from clipseed.store.files import freshen
 from clipseed.store.label_mask_writer import Labelled, LabelMaskWriter
 from clipseed.store.manifest import Manifest
 from clipseed.store.shards import WHOLE, Shard
@@ -124,6 +125,9 @@ class ScoredMaskWriter:
 
     def finish(self, ids: Sequence[str], skipped: Sequence[tuple[str, str]] = ()) -> Finished:
         """End the run; see the writers."""
-        if self._soft:
-            self._soft.finish(ids, skipped)
-        return self.masks.finish(ids, skipped)
+        if self._soft is None:
+            return self.masks.finish(ids, skipped)
+        self._soft.finish(ids, skipped)
+        finished = self.masks.finish(ids, skipped)
+        freshen(self.out, self._soft.out)  # the masks are what a command means that is told nothing
+        return finished

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -22,7 +22,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from clipseed.clip.model import FrozenClip
-from clipseed.data.images import AnyImage, opened
+from clipseed.data.images import AnyImage, one_or_many, opened
 from clipseed.data.vocabulary import Vocabulary, load_vocabulary, parse_vocabulary
 from clipseed.defaults import Precision
 from clipseed.device import dtype_name, pick_device, pick_dtype
@@ -107,15 +107,11 @@ class Segmenter:
         Raises:
             ImageError: it cannot be read.
         """
-        single = not isinstance(image, list | tuple)
-        listed: list[AnyImage] = [image] if single else list(image)  # type: ignore[list-item, arg-type]
-        photos = [opened(one) for one in listed]
+        listed, single = one_or_many(image)
         masks: list[LabelMask] = []
-        for _, alike in groupby(photos, lambda photo: photo.size):
-            rest = list(alike)
-            for start in range(0, len(rest), _BATCH):
-                found = self._scores(rest[start : start + _BATCH], view)
-                masks += [scores.argmax(axis=0).astype(np.uint8) for scores in found]
+        for _, alike in groupby(map(opened, listed), lambda photo: photo.size):
+            while batch := list(islice(alike, _BATCH)):
+                masks += [scores.argmax(axis=0).astype(np.uint8) for scores in self._scores(batch, view)]
         return masks[0] if single else masks
 
     def _scores(self, photos: Sequence[Image], view: ViewOptions) -> list[npt.NDArray[np.float32]]:

@@ -12,6 +12,7 @@ from clipseed.cli.main import main
 from clipseed.store.cams import open_cams
 from clipseed.store.label_masks import read_label_mask
 from clipseed.store.open import open_records
+from clipseed.store.stages import newest_output
 
 from helpers.images import photo
 
@@ -52,6 +53,7 @@ def test_equals_the_single_commands(recipe: str) -> None:
         assert run(command, *words, *(TOY if command == "cam" else []), "--quiet") == 0
     words = ["--segments", "found.h5"] if recipe == "segments" else ["--recipe", recipe]
     assert run("label", *TOY, *words, "--keep", "kept.h5", "--quiet") == 0
+    assert newest_output(Path(), "report") == Path("pseudo")
     chain, one = masks("chain"), masks("pseudo")
     assert len(one) == 3
     assert chain.keys() == one.keys()

@@ -508,7 +508,7 @@ def test_nothing_but_ignored_pixels(world: tuple[Path, Path, Path]) -> None:
     for path in truth.glob("*.png"):
         write_label_mask(path, np.full((48, 60), 255, np.uint8))
     result, page = run(world, seeds, masks)
-    assert "12 images have no score" in page.text
+    assert "12 images have no score: all their ground truth is ignored" in page.text
     assert result.as_dict()["inputs"][0]["miou"] is None
     assert "nan" not in page.text.lower()
 

@@ -180,7 +180,7 @@ def test_a_node_is_lost(nodes: Any) -> None:
 def test_commands_give_the_output_of_one_process(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """cam, refine, crf (whose way threshold goes, too) and predict; a node dies in the middle of cam."""
+    """cam, refine, threshold, crf and predict; a node dies in the middle of cam."""
     cam = ["cam", "--dataset", "toy", "--limit", "24", "--device", "cpu", "--max-side", "96", "--workers", "0"]
     cam += ["--background", "none"]  # so that some maps are empty
     crf = ["crf", "--confidence", "0.9", "--soft", "soft.h5", "--device", "cpu", "--iterations", "1"]
@@ -201,13 +201,14 @@ def test_commands_give_the_output_of_one_process(
                 return found
 
             monkeypatch.setattr(runtime.RayEngine, "_get", first_result_costs_a_node)
-        for command in (cam, ["refine", "caa", "--device", "cpu"], crf, predict):
+        plain = ["threshold", "--alpha", "2", "--out", "plain"]
+        for command in (cam, ["refine", "caa", "--device", "cpu"], plain, crf, predict):
             assert main([*command, *more]) == 0, capsys.readouterr().err
     here = outputs(tmp_path / "here")
     there = outputs(tmp_path / "there")
     assert here.keys() == there.keys()
-    assert len([name for name in here if not name.endswith(".csv")]) == 2 * 24 + 3
-    assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "pseudo/empty.csv"}
+    assert len([name for name in here if not name.endswith(".csv")]) == 3 * 24 + 3
+    assert here.keys() >= {"cams.empty.csv", "cams-caa.empty.csv", "plain/empty.csv", "pseudo/empty.csv"}
     assert [name for name in here if here[name] != there[name]] == []
 
 
