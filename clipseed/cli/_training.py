@@ -1,9 +1,10 @@
-"""What the training commands share: progress, and how it went."""
+"""What the training commands share: how crops are drawn, progress, and how it went."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from clipseed.cli import _options as shared
 from clipseed.cli._console import Console, percent, print_json
@@ -13,6 +14,26 @@ from clipseed.wording import counted
 if TYPE_CHECKING:
     from clipseed.train.loop import Status
     from clipseed.train.running import TrainReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropArguments:
+    """How segmenters' crops are drawn; a method's own constants come on top."""
+
+    scales: Annotated[
+        Optional[str],
+        shared.method_option(help="Range of the random factor on an image's sides (default: 0.5,2)."),
+    ] = None
+    mirror: Annotated[Optional[float], shared.method_option(help="Probability of the mirror image (default: 0.5).")] = (
+        None
+    )
+
+    def chosen(self) -> dict[str, Any]:
+        """The constants that were given."""
+        given = shared.given(**vars(self))
+        if self.scales is not None:
+            given["scales"] = shared.numbers(self.scales, "--scales")
+        return given
 
 
 def run_training(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
-from clipseed.cli._training import run_training
+from clipseed.cli._training import CropArguments, run_training
 from clipseed.defaults import (
     BRIDGE_BATCH,
     BRIDGE_BLOCKS,
@@ -35,7 +35,7 @@ _option = shared.method_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class BridgeArguments:
+class BridgeArguments(CropArguments):
     """The method's constants; what is not given is the default of the class list."""
 
     lr: Annotated[Optional[float], _option(help=f"Learning rate (default: {BRIDGE_LR}; toy 0.001).")] = None
@@ -45,10 +45,6 @@ class BridgeArguments:
         None
     )
     crop: Annotated[Optional[int], _option(help=f"Side of the crops in pixels (default: {BRIDGE_CROP}).")] = None
-    scales: Annotated[
-        Optional[str], _option(help="Range of the random factor on an image's sides (default: 0.5,2).")
-    ] = None
-    mirror: Annotated[Optional[float], _option(help="Probability of the mirror image (default: 0.5).")] = None
     photometric: Annotated[Optional[bool], _option(help="Vary brightness, contrast and saturation (default: yes).")] = (
         None
     )
@@ -84,13 +80,6 @@ class BridgeArguments:
         Optional[int], _option(help=f"Of the FPN; 0: the bridge's scores are the prediction (default: {FPN_WIDTH}).")
     ] = None
     dropout: Annotated[Optional[float], _option(help=f"Before its last layer (default: {FPN_DROPOUT}).")] = None
-
-    def chosen(self) -> dict[str, Any]:
-        """Those that were given."""
-        given = shared.given(**vars(self))
-        if self.scales is not None:
-            given["scales"] = shared.numbers(self.scales, "--scales")
-        return given
 
 
 @grouped

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
 from clipseed.cli._run import refuse_restricted
-from clipseed.cli._training import run_training
+from clipseed.cli._training import CropArguments, run_training
 from clipseed.defaults import (
     BOX_THRESHOLD,
     CAA_LAYERS,
@@ -42,17 +42,13 @@ _option = shared.method_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeclipArguments:
+class WeclipArguments(CropArguments):
     """The method's constants; what is not given is as published for the class list."""
 
     lr: Annotated[Optional[float], _option(help=f"Learning rate of the decoder (default: {WECLIP_LR}).")] = None
     weight_decay: Annotated[Optional[float], _option(help=f"Of AdamW (default: {WECLIP_WEIGHT_DECAY}).")] = None
     warm_up: Annotated[Optional[int], _option(help=f"Steps (default: {WECLIP_WARM_UP}).")] = None
     crop: Annotated[Optional[int], _option(help=f"Side of the crops in pixels (default: {WECLIP_CROP}).")] = None
-    scales: Annotated[
-        Optional[str], _option(help="Range of the random factor on an image's sides (default: 0.5,2).")
-    ] = None
-    mirror: Annotated[Optional[float], _option(help="Probability of the mirror image (default: 0.5).")] = None
     width: Annotated[Optional[int], _option(help=f"Of the decoder (default: {WECLIP_WIDTH}).")] = None
     blocks: Annotated[Optional[int], _option(help=f"Of the decoder (default: {WECLIP_BLOCKS}).")] = None
     heads: Annotated[Optional[int], _option(help=f"Of the decoder (default: {WECLIP_HEADS}).")] = None
@@ -100,13 +96,6 @@ class WeclipArguments:
     confidence: Annotated[
         Optional[float], _option(help=f"--soft: least score of a pixel that counts (default: {CONFIDENCE}).")
     ] = None
-
-    def chosen(self) -> dict[str, Any]:
-        """Those that were given."""
-        given = shared.given(**vars(self))
-        if self.scales is not None:
-            given["scales"] = shared.numbers(self.scales, "--scales")
-        return given
 
 
 @grouped
