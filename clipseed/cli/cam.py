@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import Annotated, Literal, Optional
 
 from clipseed.cli import _options as shared
-from clipseed.cli._console import Console
 from clipseed.cli._groups import grouped
-from clipseed.cli._run import Running, made, prepare, refuse_restricted, spoken_model, timings, warn_of_toy_weights
-from clipseed.data.vocabulary import GENERAL
+from clipseed.cli._maps import model_facts, start, start_tags, tell_tags
+from clipseed.cli._run import made, prepare, refuse_restricted, spoken_model
 from clipseed.defaults import CamMethod
 from clipseed.errors import UsageError
-from clipseed.wording import counted
-
-if TYPE_CHECKING:
-    from clipseed.data.types import ImageSet
-    from clipseed.jobs.cam import CamReport, TagReport
-    from clipseed.jobs.label import LabelReport
-    from clipseed.runtime.stream import Advance
 
 
 @grouped(first=("dataset", "images", "split", "labels", "classes", "out", "weights", "refine", "background", "device"))
@@ -110,60 +102,3 @@ def cam(
         return code
     console.warn("most maps are empty: see whether labels, words and images belong together (docs/choosing-text.md)")
     return code or 3
-
-
-def start(run: Running, weights: str | None, image_set: ImageSet, first: bool, todo: int, found: int) -> Advance:
-    """Say what a data set is, and begin to show progress; ``first``: nothing was said of it before."""
-    if first:
-        _warn(run.console, weights, image_set)
-    return run.start(todo, found, f"{image_set.name} {image_set.split}", len(image_set.samples))
-
-
-def start_tags(run: Running, weights: str | None, image_set: ImageSet, todo: int, found: int) -> Advance:
-    """Tagging comes first, so it is what warnings come before."""
-    _warn(run.console, weights, image_set)
-    return run.start(todo, found, what="tags")
-
-
-def _warn(console: Console, weights: str | None, image_set: ImageSet) -> None:
-    for note in image_set.notes:
-        console.note(note)
-    warn_of_toy_weights(console, weights, image_set)
-    words = image_set.vocabulary
-    if words.background_from == GENERAL:
-        console.note(
-            f"{words.name}: no background words of its own; {len(words.background)} general ones compete with its "
-            "classes (--background)"
-        )
-
-
-def tell_tags(console: Console, tags: TagReport) -> None:
-    """Say how many images CLIP tagged, and what to do with the tags."""
-    if not tags.tagged:
-        console.note("--labels auto: every image that can be read has labels of its own")
-        return
-    if tags.alike:
-        what = (
-            f"all classes in {tags.with_all}" if tags.with_all > tags.without_class else f"none in {tags.without_class}"
-        )
-        console.warn(
-            f"the tags do not tell the images apart: CLIP found {what} of {tags.tagged} images; look at the list, try "
-            "other words (docs/choosing-text.md) or --tag-threshold, or another model"
-        )
-    then = "correct it and give it with --labels"
-    if tags.open_shards:
-        then = f"{tags.open_shards} shards have images to be tagged yet, and the last of them writes the file"
-    console.note(
-        f"{tags.out}: {counted(tags.tagged, 'image')} tagged by CLIP ({tags.stats.computed} now), "
-        f"{tags.without_class} of them without any class (all background); {then}"
-    )
-
-
-def model_facts(report: CamReport | LabelReport) -> dict[str, Any]:
-    """What ``--json`` says of the model, and of tags."""
-    tags = report.tags
-    facts = {"model": report.model, "device": report.device}
-    if tags is None:
-        return facts
-    found = {"tagged": tags.tagged, "empty": tags.without_class, "computed": tags.stats.computed}
-    return {"tags": {"file": str(tags.out), **found, **timings(tags)}, **facts}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 from clipseed.cli import _options as shared
 from clipseed.cli._groups import grouped
+from clipseed.cli._maps import model_facts, start, start_tags, tell_tags
 from clipseed.cli._run import made, prepare, refuse_restricted
-from clipseed.cli.cam import model_facts, start, start_tags, tell_tags
 from clipseed.defaults import LabelRecipe
 from clipseed.wording import counted
 
