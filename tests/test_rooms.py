@@ -95,6 +95,16 @@ def test_no_import_leads_back() -> None:
     assert circles(ROOT / "clipseed") == []
 
 
+def test_no_command_imports_another() -> None:
+    commands = [
+        f"{module} imports {imported}"
+        for module, imported in imports_of(ROOT / "clipseed")
+        if room_of(module) == room_of(imported) == "cli" and module != "clipseed.cli.main"
+        and not imported.rsplit(".", 1)[-1].startswith("_")
+    ]  # fmt: skip
+    assert commands == []
+
+
 @pytest.mark.parametrize(
     ("low", "wrong"),
     [
