@@ -165,7 +165,7 @@ class FrozenClip:
         """
         return embed_prompts(self._model, self._tokenizer, prompts)
 
-    def encode_embeddings(self, embeddings: Tensor, ends: Tensor, shared: int = 0) -> Tensor:
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor, shared: int | None = None) -> Tensor:
         """Text features ``(P, E)``, not normalized; see :func:`~clipseed.clip.text.encode_embeddings`."""
         return encode_embeddings(self._model, embeddings, ends, shared)
 

@@ -222,15 +222,15 @@ def embed_prompts(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str]
     return PromptEmbeddings(text.token_embedding(tokens), _ends(text, tokens), slots, tokens)
 
 
-def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor, shared: int = 0) -> Tensor:
+def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor, shared: int | None = None) -> Tensor:
     """Text features ``(P, E)`` of token embeddings, not normalized; gradients flow through to them.
 
     Args:
         model: open_clip's; frozen or not.
         embeddings: ``(P, L, D)`` before positions are added, L at most the context length.
         ends: ``(P,)`` positions at which to read the features.
-        shared: So many first tokens are the same in all prompts. Under a causal mask they are then computed once, which
-            makes prompts with one learned context in front of short names several times cheaper.
+        shared: Compute no token twice and no padding, with so many first tokens that are the same in all prompts (0:
+            none are): for prompts that are learned. ``None``: as the model does it.
 
     Raises:
         WeightsError: the text tower is not open_clip's own.
@@ -240,20 +240,19 @@ def encode_embeddings(model: nn.Module, embeddings: Tensor, ends: Tensor, shared
     # Under a causal mask nothing behind the end-of-text token is ever read, so the padding need not be computed.
     length = embeddings.shape[1] if causal is None else int(ends.max()) + 1
     x = embeddings[:, :length] + text.positional_embedding[:length]
-    if causal is not None and 0 < shared < int(ends.min()) and _can_share(text.transformer):
-        x = _behind_shared(text.transformer, x, shared, causal[:length, :length])
-        ends = ends - shared
+    if shared is not None and causal is not None and _is_plain(text.transformer):
+        x = _packed(text.transformer, x, ends, min(shared, int(ends.min())), causal[:length, :length])
     else:
         x = text.transformer(x, attn_mask=None if causal is None else causal[:length, :length])
+        x = x[torch.arange(len(x), device=x.device), ends]
     x = text.ln_final(x)
-    x = x[torch.arange(len(x), device=x.device), ends]
     projection = text.text_projection
     if projection is None:
         return torch.as_tensor(x)
     return torch.as_tensor(projection(x) if isinstance(projection, nn.Module) else x @ projection)
 
 
-def _can_share(transformer: Any) -> bool:
+def _is_plain(transformer: Any) -> bool:
     """Whether its blocks are open_clip's plain ones, whose parts can be run apart."""
     names = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
     return all(
@@ -262,33 +261,62 @@ def _can_share(transformer: Any) -> bool:
     )
 
 
-def _behind_shared(transformer: Any, x: Tensor, shared: int, mask: Tensor) -> Tensor:
-    """The transformer on ``(P, L, D)`` whose first tokens are the same in all rows: ``(P, L - shared, D)``."""
-    start, rest = x[:1, :shared], x[:, shared:]
-    for block in transformer.resblocks:
-        q, k, v = _heads(block, start)
-        own_q, own_k, own_v = _heads(block, rest)
-        keys, values = (
-            torch.cat([first.expand(len(rest), -1, -1, -1), own], dim=2) for first, own in ((k, own_k), (v, own_v))
-        )
-        start = _finished(block, start, q, k, v, mask[:shared, :shared])
-        rest = _finished(block, rest, own_q, keys, values, mask[shared:])
-    return rest
+def _packed(transformer: Any, x: Tensor, ends: Tensor, shared: int, mask: Tensor) -> Tensor:
+    """Output of a causal transformer at the ends of prompts ``(P, L, D)``: ``(P, D)``.
+
+    Tokens stand in one row, the shared ones once and no padding, for all but attention: its queries and keys are laid
+    out in rows of equal length, where the causal mask hides what is behind an end. The last block is asked about the
+    ends only.
+    """
+    count, length = x.shape[:2]
+    inside = torch.arange(shared, length, device=x.device) <= ends[:, None]
+    places = inside.flatten().nonzero()[:, 0]
+    last = shared - 1 + inside.sum(dim=1).cumsum(dim=0)
+    tokens = torch.cat([x[0, :shared], x[:, shared:].flatten(0, 1).index_select(0, places)])
+    mask = mask.to(x.dtype)
+    *before, final = transformer.resblocks
+
+    def rows(packed: Tensor) -> Tensor:
+        """``(T, h, d)`` behind the shared tokens, in rows: ``(P, h, L - shared, d)``."""
+        laid = packed.new_zeros(count * (length - shared), *packed.shape[1:]).index_copy(0, places, packed[shared:])
+        return laid.view(count, length - shared, *packed.shape[1:]).transpose(1, 2)
+
+    def seen(packed: Tensor) -> Tensor:
+        """Keys or values of each prompt, with the shared ones in front: ``(P, h, L, d)``."""
+        front = packed[:shared].transpose(0, 1).expand(count, -1, -1, -1)
+        return torch.cat([front, rows(packed)], dim=2)
+
+    for block in before:
+        q, k, v = _heads(block, tokens)
+        start = _attended(q[:shared], k[:shared], v[:shared], mask[:shared, :shared]) if shared else tokens[:0]
+        attended = F.scaled_dot_product_attention(rows(q), seen(k), seen(v), attn_mask=mask[shared:])
+        attended = attended.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, places)
+        tokens = _finished(block, tokens, torch.cat([start, attended]))
+    q, k, v = _heads(final, tokens)
+    attended = F.scaled_dot_product_attention(
+        q[last].unsqueeze(2), seen(k), seen(v), attn_mask=mask[ends].view(count, 1, 1, length)
+    )
+    return _finished(final, tokens[last], attended.flatten(1))
 
 
-def _heads(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a block, ``(P, heads, L, d)`` each."""
+def _heads(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block, ``(T, heads, d)`` each."""
     attention = block.attn
-    count, length, width = x.shape
-    joined = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    parts = joined.view(count, length, 3, attention.num_heads, width // attention.num_heads).permute(2, 0, 3, 1, 4)
-    return parts[0], parts[1], parts[2]
+    joined = F.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = joined.view(len(tokens), 3, attention.num_heads, -1).unbind(dim=1)
+    return q, k, v
 
 
-def _finished(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)).transpose(1, 2).flatten(2)
-    x = x + block.ls_1(block.attn.out_proj(attended))
-    return torch.as_tensor(x + block.ls_2(block.mlp(block.ln_2(x))))
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one row of tokens to itself: ``(T, heads * d)``."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1)
+
+
+def _finished(block: Any, tokens: Tensor, attended: Tensor) -> Tensor:
+    """A block's output ``(T, D)``, given what its heads saw."""
+    tokens = tokens + block.ls_1(block.attn.out_proj(attended))
+    return torch.as_tensor(tokens + block.ls_2(block.mlp(block.ln_2(tokens))))
 
 
 def text_tower_sha256(model: nn.Module) -> str:

@@ -194,6 +194,35 @@ def test_gradients_reach_learned_vectors(tiny_weights: Any) -> None:
         assert torch.equal(loss(vectors.detach()), value.detach())
 
 
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        (["[*] [*] cat.", "[*] [*] a very large dog", "[*] [*] x", "[*] [*] cat."], 3),
+        (["[*] [*] cat.", "[*] [*] a very large dog"], 1),
+        (["cat [*] [*].", "a very large dog [*] [*].", "[*] [*] ."], 0),
+        (["[*] [*]", "[*] [*]", "[*] [*] dog"], 4),  # more than is the same: the first two end there
+        (["[*] [*] cat."], 3),
+    ],
+)
+def test_packed_tokens(prompts: list[str], shared: int, tiny_weights: Any) -> None:
+    """Each token once and no padding: features and gradients of the model's own transformer."""
+    clip = FrozenClip.load(weights=tiny_weights, device="cpu")
+    embedded = clip.embed_prompts(prompts)
+    dice = torch.Generator().manual_seed(1)
+    vectors = torch.randn(2, embedded.embeddings.shape[-1], generator=dice)
+    direction = torch.randn(len(prompts), 32, generator=dice)
+    found = []
+    for packed in (None, shared):
+        learned = vectors.clone().requires_grad_()
+        filled = embedded.filled(learned)
+        features = clip.encode_embeddings(filled.embeddings, filled.ends, packed)
+        (features * direction).sum().backward()
+        found.append((features.detach(), learned.grad))
+    (features, gradient), (ours, our_gradient) = found
+    torch.testing.assert_close(ours, features, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(our_gradient, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
 def test_prompts_that_cannot_be_learned(tiny_weights: Any) -> None:
     clip = FrozenClip.load(weights=tiny_weights, device="cpu")
     with pytest.raises(ValueError, match=r"equally many \[\*\], not \[1, 2\]"):

@@ -14,9 +14,6 @@ from clipseed.clip.text import TextBank
 from clipseed.errors import UsageError
 from clipseed.train.prompts.layout import PromptLayout
 
-_ROUNDING = 4
-"""Prompts whose length differs by less are encoded together: padding costs more than a few more products."""
-
 
 class LearnedContext(nn.Module):
     """What is trained: ``context`` ``(M, D)`` or ``(U, M, D)``, nothing else."""
@@ -77,19 +74,12 @@ class PromptTexts:
 
     def features(self, context: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Unit text features of the prompts ``(G, E)``, or of some of them ``(R, E)``; float32."""
-        chosen = torch.arange(len(self.layout.names)) if rows is None else torch.tensor(rows, dtype=torch.long)
-        chosen = chosen.to(self._groups.device)
-        ends = self.embedded.ends[chosen] // _ROUNDING
-        found: list[Tensor] = []
-        places: list[Tensor] = []
-        for length in sorted(set(ends.tolist())):
-            place = (ends == length).nonzero()[:, 0]
-            some = chosen[place]
-            vectors = context if context.ndim == 2 else context[self._groups[some]]
-            prompts = self.embedded.take(some).filled(vectors)
-            found.append(self._clip.encode_embeddings(prompts.embeddings, prompts.ends, self._shared).float())
-            places.append(place)
-        return F.normalize(torch.cat(found)[torch.cat(places).argsort()], dim=-1)
+        groups, prompts = self._groups, self.embedded
+        if rows is not None:
+            chosen = torch.tensor(rows, dtype=torch.long, device=groups.device)
+            groups, prompts = groups[chosen], prompts.take(chosen)
+        filled = prompts.filled(context if context.ndim == 2 else context[groups])
+        return F.normalize(self._clip.encode_embeddings(filled.embeddings, filled.ends, self._shared).float(), dim=-1)
 
     def compared(self, features: Tensor) -> TextBank:
         """Unit features of the classes ``(F, E)`` as texts that are compared with images, without any background."""
