@@ -1,8 +1,9 @@
 """What a step of learning prompts costs at the paper's size, beside the bare encoder and beside the released way.
 
 ``python tools/bench_prompts.py``: ViT-B/16 with seeded weights, VOC's and COCO's class lists, 16 crops of 224 pixels
-with 28 class maps in all, CPU-seconds on one thread (a GPU's seconds with ``--device cuda``). The released way is
-written here with autograd: maps with a graph, differentiated a second time, prompts of 77 tokens.
+with 28 class maps in all, CPU-seconds on one thread (a GPU's seconds with ``--device cuda``), and the share of
+multiply-adds, which is the same on every machine. The released way is written here with autograd: maps with a graph,
+differentiated a second time, prompts of 77 tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from clipseed.cam.gradcam import pair_index
 from clipseed.clip.model import FrozenClip, ModelInfo
 from clipseed.clip.vision import tower_from
 from clipseed.data.vocabulary import load_vocabulary
+from clipseed.train.bridge.cost import multiply_adds
 from clipseed.train.crops import Crops
 from clipseed.train.prompts.contexts import LearnedContext, PromptTexts, fresh_context
 from clipseed.train.prompts.layout import make_layout
@@ -131,13 +133,15 @@ def main() -> None:
             else:
                 cached._features = dict.fromkeys(range(chosen.batch), feature_of(clip.tower, batch.pixels[:1]))
             works[f"{name} {task}, cached"] = stepping(cached, batch)
+    products = {name: multiply_adds(work) for name, work in works.items() if "released" not in name}
     times = measured(works, chosen.turns, device)
-    whole = times["bare encoder"]
-    print(f"{'':36}{'seconds':>9}{'x bare':>9}{'of released':>13}")
+    bare_time, bare_products = times["bare encoder"], products["bare encoder"]
+    print(f"{'':36}{'seconds':>9}{'x bare':>9}{'multiply-adds':>15}{'released':>13}")
     for name, seconds in times.items():
         against = times.get(f"{name.split()[0]} segmentation, released way")
         share = f"{against / seconds:12.1f}x" if against and "segmentation" in name else ""
-        print(f"{name:36}{seconds:9.3f}{seconds / whole:9.3f}{share}")
+        many = f"{products[name] / bare_products:.3f}" if name in products else ""
+        print(f"{name:36}{seconds:9.3f}{seconds / bare_time:9.3f}{many:>15}{share}")
 
 
 def stepping(trainer: ClassificationPrompts | SegmentationPrompts, batch: Crops) -> Callable[[], None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,8 +16,8 @@ def parameters(module: nn.Module) -> int:
 
 
 def multiply_adds(call: Callable[[], Any]) -> int:
-    """Multiply-adds of convolutions and matrix products in a call, attention included."""
+    """Multiply-adds of convolutions and matrix products in a call, attention and backward passes included."""
     # The fused attention of a CPU would count as nothing.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return int(counter.get_total_flops()) // 2

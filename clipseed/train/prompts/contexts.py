@@ -63,9 +63,9 @@ class PromptTexts:
         except ValueError as error:
             raise UsageError(f"--context-length {layout.length}: {error}") from error
         self._groups = torch.tensor(layout.groups, device=self.embedded.ends.device)
-        # With names at the end, everything up to the context's last token is the same in prompts of one context.
+        # All prompts begin with one token. With names at the end, those of one context are the same up to its last.
         alike = layout.contexts == 1 and layout.position == "end"
-        self._shared = 1 + layout.length if alike else 0
+        self._shared = 1 + layout.length if alike else 1
 
     @property
     def width(self) -> int:
