@@ -1,9 +1,10 @@
 """What language adds to light networks: heads side by side, controls, and photographs; writes docs/results-bridge.md.
 
 ``make results-bridge``, or ``python tools/results_bridge.py``. Every arm has the same schedule and the same sweep of
-learning rates, chosen with its first seed on the images that are scored. Each run is kept, and its score with it
-(``scores.json``): the same command goes on, and writes the page of what there is. Two may work in one folder, each on
-its ``--only`` world. This size takes six CPU-hours; ``--full`` takes days on a CPU.
+learning rates, chosen with its first seed on the images that are scored. Each run is kept in the working folder, each
+score beside the page (``results-bridge.json``): the same command goes on, on another machine too, and writes the page
+of what there is; what is to be measured anew is deleted there. Two may work in one folder, each on its ``--only``
+world. This size takes six CPU-hours; ``--full`` takes days on a CPU.
 
 Photographs are asked for by ``--photos`` (a VOC devkit to train on), ``--val`` (one to score on), ``--clip-text`` (a
 folder with CLIP's text features: ``voc20_single.npy``, ``coco_stuff171_single.npy``, ``names_coco_stuff171.txt``) and
@@ -119,9 +120,8 @@ class Arm:
 class Study:
     """Trains and scores; every run once."""
 
-    def __init__(self, folder: Path, size: Size, photos: Mapping[str, Path] | None) -> None:
-        self.folder, self.size, self.photos = folder, size, photos
-        self.path = folder / "scores.json"
+    def __init__(self, folder: Path, scores: Path, size: Size, photos: Mapping[str, Path] | None) -> None:
+        self.folder, self.path, self.size, self.photos = folder, scores, size, photos
         self.scores: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def keep(self, key: str, make: Callable[[], Any]) -> Any:
@@ -129,10 +129,10 @@ class Study:
         if key not in self.scores:
             began = time.process_time()
             made = make()
-            with FileLock(self.path.with_suffix(".lock")):  # another process may be at the other world
+            with FileLock(self.folder / "scores.lock"):  # another process may be at the other world
                 self.scores = json.loads(self.path.read_text()) if self.path.exists() else {}
                 self.scores[key] = made
-                self.path.write_text(json.dumps(self.scores, indent=1), encoding="utf-8")
+                self.path.write_text(json.dumps(self.scores, indent=1) + "\n", encoding="utf-8")
             log(f"{key}: {made} ({time.process_time() - began:.0f} CPU-s)")
         return self.scores[key]
 
@@ -569,7 +569,8 @@ def main() -> None:
     places = {name: getattr(chosen, name) for name in ("photos", "val", "clip_text", "lite0")}
     work = chosen.work / ("full" if chosen.full else "small")
     work.mkdir(parents=True, exist_ok=True)
-    study = Study(work, size, places if all(places.values()) else None)
+    scores = chosen.out / ("results-bridge-full.json" if chosen.full else "results-bridge.json")
+    study = Study(work, scores, size, places if all(places.values()) else None)
     until = time.monotonic() + 60 * chosen.minutes
     for step in study.plan(chosen.only) if not chosen.page_only else ():
         if time.monotonic() > until:
