@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipseed.device import cpu_multiplies_bf16
 from clipseed.segments import WHOLE
 from tools.toy.sam_start import CellHead
 from tools.toy.sam_targets import Prompts, View
@@ -142,7 +143,7 @@ def step_losses(sam: Any, head: CellHead, lessons: Sequence[Lesson], balance: fl
     """Mean losses of several images, with ``kinship``; the networks run in bfloat16 where that is faster."""
     sums: dict[str, Tensor] = {}
     encoder = sam.image_encoder
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bf16()):
         embeddings = encode(sam, [taught.view for taught in lessons])
         kinship = kinship_loss(head, embeddings, lessons, encoder.patch_embed.proj.kernel_size[0])
         answers = [

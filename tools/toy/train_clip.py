@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipseed.data.toy.world import WorldOptions, lay_out
+from clipseed.device import cpu_multiplies_bf16
 from clipseed.store.files import replacing
 from clipseed.train.loop import LoopOptions, say, train
 from tools.toy.captions import Captioner, Description, concept_targets
@@ -198,12 +199,12 @@ class ClipTrainer:
         return min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / self._steps))
 
     def losses(self, batch: tuple[Tensor, list[Description]], step: int) -> dict[str, Tensor]:
-        """Of :mod:`tools.toy.objective`; the networks run in bfloat16, on a CPU too."""
+        """Of :mod:`tools.toy.objective`; the networks run in bfloat16 where the CPU multiplies it."""
         pixels, scenes = batch
         pixels = pixels.float()
         captioner = Captioner(np.random.default_rng([self._seed, 7, step]))
         model = self.module.model
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bf16()):
             tokens, values, attention = look(model, (pixels - _MEAN) / _STD)
             texts = self.module.read([captioner.caption(scene) for scene in scenes] + captioner.prompts())
         targets = torch.from_numpy(concept_targets(scenes))
