@@ -260,15 +260,16 @@ class Study:
         if only in {None, "toy"}:
             yield self.counts
             yield from runs([*first, *controls[:2]])
-            yield from runs([arm for arm in needed if arm not in first])
             yield self.zero_shot
+            yield from runs([arm for arm in needed if arm not in first])
             yield from runs(controls[2:])
             yield from runs([arm for arm in tables["heads"] if arm not in needed])
         if only in {None, "photos"}:
-            told = [arm for arm in photos if arm.name not in {"lseg", "bridge, names permuted"}]
+            told = [arm for arm in photos if arm.name not in {"lseg", FEWER, "bridge, names permuted"}]
+            yield from runs(told, seeds[:1])
+            yield self.int8
             yield from runs(told)
             yield from runs([arm for arm in photos if arm not in told])
-            yield self.int8
 
     def rates_of(self, arm: Arm) -> tuple[float, ...]:
         return self.size.photo_rates if arm.world == "photos" else self.size.rates
