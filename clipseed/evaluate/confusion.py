@@ -53,9 +53,10 @@ def check_labels(labels: LabelMask, classes: int, where: str, *, allow_ignore: b
     values = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
     bad = [int(v) for v in values if v >= classes and not (allow_ignore and v == IGNORE)]
     if bad:
+        known = f"0 (background) to {classes - 1}" + (" and 255 (ignored)" if allow_ignore else "")
         raise InputError(
-            f"{where}: holds the value {bad[0]}, but there are only {classes} classes with the background "
-            "(0 background, 1… classes, 255 ignore)"
+            f"{where}: holds the value {bad[0]}, but this class list has {known}: is it a label mask, made with the "
+            "same class list?"
         )
 
 

@@ -141,7 +141,9 @@ def _checked(options: ExportOptions) -> type[Writer]:
         raise UsageError(f"--format {options.format}: choose one of {', '.join(WRITERS)}")
     kind = WRITERS[options.format]
     if options.placement is not None and options.placement not in kind.placements:
-        raise UsageError(f"--format {options.format} takes --images {' or '.join(kind.placements)}")
+        raise UsageError(
+            f"--format {options.format} takes --images {' or '.join(kind.placements)}, not {options.placement}"
+        )
     if options.orient == "stored" and kind.turned:
         raise UsageError(
             f"--format {options.format}: its readers turn images as their EXIF says, and masks must be turned with "

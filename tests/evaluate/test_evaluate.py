@@ -266,7 +266,9 @@ def test_sizes_must_agree(folders: tuple[Path, Path]) -> None:
 
 def test_values_that_are_no_class(folders: tuple[Path, Path]) -> None:
     prediction, truth = folders
-    with pytest.raises(InputError, match=r"pred/a.png: holds the value \d+, but there are only 11 classes"):
+    with pytest.raises(
+        InputError, match=r"pred/a.png: holds the value \d+, but this class list has 0 \(background\) to 10"
+    ):
         run(prediction, truth, classes="toy")
     write_label_mask(truth / "a.png", np.full((20, 30), 77, np.uint8))
     with pytest.raises(InputError, match=r"gt/a: holds the value 77"):

@@ -242,7 +242,7 @@ def test_one_class_from_a_folder(here: Path, capsys: pytest.CaptureFixture[str])
     assert set(np.unique(clipseed.load_segmenter("one.safetensors", device="cpu").predict(image(0)))) <= {0, 1}
     write_label_mask(Path("one") / f"{toy_id(1)}.png", np.full_like(toy_mask(5, toy_id(1)), 7))
     assert main([*words, "--overwrite"]) == 1
-    assert f"the mask of {toy_id(1)}: holds the value 7, but there are only 2 classes" in said(capsys)
+    assert f"the mask of {toy_id(1)}: holds the value 7, but this class list has 0 (background) to 1" in said(capsys)
     assert main([*words, "--overwrite", "--background", "none"]) == 1
     assert "no words for the background" in said(capsys)
     assert main(["cam", "--dataset", "toy", "--limit", "2", "--device", "cpu", "--out", "cams.h5", "-q"]) in (0, 3)

@@ -179,7 +179,7 @@ def test_masks_in_place_of_labels(here: Path, capsys: pytest.CaptureFixture[str]
     mask = toy_mask(7, toy_id(1))
     write_label_mask(Path("pseudo") / f"{toy_id(1)}.png", np.full_like(mask, 99))
     assert main([*words, "--masks", "pseudo", "--out", "q.safetensors"]) == 1
-    assert f"the mask of {toy_id(1)}: holds the value 99, but there are only 11 classes" in said(capsys)
+    assert f"the mask of {toy_id(1)}: holds the value 99, but this class list has 0 (background) to 10" in said(capsys)
     write_label_mask(Path("pseudo") / f"{toy_id(1)}.png", mask[:50])
     assert main([*words, "--masks", "pseudo", "--out", "r.safetensors"]) == 1
     assert "pixels, its image" in said(capsys)
