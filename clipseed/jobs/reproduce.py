@@ -174,7 +174,7 @@ def run_reproduce(
         words = [word.replace("{out}", str(options.out)) for word in step.words]
         code = run(words)
         if code not in (0, 3):
-            raise StepFailed(f"step {number}, {' '.join(words[:2])}", code)
+            raise StepFailed(f"step {number}, {step.title}", code)
         if code == 3:
             skipped.append(step.title)
         if step.score is not None:

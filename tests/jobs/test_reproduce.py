@@ -112,5 +112,5 @@ def test_a_failing_step_stops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(command, "_run", lambda words: 130 if words[0] == "refine" else main([*words]))
     words = ["reproduce", "clip-es", "--dataset", "toy", "--limit", "1", "--quiet"]
     assert main(words) == 130
-    assert "step 2, refine caa: ended with exit code 130" in capsys.readouterr().err
+    assert "step 2, CAMs after CAA: ended with exit code 130" in capsys.readouterr().err
     assert not Path("reproduce-clip-es-toy", job.RESULTS).exists()
