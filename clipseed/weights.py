@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import zipfile
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clipseed.digest import file_sha256
 from clipseed.errors import WeightsError
 
 
@@ -71,19 +71,6 @@ def read_weights(path: Path) -> WeightsFile:
     except Exception as error:  # each reader raises errors of its own on damaged files
         raise WeightsError(f"{path}: not a readable weights file ({type(error).__name__}: {error})") from error
     return WeightsFile(path, _plain_state(state, path), texts, scripted, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, advice: str) -> None:

@@ -19,9 +19,10 @@ from clipseed.clip.architecture import decide_activation, round_linear_weights, 
 from clipseed.clip.checkpoint import read_checkpoint
 from clipseed.clip.model import local_weights
 from clipseed.device import pick_device, pick_dtype
+from clipseed.digest import file_sha256
 from clipseed.errors import UsageError, WeightsError
 from clipseed.sam.load import load_sam
-from clipseed.weights import file_sha256, read_weights
+from clipseed.weights import read_weights
 
 from helpers.models import save_npz, tiny_config, tiny_model
 

@@ -39,9 +39,9 @@ from clipseed.clip.vision import DenseFeatures, VisionTower, tower_from
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.defaults import MODEL, WEIGHTS, Precision
 from clipseed.device import dtype_name, pick_device, pick_dtype
+from clipseed.digest import file_sha256
 from clipseed.errors import WeightsError
 from clipseed.network import HUB, reachable
-from clipseed.weights import file_sha256
 
 TOY_WEIGHTS = "toy"
 Loaded = TypeVar("Loaded", bound="FrozenClip")

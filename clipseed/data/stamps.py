@@ -8,7 +8,6 @@ decides. So moving, ``rsync -a`` and mounting elsewhere cost nothing, and a copy
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipseed.data.paths import never_ends
+from clipseed.digest import file_sha256
 
 DIGEST_BYTES = 16
 _LOOKERS = 16
@@ -68,13 +68,10 @@ def file_stamp(path: Path | None) -> FileStamp:
     try:
         # Looked at before it is read: a file that is replaced meanwhile is noticed by the next run.
         status = path.stat()
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest = bytes.fromhex(file_sha256(path))
     except (OSError, ValueError):  # ValueError: a NUL in the name
         return UNKNOWN
-    return FileStamp(status.st_size, status.st_mtime_ns, digest.digest()[:DIGEST_BYTES])
+    return FileStamp(status.st_size, status.st_mtime_ns, digest[:DIGEST_BYTES])
 
 
 def is_replaced(stamp: FileStamp, path: Path | None) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from clipseed.data.labels import read_json
 from clipseed.defaults import SegmentFormat
+from clipseed.digest import file_sha256
 from clipseed.errors import InputError, UsageError
 from clipseed.formats.coco import CocoInstances
 from clipseed.formats.instance_maps import InstanceMaps
@@ -18,7 +19,6 @@ from clipseed.formats.png import read_values
 from clipseed.formats.sa1b import Sa1b
 from clipseed.formats.segment_folders import SegmentFolders
 from clipseed.segments import Segments
-from clipseed.weights import file_sha256
 
 KINDS: tuple[SegmentFormat, ...] = get_args(SegmentFormat)
 

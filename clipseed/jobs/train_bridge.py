@@ -18,6 +18,7 @@ from clipseed.data.types import ImageSet
 from clipseed.data.vocabulary import Vocabulary
 from clipseed.defaults import BRIDGE_BATCH, BRIDGE_STEPS, BRIDGE_TOY_STEPS
 from clipseed.device import dtype_name, pick_dtype
+from clipseed.digest import file_sha256
 from clipseed.errors import InputError, UsageError
 from clipseed.store.open import content_of
 from clipseed.train.augment import Augmentation
@@ -31,7 +32,6 @@ from clipseed.train.loop import Status
 from clipseed.train.running import TrainReport, source_of, usable_samples
 from clipseed.train.segmenter import Segmenter, save_segmenter
 from clipseed.train.segmenter_run import SegmenterOptions, Training, Validation, train_segmenter, validation_set
-from clipseed.weights import file_sha256
 from clipseed.wording import counted
 
 CLIP, RANDOM = "clip", "random"

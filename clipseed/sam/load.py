@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from clipseed.device import pick_device, pick_dtype
+from clipseed.digest import file_sha256
 from clipseed.errors import ClipseedError, UsageError, WeightsError
 from clipseed.sam.architecture import SIZES, assemble, size_name
 from clipseed.sam.backend import SamBackend
 from clipseed.sam.checkpoint import read_sam_checkpoint
 from clipseed.sam.model_backend import ModelBackend, SamInfo
 from clipseed.sam.predictor_backend import PredictorBackend
-from clipseed.weights import file_sha256
 
 
 def load_sam(

@@ -22,6 +22,7 @@ from clipseed.clip.attention import patch_attention
 from clipseed.clip.model import FrozenClip
 from clipseed.data.images import resize_to_grid
 from clipseed.data.toy.dataset import toy_scene
+from clipseed.digest import file_sha256
 from clipseed.refine.caa import FMA_WSSS, caa_of_raw
 from clipseed.store.label_masks import read_label_mask, write_label_mask
 from clipseed.store.manifest import recorded_prompts
@@ -29,7 +30,6 @@ from clipseed.store.toy_devkit import save_devkit
 from clipseed.train.checkpoint import read_weights
 from clipseed.train.metrics import read_metrics
 from clipseed.train.prompts.files import read_prompts
-from clipseed.weights import file_sha256
 
 from helpers.program import environment
 

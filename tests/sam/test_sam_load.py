@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from segment_anything import SamPredictor, sam_model_registry
 
+from clipseed.digest import file_sha256
 from clipseed.errors import UsageError, WeightsError
 from clipseed.sam.architecture import (
     SIZES,
@@ -33,7 +34,6 @@ from clipseed.sam.checkpoint import SamCheckpoint, read_sam_checkpoint
 from clipseed.sam.load import load_sam
 from clipseed.sam.model_backend import ModelBackend
 from clipseed.sam.predictor_backend import PredictorBackend
-from clipseed.weights import file_sha256
 
 from helpers.sam import SMALL, TOY, toy_sam
 

@@ -18,11 +18,11 @@ from clipseed.clip.model import FrozenClip
 from clipseed.clip.text import TextBank
 from clipseed.data.dataset import DatasetOptions
 from clipseed.data.vocabulary import Vocabulary, builtin_vocabularies, load_vocabulary, parse_vocabulary
+from clipseed.digest import file_sha256
 from clipseed.errors import UsageError, WeightsError
 from clipseed.train.checkpoint import is_ours, read_weights, save_weights
 from clipseed.train.prompts.contexts import PromptTexts
 from clipseed.train.prompts.layout import PromptLayout, layout_of, make_layout
-from clipseed.weights import file_sha256
 from clipseed.weights import read_weights as read_foreign_weights
 
 KIND = "prompts"
