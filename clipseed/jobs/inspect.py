@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from clipseed.data.dataset import image_finder, relocated
 from clipseed.data.paths import is_folder
 from clipseed.errors import ImageError, InputError, StoreError, UsageError
-from clipseed.report.overlay import Pixels, contact_sheet, heat_overlay, label_overlay, map_caption
+from clipseed.report.overlay import Pixels, contact_sheet, fitted, heat_overlay, label_overlay, map_caption
 from clipseed.segments import enlarged
 from clipseed.store.cams import CamSet, class_names
 from clipseed.store.empty import EmptyLabels, EmptyList, empty_maps, listed_earlier, read_empty
@@ -224,6 +224,7 @@ def write_preview(
                 image = np.asarray(find(key))
                 if image.shape[:2] != records[key].size:
                     raise ImageError(f"{key}: the image has another size now")
+                image = fitted(image)
                 row = _map_row(records, key, image) if isinstance(records, CamSet) else _mask_row(records, key, image)
                 rows.append([(key, image), *row])
             except ImageError as error:
@@ -248,7 +249,7 @@ def _spread(keys: list[str], count: int) -> list[str]:
 
 def _map_row(cams: CamSet, key: str, image: Pixels) -> list[tuple[str, Pixels]]:
     """Each class's map over the image."""
-    cam = cams[key]
+    cam = replace(cams[key], size=image.shape[:2])
     maps = zip(cam.classes, cam.upsampled(), strict=True)
     return [(map_caption(cams.class_names[class_id], heat), heat_overlay(image, heat)) for class_id, heat in maps]
 
@@ -260,4 +261,4 @@ def _mask_row(segments: SegmentSet, key: str, image: Pixels) -> list[tuple[str, 
     colours = np.zeros(record.grid, np.uint8)
     for index in np.argsort(-proposals.area, kind="stable"):
         colours[proposals.masks[index]] = index % _COLOURS + 1
-    return [(f"{len(record)} masks", label_overlay(image, enlarged(colours, record.size)))]
+    return [(f"{len(record)} masks", label_overlay(image, enlarged(colours, image.shape[:2])))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,14 @@ from clipseed.data.types import Sample
 from clipseed.data.vocabulary import named_vocabulary
 from clipseed.defaults import LabelRecipe, Precision
 from clipseed.jobs.label import LabelledImage, LabelOptions, LabelWork, LabelWorkRecipe, check
-from clipseed.report.overlay import contact_sheet, heat_overlay, label_overlay, map_caption, outlined
+from clipseed.report.overlay import contact_sheet, fitted, heat_overlay, label_overlay, map_caption, outlined
 from clipseed.runtime.run import Loading, RunOptions
 from clipseed.runtime.work import results_of
+from clipseed.segments import enlarged
 from clipseed.store.empty import empty_maps
 from clipseed.store.files import replacing
+
+_HEIGHT = 320
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ def run_try(options: TryOptions, loading: Loading | None = None) -> TryResult:
     assert isinstance(found, LabelledImage)
     labels, cam = found.labels, found.soft
     assert cam is not None
-    maps = zip(options.words, cam.upsampled(), strict=True)
-    row = [(options.photo.name, image), *((map_caption(word, heat), heat_overlay(image, heat)) for word, heat in maps)]
-    row.append(("label mask", outlined(label_overlay(image, labels), labels)))
+    tile = fitted(image, _HEIGHT)
+    maps = zip(options.words, replace(cam, size=tile.shape[:2]).upsampled(), strict=True)
+    row = [(options.photo.name, tile), *((map_caption(word, heat), heat_overlay(tile, heat)) for word, heat in maps)]
+    small = enlarged(labels, tile.shape[:2])
+    row.append(("label mask", outlined(label_overlay(tile, small), small)))
     with replacing(options.out) as temporary:
-        contact_sheet([row], height=320).save(temporary, format="PNG")
+        contact_sheet([row], _HEIGHT).save(temporary, format="PNG")
     shares = {word: float((labels == k + 1).mean()) for k, word in enumerate(options.words)}
     gone = empty_maps(range(len(options.words)), cam.maps)
     return TryResult(options.out, shares, tuple(options.words[k] for k in gone))

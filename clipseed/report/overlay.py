@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from clipseed.pseudo.pixels import label_values, strongest
 
 Pixels = npt.NDArray[np.uint8]
+SHEET_HEIGHT = 200
+"""Of the images in a contact sheet, in pixels."""
 _CAPTION = 18
 _GAP = 6
 
@@ -63,7 +65,12 @@ def map_caption(name: str, heat: npt.NDArray[np.float32]) -> str:
     return name if (heat > 0).any() else f"{name} (empty)"
 
 
-def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 200) -> Image.Image:
+def fitted(image: Pixels, height: int = SHEET_HEIGHT) -> Pixels:
+    """An image ``(H, W, 3)`` no higher than a sheet shows it: overlays of large photos are drawn at that size only."""
+    return image if len(image) <= height else np.asarray(_to_height(image, height))
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = SHEET_HEIGHT) -> Image.Image:
     """Lay captioned images out in rows, all scaled to one height."""
     font, drawable = _font()
     scaled = [[(caption, _to_height(pixels, height)) for caption, pixels in row] for row in rows]
@@ -73,7 +80,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Pixels]]], height: int = 20
     for number, row in enumerate(scaled):
         top, left = _GAP + number * (height + _CAPTION + _GAP), _GAP
         for caption, tile in row:
-            draw.text((left, top), _fitted(drawable(caption), tile.width, font), fill="black", font=font)
+            draw.text((left, top), _shortened(drawable(caption), tile.width, font), fill="black", font=font)
             sheet.paste(tile, (left, top + _CAPTION))
             left += tile.width + _GAP
     return sheet
@@ -104,7 +111,7 @@ def _to_height(pixels: Pixels, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Shorten a caption to the width of its tile."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     while len(text) > 1 and font.getlength(text) > width:
