@@ -19,7 +19,10 @@ def escaped(value: object) -> Markup:
     """
     if isinstance(value, Markup):
         return value
-    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(value)))
+    text = str(value)
+    return escape(
+        text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    )
 
 
 def shortened(value: str, length: int) -> str:
