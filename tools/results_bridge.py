@@ -44,6 +44,7 @@ from clipseed.jobs.predict import PredictOptions, run_predict
 from clipseed.jobs.refine import RefineOptions, run_refine
 from clipseed.jobs.train_bridge import TrainBridgeOptions, run_train_bridge
 from clipseed.runtime.run import RunOptions
+from clipseed.store.files import replacing
 from clipseed.store.label_masks import read_label_mask, write_label_mask
 from clipseed.store.toy_devkit import save_devkit
 from clipseed.train.bridge.cost import multiply_adds, parameters
@@ -122,7 +123,18 @@ class Study:
 
     def __init__(self, folder: Path, scores: Path, size: Size, photos: Mapping[str, Path] | None) -> None:
         self.folder, self.path, self.size, self.photos = folder, scores, size, photos
-        self.scores: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        sizes = {key: value for key, value in asdict(size).items() if not isinstance(value, tuple) and key != "seeds"}
+        self.setup = {**sizes, "weights": photos is not None}
+        self.scores = self.read()
+
+    def read(self) -> dict[str, Any]:
+        """The scores so far; those of another set-up are not to be mixed with new ones."""
+        if not self.path.exists():
+            return {}
+        kept = json.loads(self.path.read_text(encoding="utf-8"))
+        if other := {key: value for key, value in kept["setup"].items() if self.setup.get(key) != value}:
+            sys.exit(f"{self.path}: scores of another set-up ({other}; weights: those of --lite0); choose another --out")
+        return dict(kept["scores"])
 
     def keep(self, key: str, make: Callable[[], Any]) -> Any:
         """A number that is remembered."""
@@ -130,9 +142,10 @@ class Study:
             began = time.process_time()
             made = make()
             with FileLock(self.folder / "scores.lock"):  # another process may be at the other world
-                self.scores = json.loads(self.path.read_text()) if self.path.exists() else {}
-                self.scores[key] = made
-                self.path.write_text(json.dumps(self.scores, indent=1) + "\n", encoding="utf-8")
+                self.scores = {**self.read(), key: made}
+                kept = json.dumps({"setup": self.setup, "scores": self.scores}, indent=1) + "\n"
+                with replacing(self.path) as temporary:
+                    temporary.write_text(kept, encoding="utf-8")
             log(f"{key}: {made} ({time.process_time() - began:.0f} CPU-s)")
         return self.scores[key]
 
