@@ -152,7 +152,8 @@ def _element(name: str, *content: object, **attributes: object) -> Markup:
     for key, value in attributes.items():
         shown = f"{round(value, 2):g}" if isinstance(value, float) else value
         pairs.append(f' {key.rstrip("_").replace("_", "-")}="{escaped(shown)}"')
-    return Markup(f"<{name}{''.join(pairs)}>{''.join(map(escaped, content))}</{name}>")  # noqa: S704 (attributes and content are escaped)
+    source = f"<{name}{''.join(pairs)}>{''.join(map(escaped, content))}</{name}>"
+    return Markup(source)  # noqa: S704 (attributes and content are escaped)
 
 
 def _x(fraction: float) -> float:

@@ -20,9 +20,9 @@ def escaped(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     text = str(value)
-    return escape(
-        text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    )
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return escape(text)
 
 
 def shortened(value: str, length: int) -> str:
