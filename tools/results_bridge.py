@@ -133,7 +133,9 @@ class Study:
             return {}
         kept = json.loads(self.path.read_text(encoding="utf-8"))
         if other := {key: value for key, value in kept["setup"].items() if self.setup.get(key) != value}:
-            sys.exit(f"{self.path}: scores of another set-up ({other}; weights: those of --lite0); choose another --out")
+            sys.exit(
+                f"{self.path}: scores of another set-up ({other}; weights: those of --lite0); choose another --out"
+            )
         return dict(kept["scores"])
 
     def keep(self, key: str, make: Callable[[], Any]) -> Any:
